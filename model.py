@@ -1,0 +1,865 @@
+"""
+LoopCoder: a Llama whose layers run twice.
+
+One stack of n layers is run `loop_num` times over the same tokens with the same weights. Pass 1 is an ordinary causal
+transformer; each layer's keys and values stay. From pass 2 on every layer attends to two things, mixed by a learned gate: all
+of pass 1 (global) and the last `loop_window_size` positions of its own pass (local). loop_attention.py has that equation.
+loop_num = 1 is the dense IQuest-Coder, a Llama in every tensor.
+
+Read LoopCoder.passes() first: it is the model. Block is one layer, Cache is what decoding keeps, the rest is files and numbers.
+Source: IQuest-Coder-V1 and LoopCoder reports; config and tensor names are those of the released checkpoints.
+Where we differ: the reports' equation 1 (loop 2 reads the embedding plus the shifted state of loop 1) is the flag loop_input="shift".
+
+    python model.py                                   # shapes of the presets: parameters, FLOPs, cache bytes a token
+    python model.py --prompt "def fib(n):"            # complete a text with the newest checkpoint under out/
+    python model.py --bench                           # training and decoding speed, beside transformers where it is installed
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from loop_attention import causal_attention, loop_attention
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoopCoderConfig:
+    """The shape of a model, under the names of the released config.json. The defaults are the `nano` preset."""
+
+    vocab_size: int = 8192                # V
+    hidden_size: int = 256                # C
+    intermediate_size: int = 704          # width of the SwiGLU
+    num_hidden_layers: int = 4            # L
+    num_attention_heads: int = 8          # H
+    num_key_value_heads: int = 4          # KV: each serves H / KV query heads
+    head_dim: int = 32                    # D
+    max_position_embeddings: int = 4096   # longest context, tokens
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0          # base of the rotary wavelengths
+    loop_num: int = 2                     # R: passes over the layers; 1 is the dense model
+    loop_window_size: int = 64            # W: positions the local view sees, itself included
+    loop_input: str = "hidden"            # what pass 2 starts from: "hidden" (released) or "shift" (equation 1: E + Shift(H, 1))
+    loop_grad_scale: float = 1.0          # gradient that crosses from pass 2 back into pass 1 through the hidden state is scaled by this
+    initializer_range: float = 0.02       # standard deviation of the initial weights
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self):
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        for f in dataclasses.fields(self):
+            if f.type is int and getattr(self, f.name) < 1:
+                raise ValueError(f"{f.name}={getattr(self, f.name)} must be at least 1")
+        if heads % kv_heads != 0:
+            raise ValueError(
+                f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}: each key/value head serves the same "
+                f"number of query heads. For example num_key_value_heads={math.gcd(heads, kv_heads)} works."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+        if self.loop_input not in ("hidden", "shift"):
+            raise ValueError(f"loop_input={self.loop_input!r} must be 'hidden' or 'shift'")
+
+    @classmethod
+    def preset(cls, name, **changes):
+        """A named shape, with fields changed on request: LoopCoderConfig.preset("nano", loop_num=1)."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def from_json(cls, path):
+        """Read a released or saved config.json. A setting that this model would compute differently is refused, not ignored."""
+        raw = json.loads(Path(path).read_text())
+        refuse = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "tie_word_embeddings": False, "rope_scaling": None}
+        for key, only in refuse.items():
+            if raw.get(key, only) not in (only, None):
+                raise ValueError(f"{path}: {key}={raw[key]!r} is not supported, only {only!r}")
+        raw = {**(raw.get("rope_parameters") or {}), **raw}                       # transformers 5 keeps rope_theta in there
+        if raw.get("rope_type", "default") != "default":
+            raise ValueError(f"{path}: rope_type={raw['rope_type']!r} is not supported, only 'default'")
+        raw.setdefault("loop_num", 1)                                            # a Llama is a LoopCoder that runs once
+        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+        raw.setdefault("head_dim", raw.get("hidden_size", 0) // (raw.get("num_attention_heads") or 1))
+        names = {f.name for f in dataclasses.fields(cls)}
+        missing = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"} - raw.keys()
+        if missing:
+            raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}")
+        if isinstance(raw.get("eos_token_id"), list):
+            raw["eos_token_id"] = raw["eos_token_id"][0]
+        return cls(**{k: v for k, v in raw.items() if k in names and v is not None})
+
+    def to_json(self):
+        """The released config.json of this shape. A dense model calls itself a Llama, which it is, so that any program loads it."""
+        loop = self.loop_num > 1
+        head = {"architectures": ["IQuestLoopCoderForCausalLM" if loop else "LlamaForCausalLM"],
+                "model_type": "iquestloopcoder" if loop else "llama"}
+        fixed = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "tie_word_embeddings": False, "rope_scaling": None,
+                 "attention_dropout": 0.0, "use_cache": True}
+        return {**head, **dataclasses.asdict(self), **fixed}
+
+
+def shape(hidden, ffn, layers, heads, kv_heads, vocab, positions, loops=2):
+    """One preset as config fields."""
+    return dict(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
+                num_key_value_heads=kv_heads, head_dim=hidden // heads, vocab_size=vocab, max_position_embeddings=positions, loop_num=loops)
+
+
+PRESETS = {
+    "nano": shape(256, 704, 4, 8, 4, 8192, 4096),                  # two CPU cores, minutes
+    "small": shape(768, 2048, 12, 12, 4, 16384, 16384),            # one GPU, an hour or two
+    "node": shape(2048, 5632, 24, 16, 4, 32768, 131072),           # eight GPUs
+    "7b": shape(5120, 27648, 14, 40, 8, 76800, 131072, loops=1),   # from here on the report's own shapes
+    "14b": shape(5120, 27648, 28, 40, 8, 76800, 131072, loops=1),
+    "40b": shape(5120, 27648, 80, 40, 8, 76800, 131072, loops=1),
+    "40b-loop": shape(5120, 27648, 80, 40, 8, 76800, 131072),
+}
+
+# ---- small parts -----------------------------------------------------------------------------------------------------
+
+
+def document_positions(segment_ids):
+    """segment_ids (B, T), non-decreasing -> position of each token inside its own segment (B, T): rotary angles restart there."""
+    T = segment_ids.shape[1]
+    i = torch.arange(T, device=segment_ids.device).expand_as(segment_ids)
+    first = torch.ones_like(segment_ids, dtype=torch.bool)
+    first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return i - torch.where(first, i, 0).cummax(dim=1).values
+
+
+def rotary_table(positions, head_dim, theta):
+    """cos and sin of position x frequency, float32, (B, T, 1, D/2) for positions (B, T): ready to multiply (B, T, heads, D/2)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions[..., None, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_i, x_{i + D/2}) of (B, T, heads, D) by its position's angle; half-split pairs as in the released model."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def rms_norm(x, weight, eps):
+    """x / rms(x) * weight, computed in float32, returned in the dtype of x."""
+    y = x.float()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def linear(x, *layers):
+    """One matrix product for several nn.Linear that read the same x; weights are cast to the dtype of x (float32 masters, bf16 compute)."""
+    weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
+    return F.linear(x, weight.to(x.dtype))
+
+
+def shift(x, positions, before=None):
+    """Shift(H, 1): each token gets the state of the token before it; the first of a segment gets zeros (or `before`, (B, 1, C))."""
+    before = torch.zeros_like(x[:, :1]) if before is None else before
+    return torch.cat([before, x[:, :-1]], dim=1) * (positions > 0)[..., None]
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity, bit for bit, with its gradient multiplied by `scale`."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.scale, None
+
+
+# ---- the loss, without ever holding (B, T, V) ------------------------------------------------------------------------
+
+LOSS_CHUNK = 1024   # tokens whose logits exist at the same time
+
+
+def token_losses(hidden, weight, targets):
+    """-log p(target) of one chunk: hidden (n, C), weight (V, C), targets (n,) -> (n,), zero where the target is -100."""
+    logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+
+
+class SummedLoss(torch.autograd.Function):
+    """
+    Sum of -log p(target) over all tokens. The forward pass already makes the gradients, one chunk of logits at a time: for a sum
+    they are (softmax - onehot) times one number that is known only later, so the backward pass is a single scaling.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grads, w = [], weight.to(hidden.dtype)
+        dw = torch.zeros_like(weight, dtype=torch.float32)
+        for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
+            logits = F.linear(h, w).float()                                      # (n, V)
+            logp = logits - logits.logsumexp(-1, keepdim=True)
+            learn = (t != -100)[:, None]
+            index = t.clamp(min=0)[:, None]
+            total -= (logp.gather(1, index) * learn).sum()
+            d = logp.exp().scatter_add(1, index, torch.full_like(index, -1, dtype=logp.dtype)) * learn
+            d = d.to(hidden.dtype)
+            grads.append(d @ w)
+            dw += d.T @ h
+        ctx.save_for_backward(torch.cat(grads), dw.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dh, dw = ctx.saved_tensors
+        return (dh * grad).to(dh.dtype), (dw * grad).to(dw.dtype), None
+
+
+def head_loss(hidden, weight, targets, reduction="mean", temperature=1.0):
+    """Cross entropy of softmax(hidden weight^T / temperature): hidden (B, T, C), targets (B, T) with -100 where nothing is learned."""
+    if temperature != 1.0:
+        hidden = hidden / temperature
+    h, t = hidden.flatten(0, 1), targets.flatten()
+    if reduction == "none":
+        pieces = [checkpoint(token_losses, a, weight, b, use_reentrant=False) for a, b in zip(h.split(LOSS_CHUNK), t.split(LOSS_CHUNK))]
+        return torch.cat(pieces).view_as(targets)
+    total = SummedLoss.apply(h, weight, t)
+    if reduction == "mean":
+        return total / (t != -100).sum().clamp(min=1)
+    if reduction != "sum":
+        raise ValueError(f"reduction={reduction!r} must be 'mean', 'sum' or 'none'")
+    return total
+
+
+# ---- one layer -------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """The four projections of grouped-query attention, under their released names."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, H, KV, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, KV * D, bias=False)
+        self.v_proj = nn.Linear(C, KV * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+
+class Norm(nn.Module):
+    """The gain of one RMSNorm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Gate(nn.Module):
+    """The gate of one layer: w (H, D) and b (H,). At zero every gate stands at one half."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
+        self.bias = nn.Parameter(torch.zeros(config.num_attention_heads))
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm x), then x + mlp(norm x). It gives its keys and values back, since the next pass wants them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = Norm(config)
+        self.post_attention_layernorm = Norm(config)
+
+    def forward(self, x, cos, sin, attend, *kept):
+        """x (B, T, C); attend(q, k, v, *kept) -> (B, H, T, D). Returns x, k, v with rotary applied, k and v (B, KV, T, D)."""
+        B, T, C = x.shape
+        H, KV, D = self.heads
+        a, m = self.self_attn, self.mlp
+        qkv = linear(self.input_layernorm(x), a.q_proj, a.k_proj, a.v_proj).view(B, T, H + 2 * KV, D)
+        qk, v = rotate(qkv[:, :, : H + KV], cos, sin), qkv[:, :, H + KV:]
+        q, k, v = qk[:, :, :H].transpose(1, 2), qk[:, :, H:].transpose(1, 2), v.transpose(1, 2)
+        o = attend(q, k, v, *kept)                                               # (B, H, T, D)
+        x = x + linear(o.transpose(1, 2).reshape(B, T, H * D), a.o_proj)
+        gate, up = linear(self.post_attention_layernorm(x), m.gate_proj, m.up_proj).chunk(2, dim=-1)
+        return x + linear(F.silu(gate) * up, m.down_proj), k, v
+
+
+# ---- what decoding keeps ---------------------------------------------------------------------------------------------
+
+
+class Cache:
+    """
+    Keys and values of the tokens so far, for `rows` independent sequences that may have different lengths.
+
+    A layer keeps pass 1 for every position (`capacity` of them), and each later pass for the last W only: position p lies in slot
+    p mod W, so a step writes one slot and moves nothing. Memory is taken once, here. lengths (rows,) says how far each row is.
+    A row is a slot that can be emptied (reset) and filled again while the others go on, and keep() drops rows for good.
+    A cache belongs to the weights it was made with: after an optimizer step make a new one.
+    """
+
+    def __init__(self, config, rows, capacity, device="cpu", dtype=torch.float32):
+        L, KV, D, W = config.num_hidden_layers, config.num_key_value_heads, config.head_dim, config.loop_window_size
+        self.config, self.rows, self.capacity = config, rows, capacity
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        # keys in the first KV heads, values in the last: one write a step. One slot more than capacity: padding is written there
+        self.first = [torch.zeros(rows, 2 * KV, capacity + 1, D, device=device, dtype=dtype) for _ in range(L)]
+        self.later = [[torch.zeros(rows, 2 * KV, W, D, device=device, dtype=dtype) for _ in range(L)] for _ in range(config.loop_num - 1)]
+        shifted = config.loop_num - 1 if config.loop_input == "shift" else 0
+        self.last_hidden = [torch.zeros(rows, 1, config.hidden_size, device=device, dtype=dtype) for _ in range(shifted)]
+
+    def reset(self, row):
+        """Empty one row (or a list of rows). What it held is overwritten by the next prompt; only its length counts."""
+        self.lengths[row] = 0
+
+    def keep(self, rows):
+        """Keep these rows only, in this order."""
+        index = torch.as_tensor(rows, device=self.lengths.device)
+        self.rows, self.lengths = len(index), self.lengths[index]
+        self.first = [x[index] for x in self.first]
+        self.later = [[x[index] for x in xs] for xs in self.later]
+        self.last_hidden = [x[index] for x in self.last_hidden]
+
+    def nbytes(self):
+        """Bytes held: (growing with every token of capacity, fixed for each row's window)."""
+        grow = sum(x.numel() * x.element_size() for x in self.first)
+        return grow, sum(x.numel() * x.element_size() for xs in self.later for x in xs)
+
+
+def cache_bytes_per_token(config, itemsize=2):
+    """(bytes a further token costs: one pass, bytes a row costs once: the windows of the later passes), at `itemsize` bytes a number."""
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+    return kv, kv * config.loop_window_size * (config.loop_num - 1)
+
+
+def attend_masked(q, k, v, keep):
+    """q (n, H, T, D) on keys (n, KV, S, D); keep (n, T, S). Returns (n, H, T, D)."""
+    n, H, T, D = q.shape
+    groups = H // k.shape[1]
+    q = q.reshape(n, k.shape[1], groups * T, D)
+    keep = keep[:, None].expand(n, groups, T, -1).reshape(n, 1, groups * T, -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).view(n, H, T, D)
+
+
+class CachedAttention:
+    """
+    The attention of one call that appends T new tokens to rows of a cache: new[b] of row b's T tokens are real, the rest is padding.
+
+    Every mask depends on lengths alone, so it is made once here and serves all layers.
+    """
+
+    def __init__(self, cache, rows, new, T):
+        self.cache, self.rows, W = cache, rows, cache.config.loop_window_size
+        device = new.device
+        self.old = cache.lengths[rows]                                           # (n,)
+        self.positions = self.old[:, None] + torch.arange(T, device=device)      # (n, T)
+        self.end = min(int((self.old + T).max()), cache.capacity)
+        p, real = self.positions, torch.arange(T, device=device)[None] < new[:, None]
+        self.write_at = torch.where(real, p, cache.capacity)
+        self.keep_first = torch.arange(self.end, device=device)[None, None] <= p[..., None]
+        slot = torch.arange(W, device=device)
+        held = self.old[:, None] - 1 - (self.old[:, None] - 1 - slot) % W         # (n, W) position in each slot; negative: empty
+        seen = (held >= 0)[:, None] & (p[..., None] - held[:, None] < W)          # (n, T, W)
+        distance = p[0][:, None] - p[0][None, :]
+        own = ((distance >= 0) & (distance < W)).expand(len(new), T, T)
+        self.keep_later = torch.cat([seen, own], dim=-1)                          # (n, T, W + T)
+        total = self.old + new
+        source = total[:, None] - 1 - (total[:, None] - 1 - slot) % W - self.old[:, None]
+        self.renewed, self.source = (source >= 0)[..., None], source.clamp(min=0)  # which new token each slot takes, if any
+
+    def pass_1(self, layer, q, k, v):
+        """Write K1, V1 at their positions, attend to all of the row so far."""
+        first, KV = self.cache.first[layer], k.shape[1]
+        first[self.rows[:, None], :, self.write_at] = torch.cat([k, v], dim=1).transpose(1, 2).to(first.dtype)
+        kv = first[self.rows, :, : self.end]
+        return attend_masked(q, kv[:, :KV], kv[:, KV:], self.keep_first)
+
+    def later_pass(self, turn, layer, gate, q, k, v):
+        """The gated pair: K1, V1 of the whole row, and the window of this pass, whose slots are then renewed."""
+        KV, later = k.shape[1], self.cache.later[turn - 1][layer]
+        kv1, held, new = self.cache.first[layer][self.rows, :, : self.end], later[self.rows], torch.cat([k, v], dim=1).to(later.dtype)
+        o_global = attend_masked(q, kv1[:, :KV], kv1[:, KV:], self.keep_first)
+        kv = torch.cat([held, new], dim=2)                                       # (n, 2 KV, W + T, D)
+        o_local = attend_masked(q, kv[:, :KV], kv[:, KV:], self.keep_later)
+        index = self.source[:, None, :, None].expand(-1, 2 * KV, -1, k.shape[-1])
+        later[self.rows] = torch.where(self.renewed[:, None], new.gather(2, index), held)
+        g = torch.sigmoid(torch.einsum("bhtd,hd->bht", q.float(), gate.weight.float()) + gate.bias.float()[:, None])[..., None]
+        return (o_local + g * (o_global - o_local)).to(q.dtype)
+
+
+# ---- files: the released layout --------------------------------------------------------------------------------------
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def checkpoint_files(folder):
+    """The safetensors files of a checkpoint folder, from its index where it has one."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        lost = [n for n in names if not (folder / n).exists()]
+        if lost:
+            raise ValueError(f"{folder}: the index names {lost[0]}, which is not there")
+        return [folder / n for n in names]
+    if not single.exists():
+        raise ValueError(f"{folder}: no model.safetensors and no model.safetensors.index.json; is this a checkpoint folder?")
+    return [single]
+
+
+def load_weights(model, folder, device, dtype):
+    """Fill a model on the meta device from a checkpoint folder, one tensor at a time; every tensor must be there and fit."""
+    from safetensors import SafetensorError, safe_open
+    expected, seen = dict(model.named_parameters()), set()
+    for path in checkpoint_files(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as f:
+                for key in f.keys():
+                    # some copies keep the gate inside its layer: model.layers.3.gate_projection.weight
+                    parts = key.split(".")
+                    name = f"model.gate_projections.{parts[2]}.{parts[4]}" if parts[3:4] == ["gate_projection"] else key
+                    if name not in expected:
+                        if name.endswith("rotary_emb.inv_freq"):
+                            continue                                             # old checkpoints store a constant
+                        raise ValueError(f"{path}: tensor {key} has no place in this model")
+                    tensor = f.get_tensor(key)
+                    if tensor.shape != expected[name].shape:
+                        have, want = tuple(tensor.shape), tuple(expected[name].shape)
+                        raise ValueError(f"{path}: tensor {key} has shape {have}, config.json asks for {want}")
+                    owner = model.get_submodule(name.rpartition(".")[0])
+                    setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor.to(dtype or tensor.dtype)))
+                    seen.add(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    if missing := sorted(expected.keys() - seen):
+        raise ValueError(f"{folder}: tensor {missing[0]} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
+
+
+def save_weights(tensors, folder, shard_bytes):
+    """Write tensors (name -> tensor) as one file or as shards with an index, all to temporary names first; then put them in place."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        if shards[-1] and shard_bytes is not None and size + nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().cpu().contiguous()
+        size += nbytes
+    n = len(shards)
+    names = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    for name, shard in zip(names, shards):
+        try:
+            save_file(shard, folder / f"{name}.tmp", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / name}: could not be written ({error})") from error
+    if n > 1:
+        index = {"metadata": {"total_size": sum(t.numel() * t.element_size() for t in tensors.values())},
+                 "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+        names.append("model.safetensors.index.json")
+        (folder / f"{names[-1]}.tmp").write_text(json.dumps(index, indent=1))
+    return names
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+class Backbone(nn.Module):
+    """The tensors under `model.`: embedding, layers, gates, final norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        if config.loop_num > 1:
+            self.gate_projections = nn.ModuleList(Gate(config) for _ in range(config.num_hidden_layers))
+        self.norm = Norm(config)
+
+
+class LoopCoder(nn.Module):
+    """
+    (logits, loss) = model(input_ids (B, T), targets=None, segment_ids=None, cache=None).
+
+    compute_dtype   None: the weights' own; torch.bfloat16 with float32 weights is mixed precision (the weights are cast where used)
+    loop_alpha      None, or a 0-d tensor a: H2 = H1 + a (f(H1) - H1), the gentle start of a folded model (RECIPES: a from 0 to 1)
+    recompute       True: activations of a layer are computed again in the backward pass instead of kept
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.compute_dtype, self.loop_alpha, self.recompute = None, None, False
+        for name, p in self.named_parameters():
+            if p.dim() == 2 and "gate_projections" not in name and not p.is_meta:
+                nn.init.normal_(p, std=config.initializer_range)
+
+    def embed(self, input_ids):
+        """Token embeddings (B, T, C) in the compute dtype."""
+        x = self.model.embed_tokens(input_ids)
+        return x if self.compute_dtype is None else x.to(self.compute_dtype)
+
+    def passes(self, input_ids, positions, attend_first, attend_later, cache=None, rows=None, last=None):
+        """
+        The model: R passes over the same layers, then one norm. Returns (B, T, C).
+
+        attend_first(layer, q, k, v), attend_later(turn, layer, q, k, v, k1, v1) -> (B, H, T, D).
+        """
+        config, kept = self.config, [()] * self.config.num_hidden_layers
+        cos, sin = rotary_table(positions, config.head_dim, config.rope_theta)
+        embedded = x = self.embed(input_ids)
+        for turn in range(config.loop_num):
+            x_before = x
+            if turn and config.loop_input == "shift":
+                before = None
+                if cache is not None:
+                    before = cache.last_hidden[turn - 1][rows]
+                    cache.last_hidden[turn - 1][rows] = x.gather(1, last[:, None, None].expand(-1, 1, x.shape[-1]))
+                x = embedded + shift(x, positions, before)
+            if turn and config.loop_grad_scale != 1.0:
+                x = ScaleGradient.apply(x, config.loop_grad_scale)
+            for i, layer in enumerate(self.model.layers):
+                attend = (lambda q, k, v, i=i: attend_first(i, q, k, v)) if turn == 0 else (
+                    lambda q, k, v, k1, v1, turn=turn, i=i: attend_later(turn, i, q, k, v, k1, v1))
+                if self.recompute and torch.is_grad_enabled():
+                    x, k, v = checkpoint(layer, x, cos, sin, attend, *kept[i], use_reentrant=False)
+                else:
+                    x, k, v = layer(x, cos, sin, attend, *kept[i])
+                if turn == 0:
+                    kept[i] = (k, v)
+            if turn and self.loop_alpha is not None:
+                x = x_before + self.loop_alpha.to(x.dtype) * (x - x_before)
+        return self.model.norm(x)
+
+    def hidden(self, input_ids, segment_ids=None):
+        """Final normed hidden states (B, T, C) of whole rows; with segment_ids each segment is a row of its own."""
+        B, T = input_ids.shape
+        if segment_ids is None:
+            positions = torch.arange(T, device=input_ids.device).expand(B, T)
+        else:
+            positions = document_positions(segment_ids)
+        gates, window = getattr(self.model, "gate_projections", None), self.config.loop_window_size
+
+        def later(turn, i, q, k, v, k1, v1):
+            return loop_attention(q, k1, v1, k, v, gates[i].weight, gates[i].bias, window, segment_ids)
+
+        return self.passes(input_ids, positions, lambda i, q, k, v: causal_attention(q, k, v, segment_ids), later)
+
+    def forward(self, input_ids, targets=None, segment_ids=None, cache=None, lengths=None, reduction="mean", want_logits=True):
+        """
+        input_ids, targets, segment_ids (B, T) int64 -> (logits (B, T, V) or None, loss or None).
+
+        targets are already shifted, -100 where nothing is learned. want_logits=False is the training path: no (B, T, V) anywhere.
+        With a cache the T tokens are appended to its rows, row b's first lengths[b] of them (all, by default; the rest is padding).
+        """
+        if cache is not None:
+            rows = torch.arange(cache.rows, device=input_ids.device)
+            h = self.append(cache, rows, input_ids, torch.full_like(rows, input_ids.shape[1]) if lengths is None else lengths)
+        else:
+            h = self.hidden(input_ids, segment_ids)
+        logits = F.linear(h, self.lm_head.weight.to(h.dtype)).float() if want_logits else None
+        loss = None if targets is None else head_loss(h, self.lm_head.weight, targets, reduction)
+        return logits, loss
+
+    def loss(self, input_ids, targets, segment_ids=None, reduction="mean", temperature=1.0):
+        """The training path: cross entropy in chunks, "mean" or "sum" over the tokens in the loss, or "none" (B, T)."""
+        return head_loss(self.hidden(input_ids, segment_ids), self.lm_head.weight, targets, reduction, temperature)
+
+    # ---- files ----
+
+    @classmethod
+    def from_pretrained(cls, path, device="cpu", dtype=None):
+        """Load a checkpoint folder (config.json and safetensors, one file or sharded). dtype None keeps what is stored."""
+        folder = Path(path)
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder}: no config.json there; give the folder of a checkpoint")
+        with torch.device("meta"):
+            model = cls(LoopCoderConfig.from_json(folder / "config.json"))
+        load_weights(model, folder, device, dtype)
+        return model
+
+    def save_pretrained(self, path, shard_bytes=None):
+        """
+        Write config.json and the weights to a folder, as one file or as shards of at most shard_bytes.
+
+        Everything goes to temporary names first and is renamed at the end, so that a full disk leaves the old checkpoint whole.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.config.to_json() | {"torch_dtype": str(self.lm_head.weight.dtype).removeprefix("torch.")}
+        try:
+            names = save_weights(self.state_dict(), folder, shard_bytes)
+            (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+            for name in [*names, "config.json"]:
+                os.replace(folder / f"{name}.tmp", folder / name)
+        finally:
+            for left in folder.glob("*.tmp"):
+                left.unlink()
+        for old in [*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")]:
+            if old.name not in names:
+                old.unlink()                                                     # shards of the checkpoint that stood here before
+
+    # ---- decoding ----
+
+    def new_cache(self, rows, capacity):
+        """An empty Cache for `rows` sequences of up to `capacity` tokens."""
+        limit, weight = self.config.max_position_embeddings, self.lm_head.weight
+        if capacity > limit:
+            raise ValueError(f"a context of {capacity} tokens is longer than the model's {limit} (max_position_embeddings)")
+        return Cache(self.config, rows, capacity, weight.device, self.compute_dtype or weight.dtype)
+
+    @torch.no_grad()
+    def append(self, cache, rows, input_ids, lengths):
+        """Append the first lengths[b] tokens of input_ids[b] to row rows[b] of the cache; final hidden states (n, T, C)."""
+        T = input_ids.shape[1]
+        if int((cache.lengths[rows] + lengths).max()) > cache.capacity:
+            raise ValueError(f"the cache holds {cache.capacity} tokens a row; {int((cache.lengths[rows] + lengths).max())} are needed")
+        step = CachedAttention(cache, rows, lengths, T)
+        gates = getattr(self.model, "gate_projections", None)
+        h = self.passes(input_ids, step.positions, step.pass_1,
+                        lambda turn, i, q, k, v, k1, v1: step.later_pass(turn, i, gates[i], q, k, v), cache, rows, lengths - 1)
+        cache.lengths[rows] = cache.lengths[rows] + lengths
+        return h
+
+    @torch.no_grad()
+    def prefill(self, cache, prompts, rows=None):
+        """Append a list of prompts (1-d ids of any lengths) to these rows of the cache (all, by default); logits (n, V) after each."""
+        device = self.lm_head.weight.device
+        rows = torch.arange(len(prompts), device=device) if rows is None else torch.as_tensor(rows, device=device)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        if int(lengths.min()) == 0:
+            raise ValueError("a prompt is empty: give it at least one token")
+        ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(p, device=device) for p in prompts], batch_first=True)
+        h = self.append(cache, rows, ids, lengths)
+        return F.linear(h[torch.arange(len(rows)), lengths - 1], self.lm_head.weight.to(h.dtype)).float()
+
+    @torch.no_grad()
+    def decode(self, cache, tokens):
+        """Append one token (B,) to every row; logits (B, V) for the next."""
+        rows = torch.arange(cache.rows, device=tokens.device)
+        h = self.append(cache, rows, tokens[:, None], torch.ones_like(rows))
+        return F.linear(h[:, 0], self.lm_head.weight.to(h.dtype)).float()
+
+    @torch.no_grad()
+    def generate(self, input_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_ids=(), generator=None, lengths=None,
+                 pad_id=0):
+        """
+        Continue each row of input_ids (B, T) by up to max_new_tokens; returns (B, T + new).
+
+        Rows of different length stand at the left: row b's prompt is input_ids[b, :lengths[b]], and its continuation follows it
+        directly. A row ends with the first of stop_ids that it draws; what is left of it is pad_id. temperature 0 takes the most
+        likely token.
+        """
+        B, T = input_ids.shape
+        lengths = [T] * B if lengths is None else [int(n) for n in lengths]
+        cache = self.new_cache(B, max(lengths) + max_new_tokens)
+        logits = self.prefill(cache, [input_ids[b, :n] for b, n in enumerate(lengths)])
+        out = torch.full((B, T + max_new_tokens), pad_id, dtype=torch.int64, device=input_ids.device)
+        for b, n in enumerate(lengths):
+            out[b, :n] = input_ids[b, :n]
+        at = torch.tensor(lengths, device=input_ids.device)
+        alive, stops = torch.arange(B, device=input_ids.device), torch.tensor(list(stop_ids), device=input_ids.device)
+        for step in range(max_new_tokens):
+            tokens = sample(logits, temperature, top_k, top_p, generator)
+            out[alive, at[alive] + step] = tokens
+            going = ~torch.isin(tokens, stops)
+            if not going.all():
+                alive, tokens = alive[going], tokens[going]
+                if len(alive) == 0:
+                    break
+                cache.keep(going.nonzero()[:, 0])
+            if step + 1 < max_new_tokens:
+                logits = self.decode(cache, tokens)
+        return out[:, : max(lengths) + step + 1]
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draw one token a row from logits (B, V): temperature, then the top_k best, then the smallest set with top_p of the mass."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p is not None and top_p < 1:
+        p, order = logits.softmax(-1).sort(descending=True)
+        cut = p.cumsum(-1) - p >= top_p                                          # the mass before this token already suffices
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+# ---- from dense to loop ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def dense_to_loop(dense, mode="mean", loop_num=2, window=64):
+    """
+    Fold a dense model into a loop model, so that a loop starts from what a dense run has learned (LoopCoder report, 2.2).
+
+    copy        n layers -> n: every layer as it is, now run twice
+    mean        2n -> n: layer l is the mean of layers l and n + l, the two depths at which the loop will run it
+    stride      2n -> n: layers 0, 2, 4, ...
+    pair-mean   2n -> n: the mean of layers 2l and 2l + 1
+    (with loop_num = R: R n -> n in the same manner.) Gates start at one half: weight and bias are zero.
+    """
+    config, R = dense.config, loop_num
+    if config.loop_num != 1:
+        raise ValueError(f"dense_to_loop wants a dense model, this one has loop_num={config.loop_num}")
+    deep = config.num_hidden_layers
+    if mode != "copy" and deep % R:
+        raise ValueError(f"mode {mode!r} folds {R} layers into one: num_hidden_layers={deep} must be a multiple of {R}")
+    n = deep if mode == "copy" else deep // R
+    sources = {
+        "copy": lambda l: [l],
+        "mean": lambda l: [t * n + l for t in range(R)],
+        "stride": lambda l: [R * l],
+        "pair-mean": lambda l: [R * l + t for t in range(R)],
+    }
+    if mode not in sources:
+        raise ValueError(f"mode {mode!r} is unknown; there are {', '.join(sources)}")
+    weight = dense.lm_head.weight
+    with torch.device("meta"):
+        loop = LoopCoder(dataclasses.replace(config, num_hidden_layers=n, loop_num=R, loop_window_size=window))
+    loop.to_empty(device=weight.device).to(weight.dtype)
+    for gate in loop.model.gate_projections:
+        gate.weight.zero_()
+        gate.bias.zero_()
+    loop.model.embed_tokens.load_state_dict(dense.model.embed_tokens.state_dict())
+    loop.model.norm.load_state_dict(dense.model.norm.state_dict())
+    loop.lm_head.load_state_dict(dense.lm_head.state_dict())
+    for l, layer in enumerate(loop.model.layers):
+        folded = [dense.model.layers[s].state_dict() for s in sources[mode](l)]
+        layer.load_state_dict({key: torch.stack([f[key].double() for f in folded]).mean(0) for key in folded[0]})
+    return loop
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def parameter_count(config):
+    """(all parameters, those that are multiplied with: without the embedding table, each layer once)."""
+    C, D, H, KV = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    layer = 2 * C * H * D + 2 * C * KV * D + 3 * C * config.intermediate_size
+    gates = config.num_hidden_layers * (H * D + H) if config.loop_num > 1 else 0
+    norms = (2 * config.num_hidden_layers + 1) * C
+    matrices = config.num_hidden_layers * layer + config.vocab_size * C
+    return matrices + config.vocab_size * C + norms + gates, matrices
+
+
+def flops_per_token(config, context, backward=True):
+    """
+    Floating point operations for one token of a row of `context` tokens, forward alone or forward and backward (three times as much).
+
+    Two for each weight each time it is used, and for attention 4 D for each key and head: on average context / 2 keys in pass 1 and
+    in the global view, at most W in the local one. What an implementation spends beyond that (masked keys, recomputation) is not counted.
+    """
+    C, D, H, KV = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    L, R, W = config.num_hidden_layers, config.loop_num, min(config.loop_window_size, context)
+    layer = 2 * (2 * C * H * D + 2 * C * KV * D + 3 * C * config.intermediate_size)
+    keys = (context + 1) / 2
+    near = W - W * (W - 1) / (2 * context)                                       # mean number of keys in the window
+    attention = 4 * H * D * (keys * R + near * (R - 1))
+    forward = L * (R * layer + attention) + 2 * C * config.vocab_size
+    return forward * (3 if backward else 1)
+
+
+def matmul_peak(device="cpu", dtype=torch.float32, size=2048, repeats=5):
+    """FLOP/s of a square matrix product, the best of a few: the ceiling that MFU is measured against."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        a @ b
+        if a.is_cuda:
+            torch.cuda.synchronize(a.device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def newest_checkpoint(out=Path("out")):
+    """The checkpoint folder under out/ whose weights were written last."""
+    found = [p.parent for p in out.glob("*/model.safetensors")] + [p.parent for p in out.glob("*/model.safetensors.index.json")]
+    if not found:
+        raise ValueError(f"{out}/: no checkpoint there yet; run python train.py first, or give one with --ckpt DIR")
+    return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime)
+
+
+def complete(folder, prompt, max_new_tokens, temperature, top_p, seed):
+    """Print the continuation of a prompt, which is plain text: it never becomes a special token."""
+    from data import Tokenizer
+    tokenizer, model = Tokenizer.load(folder), LoopCoder.from_pretrained(folder)
+    ids = tokenizer.encode(prompt)
+    room = model.config.max_position_embeddings - len(ids)
+    if not ids or room < 1:
+        raise ValueError(f"--prompt: {len(ids)} tokens, but the context holds 1 to {model.config.max_position_embeddings - 1}")
+    stops = [tokenizer.special[name] for name in ("<|endoftext|>", "<|im_end|>")]
+    out = model.generate(torch.tensor([ids]), min(max_new_tokens, room), temperature, top_p=top_p, stop_ids=stops,
+                         generator=torch.Generator().manual_seed(seed))
+    new = [i for i in out[0, len(ids):].tolist() if i not in stops]
+    print(prompt + tokenizer.decode(new))
+
+
+def show_presets():
+    """One line for each preset: parameters, training FLOPs a token at its full context, cache bytes a token."""
+    print(f"{'preset':10} {'layers':>8} {'parameters':>14} {'context':>8} {'train FLOP/token':>17} {'cache a token':>14} {'+ a row once':>13}")
+    for name in PRESETS:
+        c = LoopCoderConfig.preset(name)
+        (grow, once), context = cache_bytes_per_token(c), c.max_position_embeddings
+        print(f"{name:10} {c.num_hidden_layers:>4} x {c.loop_num} {parameter_count(c)[0]:>14,} {context:>8} "
+              f"{flops_per_token(c, context):>17.3e} {grow / 1024:>10.1f} KiB {once / 1024:>9.0f} KiB")
+    print("FLOPs at the full context; the cache in bf16: one pass for every token, a window for every further pass")
+
+
+def main(argv=None):
+    """Read the options, then complete a prompt, or print the presets."""
+    parser = argparse.ArgumentParser(prog="model.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=(
+        "Complete a prompt with a checkpoint of the chain; without a prompt, print the shapes of the presets: parameters, FLOPs, and "
+        "the bytes that decoding keeps for a token."))
+    parser.add_argument("--prompt", help="text to continue")
+    parser.add_argument("--ckpt", type=Path, help="checkpoint folder (default: the newest under out/)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add at most")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    parser.add_argument("--top-p", type=float, default=0.95, help="draw from the smallest set of tokens with this share of the mass")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
+    args = parser.parse_args(argv)
+    if args.prompt is None:
+        show_presets()
+    else:
+        complete(args.ckpt or newest_checkpoint(), args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"model.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
