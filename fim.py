@@ -1,0 +1,1112 @@
+"""
+Fill in the middle: how a source file becomes examples in which the middle is missing, and how such a hole is filled again.
+
+A file is cut in three, and the model reads both ends before it writes the middle:
+    <|fim_prefix|>{prefix}<|fim_suffix|>{suffix}<|fim_middle|>{middle}<|im_end|>
+Where to cut decides what is learned. Five levels, from blind to structural:
+    char        any two places, mid-word too: what a cursor does
+    line        one line without its indentation
+    expression  a call, an operator, a comprehension: one node of the syntax tree that has a value
+    statement   one node that does something
+    function    one whole function or method
+A repository example puts similar snippets of the same repository in front of the hole; never a text that holds the answer.
+
+Read split() and file_parts() first: they are the idea. Then similar_files() and dependency_order() (which files stand in front),
+complete() (the same at a cursor, with token healing), and evaluate() (exact match, edit similarity, parse rate).
+
+Source: the report's figures 4 and 5 give the two strings and the three levels of the syntax tree; shares, size limits and the retrieval
+are ours, for the report gives none. BM25: Robertson and Zaragoza 2009. File order: DeepSeek-Coder 2024, algorithm 1.
+Where we differ from common practice: text is cut before it is tokenised, line ends are normalised first, and a file that is too long
+loses the head of its prefix and the tail of its suffix, never a part of its middle.
+
+    python fim.py FILE                # one example of each level
+    python fim.py FILE --repo DIR     # the same with similar snippets of DIR in front
+    python fim.py --bench             # examples per second and level on the standard library
+"""
+
+import argparse
+import functools
+import heapq
+import importlib
+import os
+import posixpath
+import random
+import re
+import sys
+import sysconfig
+import time
+import tokenize
+from bisect import bisect_left
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tree_sitter import Language, Parser, Query, QueryCursor
+
+# ---------------------------------------------------------------------- the numbers, as data
+
+LEVELS = ("char", "line", "expression", "statement", "function")  # each falls back to the one before it
+SHARES = {"char": 0.30, "line": 0.20, "expression": 0.15, "statement": 0.20, "function": 0.15}  # ours
+FIM_RATE = 0.5        # of the file-level and of the repository-level documents: the report
+SPM_RATE = 0.0        # of the FIM examples written suffix first; the report shows prefix first only. 0.1 is a common choice
+LARGEST_SHARE = 0.30  # a middle above the char level is at most this share of its file: what is left must say what is missing
+HUGE = 2_000_000      # characters; longer files are not parsed (generated tables, bundles), their levels fall back to lines
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+           "<|repo_name|>", "<|file_sep|>")
+FILE_SPECIALS = 4     # special tokens that file_parts() adds to the three texts
+
+# language -> (grammar wheel, its function, file endings)
+LANGUAGES = {
+    "python": ("tree_sitter_python", "language", (".py", ".pyi")),
+    "java": ("tree_sitter_java", "language", (".java",)),
+    "javascript": ("tree_sitter_javascript", "language", (".js", ".jsx", ".mjs", ".cjs")),
+    "typescript": ("tree_sitter_typescript", "language_typescript", (".ts", ".mts", ".cts")),
+    "c#": ("tree_sitter_c_sharp", "language", (".cs",)),
+    "go": ("tree_sitter_go", "language", (".go",)),
+    "rust": ("tree_sitter_rust", "language", (".rs",)),
+    "c": ("tree_sitter_c", "language", (".c", ".h")),
+    "c++": ("tree_sitter_cpp", "language", (".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx")),
+}
+
+# language -> node types by level. Names, literals and plain attribute access are left out of the expressions: they would be most of the
+# nodes, and guessing `self.x` teaches little. Anonymous functions count as functions only where they are the usual way to write one.
+_C = {
+    "expression": """call_expression binary_expression unary_expression update_expression conditional_expression assignment_expression
+        subscript_expression pointer_expression cast_expression sizeof_expression compound_literal_expression""",
+    "statement": """declaration expression_statement if_statement for_statement while_statement do_statement switch_statement return_statement
+        break_statement continue_statement goto_statement labeled_statement""",
+    "function": "function_definition",
+}
+_JAVASCRIPT = {
+    "expression": """call_expression new_expression binary_expression unary_expression update_expression ternary_expression
+        assignment_expression augmented_assignment_expression await_expression yield_expression subscript_expression array object
+        template_string""",
+    "statement": """expression_statement lexical_declaration variable_declaration if_statement for_statement for_in_statement while_statement
+        do_statement switch_statement try_statement return_statement throw_statement break_statement continue_statement import_statement""",
+    "function": "function_declaration generator_function_declaration function_expression generator_function method_definition arrow_function",
+}
+NODES = {
+    "python": {
+        "expression": """call binary_operator unary_operator boolean_operator not_operator comparison_operator conditional_expression lambda
+            subscript list tuple set dictionary list_comprehension set_comprehension dictionary_comprehension generator_expression await""",
+        "statement": """expression_statement if_statement for_statement while_statement with_statement try_statement match_statement
+            return_statement raise_statement assert_statement delete_statement import_statement import_from_statement
+            future_import_statement global_statement nonlocal_statement pass_statement break_statement continue_statement""",
+        "function": "function_definition",
+    },
+    "java": {
+        "expression": """method_invocation object_creation_expression array_creation_expression binary_expression unary_expression
+            update_expression ternary_expression assignment_expression cast_expression instanceof_expression lambda_expression
+            method_reference array_access switch_expression""",
+        "statement": """local_variable_declaration expression_statement if_statement for_statement enhanced_for_statement while_statement
+            do_statement try_statement try_with_resources_statement synchronized_statement labeled_statement return_statement throw_statement
+            assert_statement break_statement continue_statement yield_statement""",
+        "function": "method_declaration constructor_declaration compact_constructor_declaration",
+    },
+    "javascript": _JAVASCRIPT,
+    "typescript": _JAVASCRIPT | {"expression": _JAVASCRIPT["expression"] + " as_expression satisfies_expression non_null_expression"},
+    "c#": {
+        "expression": """invocation_expression object_creation_expression implicit_object_creation_expression array_creation_expression
+            binary_expression prefix_unary_expression postfix_unary_expression conditional_expression assignment_expression cast_expression
+            as_expression is_expression is_pattern_expression await_expression lambda_expression element_access_expression
+            conditional_access_expression switch_expression query_expression interpolated_string_expression""",
+        "statement": """local_declaration_statement expression_statement if_statement for_statement foreach_statement while_statement
+            do_statement switch_statement try_statement using_statement lock_statement return_statement throw_statement yield_statement
+            break_statement continue_statement goto_statement""",
+        "function": "method_declaration constructor_declaration destructor_declaration operator_declaration local_function_statement",
+    },
+    "go": {
+        "expression": """call_expression binary_expression unary_expression composite_literal index_expression slice_expression
+            type_assertion_expression type_conversion_expression""",
+        "statement": """short_var_declaration assignment_statement inc_statement dec_statement expression_statement send_statement
+            var_declaration const_declaration if_statement for_statement expression_switch_statement type_switch_statement select_statement
+            return_statement go_statement defer_statement break_statement continue_statement goto_statement labeled_statement""",
+        "function": "function_declaration method_declaration func_literal",
+    },
+    "rust": {
+        "expression": """call_expression macro_invocation binary_expression unary_expression reference_expression index_expression
+            type_cast_expression try_expression await_expression closure_expression struct_expression array_expression tuple_expression
+            range_expression if_expression match_expression assignment_expression compound_assignment_expr""",
+        "statement": "let_declaration expression_statement use_declaration",
+        "function": "function_item",
+    },
+    "c": _C,
+    "c++": {
+        "expression": _C["expression"] + " new_expression delete_expression lambda_expression fold_expression",
+        "statement": _C["statement"] + " for_range_loop try_statement throw_statement co_return_statement static_assert_declaration",
+        "function": "function_definition",
+    },
+}
+
+# ---------------------------------------------------------------------- parsers
+
+
+def language_of(path) -> str | None:
+    """The language of a path by its ending, or None. A header .h counts as C."""
+    ending = posixpath.splitext(str(path))[1].lower()
+    return next((name for name, (_, _, endings) in LANGUAGES.items() if ending in endings), None)
+
+
+@functools.cache
+def grammar(language: str) -> Language:
+    """The tree-sitter grammar of one of LANGUAGES."""
+    if language not in LANGUAGES:
+        raise ValueError(f"no grammar for language {language!r}: choose one of {', '.join(LANGUAGES)}")
+    wheel, function, _ = LANGUAGES[language]
+    return Language(getattr(importlib.import_module(wheel), function)())
+
+
+@functools.cache
+def parser(language: str) -> Parser:
+    """The parser of a language, made once a process. parser("go").parse(data: bytes) -> Tree; offsets in it are bytes."""
+    return Parser(grammar(language))
+
+
+@functools.cache
+def node_query(language: str, level: str) -> Query:
+    """The query that captures every node of a level, as `node`: the walk over the tree happens inside tree-sitter."""
+    return Query(grammar(language), "[" + " ".join(f"({kind})" for kind in NODES[language][level].split()) + "] @node")
+
+
+def parses(code: str, language: str) -> bool:
+    """True where the syntax tree has no error and nothing had to be made up."""
+    return not parser(language).parse(to_bytes(code)).root_node.has_error
+
+
+def faults(code: str, language: str) -> int:
+    """How many places of the syntax tree are wrong or made up (ERROR and MISSING nodes)."""
+    root = parser(language).parse(to_bytes(code)).root_node
+    return len(QueryCursor(fault_query(language)).captures(root).get("fault", [])) if root.has_error else 0
+
+
+@functools.cache
+def fault_query(language: str) -> Query:
+    return Query(grammar(language), "[(ERROR) (MISSING)] @fault")
+
+
+# ---------------------------------------------------------------------- one file, cut in three
+
+
+class Split(NamedTuple):
+    """prefix + middle + suffix is the whole (normalised) file."""
+
+    prefix: str
+    middle: str
+    suffix: str
+    node: str        # what the middle is: a node type of the grammar, or "line", "char"
+    level: str = ""  # the level that was found
+    asked: str = ""  # the level that was asked for; count where the two differ
+
+
+def normalise(code: str) -> str:
+    r"""Every line ends in \n. A suffix that starts with \r\n is a classic way to confuse a completion model."""
+    return code.replace("\r\n", "\n").replace("\r", "\n") if "\r" in code else code
+
+
+def to_bytes(code: str) -> bytes:
+    """UTF-8; a lone surrogate (from a JSON escape, say) passes through instead of failing."""
+    return code.encode("utf-8", "surrogatepass")
+
+
+def to_text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogatepass")
+
+
+TORN = re.compile("|".join(map(re.escape, SPECIAL)))
+REACH = max(map(len, SPECIAL)) - 1
+
+
+def torn(left: str, right: str) -> bool:
+    """True where the seam between left and right runs through a text that spells a special token."""
+    left, right = left[-REACH:], right[:REACH]
+    return any(found.start() < len(left) < found.end() for found in TORN.finditer(left + right))
+
+
+class Source:
+    """
+    A file that is normalised once and parsed at most once, however many splits are taken from it.
+
+    language=None is text without a grammar: the three levels of the syntax tree fall back to lines, as they do where the file
+    does not parse, is too long to parse, or has no node of a fitting size.
+    """
+
+    def __init__(self, code: str, language: str | None = None):
+        self.code = normalise(code)
+        self.language = language
+        self.found = {}  # level -> candidates, filled on demand
+        if language is not None:
+            grammar(language)  # an unknown language is an error here, not a silent fall-back
+        if not self.code:
+            raise ValueError("cannot split an empty file: leave it out")
+
+    @cached_property
+    def data(self) -> bytes:
+        return to_bytes(self.code)
+
+    @cached_property
+    def root(self):
+        return parser(self.language).parse(self.data).root_node
+
+    def split(self, level: str, rng: random.Random, max_middle: int | None = None) -> Split:
+        """One random split at this level, or at the next lower level that has one. max_middle: longest middle, in characters."""
+        if level not in LEVELS:
+            raise ValueError(f"no level {level!r}: choose one of {', '.join(LEVELS)}")
+        longest = min(len(self.code), max_middle or len(self.code))
+        for lower in LEVELS[LEVELS.index(level) :: -1]:
+            if lower == "char":
+                return self.split_chars(rng, longest)._replace(asked=level)
+            for split in self.shuffled(lower, rng, longest):
+                return split._replace(asked=level)
+
+    def split_chars(self, rng, longest: int) -> Split:
+        """Two different places, every pair at most `longest` apart equally likely."""
+        size = len(self.code)
+        for _ in range(1000):
+            start, length = rng.randrange(size), rng.randint(1, longest)
+            if start + length > size:
+                continue
+            split = Split(self.code[:start], self.code[start : start + length], self.code[start + length :], "char", "char")
+            if self.whole(split):
+                return split
+        raise ValueError(f"no place to cut {size} characters into a middle of at most {longest} without cutting a special string")
+
+    def shuffled(self, level: str, rng, longest: int):
+        """The splits of a level in random order; the size limits and the tree's errors are checked as each comes up."""
+        candidates = list(self.lines() if level == "line" else self.nodes(level))
+        longest = min(longest, int(LARGEST_SHARE * (len(self.code) if level == "line" else len(self.data))))
+        while candidates:
+            i = rng.randrange(len(candidates))
+            candidate, candidates[i] = candidates[i], candidates[-1]
+            candidates.pop()
+            split = self.at_line(candidate, longest) if level == "line" else self.at_node(candidate, longest, level)
+            if split and self.whole(split):
+                yield split
+
+    def lines(self) -> list[tuple[int, int]]:
+        """Each line that is not blank, from its first visible character to before its newline."""
+        if "line" not in self.found:
+            self.found["line"] = [found.span() for found in re.finditer(r"\S[^\n]*", self.code)]
+        return self.found["line"]
+
+    def at_line(self, span, longest: int) -> Split | None:
+        start, end = span
+        return Split(self.code[:start], self.code[start:end], self.code[end:], "line", "line") if end - start <= longest else None
+
+    def nodes(self, level: str) -> list:
+        """Every node of a level, whatever its size."""
+        if level not in self.found:
+            usable = self.language is not None and len(self.code) <= HUGE
+            self.found[level] = QueryCursor(node_query(self.language, level)).captures(self.root).get("node", []) if usable else []
+        return self.found[level]
+
+    def at_node(self, node, longest: int, level: str) -> Split | None:
+        """Cut around a node. Its offsets are bytes; decoding the three pieces is all the bookkeeping that needs."""
+        start, end = node.start_byte, node.end_byte
+        if not 0 < end - start <= longest or (self.root.has_error and in_error(node)):
+            return None
+        return Split(to_text(self.data[:start]), to_text(self.data[start:end]), to_text(self.data[end:]), node.type, level)
+
+    def whole(self, split: Split) -> bool:
+        """No seam runs through the spelling of a special token."""
+        if "<|" not in self.code:
+            return True
+        near = split.middle + split.suffix[:REACH]
+        return not torn(split.prefix, near[:REACH]) and not torn(split.prefix[-REACH:] + split.middle, split.suffix[:REACH])
+
+
+def in_error(node) -> bool:
+    """True where the node has an error inside or stands inside one: its type is then the parser's guess."""
+    if node.has_error:
+        return True
+    while node is not None and not node.is_error:
+        node = node.parent
+    return node is not None
+
+
+def split(code: str, language: str | None, level: str, rng: random.Random, max_middle: int | None = None) -> Split:
+    """
+    Cut a file in three at a random place of a level ("char", "line", "expression", "statement", "function").
+
+    The result's `level` is the one that was found and `asked` the one asked for: a file that has no such place (it does not parse, it
+    is one line, its only function is most of the file) falls back to the next lower level. Many splits of one file: keep a Source.
+    """
+    return Source(code, language).split(level, rng, max_middle)
+
+
+def plan(count: int, rng: random.Random, rate: float = FIM_RATE, shares: dict = SHARES) -> list[str | None]:
+    """
+    For `count` documents, in random order: the level each is to be split at, or None where it stays left to right.
+
+    The quotas are exact, not drawn: round(count * rate) documents are split, and each level gets its share of those to within one
+    (largest remainder), so a small corpus has the mixture too.
+    """
+    split_count = round(count * rate)
+    exact = {level: split_count * share / sum(shares.values()) for level, share in shares.items()}
+    quota = {level: int(value) for level, value in exact.items()}
+    for level in sorted(exact, key=lambda level: quota[level] - exact[level])[: split_count - sum(quota.values())]:
+        quota[level] += 1
+    levels = [level for level in shares for _ in range(quota[level])] + [None] * (count - split_count)
+    rng.shuffle(levels)
+    return levels
+
+
+# ---------------------------------------------------------------------- the report's strings
+# A part is (text, is_special, in_loss). Only a part of its own can be a special token: text from a file never is, whatever it spells.
+# Every part is in the loss, as in the FIM paper: the prefix and the suffix are code too.
+
+
+def special(token: str) -> tuple[str, bool, bool]:
+    return (token, True, True)
+
+
+def plain(text: str) -> tuple[str, bool, bool]:
+    return (text, False, True)
+
+
+def prompt_parts(prefix: str, suffix: str) -> list[tuple[str, bool, bool]]:
+    """What the model reads before it writes the middle (prefix first, "PSM")."""
+    return [special("<|fim_prefix|>"), plain(prefix), special("<|fim_suffix|>"), plain(suffix), special("<|fim_middle|>")]
+
+
+def file_parts(split: Split, spm: bool = False) -> list[tuple[str, bool, bool]]:
+    """The report's figure 4. With spm the suffix stands first, and prefix and middle follow as one run of text."""
+    if spm:
+        head = [special("<|fim_prefix|>"), special("<|fim_suffix|>"), plain(split.suffix), special("<|fim_middle|>"), plain(split.prefix)]
+    else:
+        head = prompt_parts(split.prefix, split.suffix)
+    return head + [plain(split.middle), special("<|im_end|>")]
+
+
+def context_parts(repo_name: str, context_files) -> list[tuple[str, bool, bool]]:
+    """The repository's name, then each file under its path. context_files: {path: text}, or pairs (a path may come twice)."""
+    parts = [special("<|repo_name|>"), plain(f"{repo_name}\n")]
+    for path, content in context_files.items() if isinstance(context_files, dict) else context_files:
+        parts += [special("<|file_sep|>"), plain(f"{path}\n{content}\n")]
+    return parts
+
+
+def repo_parts(repo_name: str, context_files, path: str, split: Split, spm: bool = False) -> list[tuple[str, bool, bool]]:
+    """The report's figure 5: the context files, then the file with the hole."""
+    return context_parts(repo_name, context_files) + [special("<|file_sep|>"), plain(f"{path}\n")] + file_parts(split, spm)
+
+
+def join(parts) -> str:
+    return "".join(part[0] for part in parts)
+
+
+def file_example(split: Split, spm: bool = False) -> str:
+    """The training string of one file: <|fim_prefix|>{prefix}<|fim_suffix|>{suffix}<|fim_middle|>{middle}<|im_end|>"""
+    return join(file_parts(split, spm))
+
+
+def repo_example(repo_name: str, context_files, path: str, split: Split, spm: bool = False) -> str:
+    """The training string of one file with others of its repository in front."""
+    return join(repo_parts(repo_name, context_files, path, split, spm))
+
+
+# ---------------------------------------------------------------------- too long: trim the far ends, never the middle
+# `measure` says how long a text is: len for characters, or lambda text: len(tokenizer.encode(text)) for tokens.
+
+
+def keep_end(text: str, room: int, measure=len) -> str:
+    """The longest end of a text that measures at most `room` (nearly the longest, where the measure is not len)."""
+    text = text[max(0, len(text) - 16 * max(room, 0)) :]  # nothing has tokens of 16 characters on average: measure no more than that
+    while text and (size := measure(text)) > room:
+        text = text[len(text) - min(len(text) - 1, len(text) * max(room, 0) // size) :]
+    return text
+
+
+def keep_start(text: str, room: int, measure=len) -> str:
+    """The longest start of a text that measures at most `room` (nearly the longest, where the measure is not len)."""
+    text = text[: 16 * max(room, 0)]
+    while text and (size := measure(text)) > room:
+        text = text[: min(len(text) - 1, len(text) * max(room, 0) // size)]
+    return text
+
+
+def trim(split: Split, limit: int, measure=len) -> Split:
+    """
+    Shorten a split until its three texts measure at most `limit` together: the prefix loses its head, the suffix its tail.
+
+    The room that the middle leaves is halved; a side that needs less than its half leaves the rest to the other.
+    """
+    room = limit - measure(split.middle)
+    if room < 0:
+        raise ValueError(f"a middle of length {limit - room} does not fit in {limit}: split with a smaller max_middle")
+    prefix, suffix = keep_end(split.prefix, room, measure), keep_start(split.suffix, room, measure)
+    before, after = measure(prefix), measure(suffix)
+    if before + after > room:
+        half = room // 2
+        prefix = keep_end(prefix, max(half, room - after), measure)
+        suffix = keep_start(suffix, max(room - half, room - before), measure)
+    return split._replace(prefix=prefix, suffix=suffix)
+
+
+def trim_repo(repo_name: str, context_files, path: str, split: Split, limit: int, measure=len):
+    """
+    (context_files, split) so that repo_parts() of them measures at most `limit`, each special token counting 1.
+
+    The context gets at most half of the room. It loses its first files first (similar_files() puts the most similar last), and the one
+    that is cut keeps its start.
+    """
+    size = lambda parts: sum(1 if is_special else measure(content) for content, is_special, _ in parts)
+    context_files = list(context_files.items() if isinstance(context_files, dict) else context_files)
+    room = limit - size(repo_parts(repo_name, [], path, Split("", "", "", "")))
+    costs = [1 + measure(f"{name}\n{content}\n") for name, content in context_files]
+    for_target = max(room - min(sum(costs), room // 2), measure(split.middle))
+    if for_target > room:
+        raise ValueError(f"a middle of length {for_target} does not fit in {limit} with its header: split with a smaller max_middle")
+    split = trim(split, for_target, measure)
+    left = room - sum(measure(piece) for piece in split[:3])
+    kept = []
+    for (name, content), cost in zip(reversed(context_files), reversed(costs)):
+        if cost > left:
+            content = keep_start(content, left - 1 - measure(f"{name}\n\n") - 1, measure)  # one to spare: pieces may not add up exactly
+            cost = 1 + measure(f"{name}\n{content}\n")
+        if cost > left or not content:
+            break
+        kept.append((name, content))
+        left -= cost
+    return kept[::-1], split
+
+
+# ---------------------------------------------------------------------- which files stand in front: similar ones
+
+IDENTIFIER = re.compile(r"[^\W\d]\w+")
+
+
+def bm25(query: str, documents: list[str], k1: float = 1.2, b: float = 0.75) -> list[float]:
+    """
+    How much each document has to do with the query, by the identifiers they share. The slow form, which reads like the equation:
+        score(d) = sum over t in query of  idf(t) * tf(t, d) (k1 + 1) / (tf(t, d) + k1 (1 - b + b |d| / mean |d|))
+        idf(t)   = ln(1 + (N - df(t) + 0.5) / (df(t) + 0.5))
+    Index.scores() is the fast form.
+    """
+    bags = [Counter(IDENTIFIER.findall(document)) for document in documents]
+    mean = sum(bag.total() for bag in bags) / len(bags) or 1
+    scores = [0.0] * len(bags)
+    for term in set(IDENTIFIER.findall(query)):
+        df = sum(term in bag for bag in bags)
+        idf = np.log(1 + (len(bags) - df + 0.5) / (df + 0.5))
+        for d, bag in enumerate(bags):
+            scores[d] += idf * bag[term] * (k1 + 1) / (bag[term] + k1 * (1 - b + b * bag.total() / mean))
+    return scores
+
+
+class Index:
+    """
+    BM25 over the snippets of a repository: built once, asked for every file.
+
+    files: {path: text}. A snippet is a window of `lines` lines; lines=None takes whole files. The weight that a term gives to a document
+    does not depend on the query, so all of them are computed here, sorted by term; a query adds up one slice a term.
+    """
+
+    def __init__(self, files: dict[str, str], lines: int | None = 40, k1: float = 1.2, b: float = 0.75):
+        self.files = {path: normalise(content) for path, content in files.items()}
+        self.snippets = [(path, piece) for path, content in self.files.items() for piece in windows(content, lines)]
+        self.term_ids, terms, documents, tf = {}, [], [], []
+        lengths = np.zeros(len(self.snippets))
+        for d, (_, piece) in enumerate(self.snippets):
+            bag = Counter(IDENTIFIER.findall(piece))
+            lengths[d] = bag.total()
+            terms += [self.term_ids.setdefault(term, len(self.term_ids)) for term in bag]
+            documents += [d] * len(bag)
+            tf += bag.values()
+        terms, documents, tf = np.array(terms, np.int64), np.array(documents, np.int64), np.array(tf, np.float64)
+        order = np.argsort(terms, kind="stable")
+        df = np.bincount(terms, minlength=len(self.term_ids))  # a term is counted once a document
+        idf = np.log(1 + (len(self.snippets) - df + 0.5) / (df + 0.5))
+        shrink = k1 * (1 - b + b * lengths / (lengths.mean() if len(lengths) and lengths.any() else 1))
+        self.weights = (idf[terms] * tf * (k1 + 1) / (tf + shrink[documents]))[order]
+        self.documents = documents[order]
+        self.starts = np.concatenate([[0], np.cumsum(df)])
+
+    def scores(self, query: str) -> np.ndarray:
+        """BM25 of every snippet against the identifiers of the query."""
+        scores = np.zeros(len(self.snippets))
+        for term in sorted({self.term_ids[t] for t in IDENTIFIER.findall(query) if t in self.term_ids}):
+            rows = slice(self.starts[term], self.starts[term + 1])
+            scores[self.documents[rows]] += self.weights[rows]
+        return scores
+
+
+def windows(text: str, lines: int | None) -> list[str]:
+    """A text in consecutive pieces of so many lines; [text] for None."""
+    if lines is None:
+        return [text] if text else []
+    rows = text.splitlines(keepends=True)
+    pieces = ("".join(rows[i : i + lines]).rstrip("\n") for i in range(0, len(rows), lines))
+    return [piece for piece in pieces if piece.strip()]
+
+
+def leaks(content: str, split: Split) -> bool:
+    """
+    True where a file gives the answer away: it has the middle in the target's own surroundings (a copy of the target),
+    or more than half of the middle's longer lines.
+    """
+    if split.prefix[-20:] + split.middle + split.suffix[:20] in content:
+        return True
+    telling = [line for line in map(str.strip, split.middle.split("\n")) if len(line) >= 20]
+    return 2 * sum(line in content for line in telling) > len(telling)
+
+
+def similar_files(index: Index, path: str, split: Split, k: int = 4, near: int = 2000) -> list[tuple[str, str]]:
+    """
+    The k snippets (path, text) of the repository most similar to what stands around the hole, the most similar last, next to the hole.
+
+    The query is the last `near` characters of the prefix and the first of the suffix: what a cursor knows. Files that hold the target's
+    text are left out: the target itself, its copies, and whatever leaks() finds.
+    """
+    scores = index.scores(split.prefix[-near:] + "\n" + split.suffix[:near])
+    chosen, leaking = [], {path: True}
+    for d in np.argsort(-scores, kind="stable"):
+        if len(chosen) == k or scores[d] <= 0:
+            break
+        name, snippet = index.snippets[d]
+        if name not in leaking:
+            leaking[name] = leaks(index.files[name], split)
+        if not leaking[name]:
+            chosen.append((name, snippet))
+    return chosen[::-1]
+
+
+# ---------------------------------------------------------------------- which files stand in front: what a file imports
+# A file provides names and needs names. A need is a list of alternatives, the first that some file provides wins.
+
+NEEDS = {
+    "python": re.compile(r"^[ \t]*(?:from[ \t]+(\.*[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n#;]*)|import[ \t]+([^\n#;]*))", re.M),
+    "java": re.compile(r"^[ \t]*import[ \t]+(?:static[ \t]+)?([\w.]+)(\.\*)?[ \t]*;", re.M),
+    "javascript": re.compile(r"""(?:\bfrom|\bimport|\brequire\s*\(|\bimport\s*\()\s*["'](\.[^"'\n]*)["']"""),
+    "c#": re.compile(r"^[ \t]*(?:global[ \t]+)?using[ \t]+(?:static[ \t]+)?([\w.]+)[ \t]*;", re.M),
+    "go": re.compile(r'^[ \t]*(?:import[ \t]+)?(?:[\w.]+[ \t]+)?"([^"\n]+)"[ \t]*$', re.M),
+    "rust": re.compile(r"^[ \t]*(?:pub(?:\([^)]*\))?[ \t]+)?(?:(mod)[ \t]+(\w+)[ \t]*;|use[ \t]+((?:crate|self|super)(?:::\w+)*))", re.M),
+    "c": re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.M),
+}
+NEEDS |= {"typescript": NEEDS["javascript"], "c++": NEEDS["c"]}
+PACKAGE = {"java": re.compile(r"^[ \t]*package[ \t]+([\w.]+)", re.M), "c#": re.compile(r"^[ \t]*namespace[ \t]+([\w.]+)", re.M)}
+
+
+def endings(path: str) -> list[str]:
+    """"a/b/c" -> ["a/b/c", "b/c", "c"]"""
+    pieces = path.split("/")
+    return ["/".join(pieces[i:]) for i in range(len(pieces))]
+
+
+def rust_module(path: str) -> str:
+    """The module path that a Rust file is: src/a/b.rs and src/a/b/mod.rs are both src/a/b; lib.rs and main.rs are their folder."""
+    stem = posixpath.splitext(path)[0]
+    return posixpath.dirname(stem) if posixpath.basename(stem) in ("mod", "lib", "main") else stem
+
+
+def provides(path: str, content: str, language: str, paths) -> list[str]:
+    """The names under which other files of the repository may import this one."""
+    stem, folder = posixpath.splitext(path)[0], posixpath.dirname(path)
+    if language == "python":
+        stem = folder if stem.endswith("__init__") else stem
+        root = folder  # climb while the folder is a package: the name starts below the last one that is not
+        while root and f"{root}/__init__.py" in paths:
+            root = posixpath.dirname(root)
+        return [stem.replace("/", "."), stem[len(root) :].strip("/").replace("/", ".")]
+    if language in PACKAGE:
+        packages = PACKAGE[language].findall(content)
+        return packages + [f"{package}.{posixpath.basename(stem)}" for package in packages]
+    if language in ("javascript", "typescript"):
+        return [path, stem] + ([folder] if posixpath.basename(stem) == "index" else [])
+    if language == "go":
+        return [folder]
+    if language == "rust":
+        return [rust_module(path)]
+    return endings(path)
+
+
+def needs(path: str, content: str, language: str) -> list[list[str]]:
+    """What a file imports: for each import the names it may mean, the best first."""
+    folder, found = posixpath.dirname(path), NEEDS[language].findall(content)
+    if language == "python":
+        return [need for match in found for need in python_needs(folder, *match)]
+    if language == "java":
+        return [[name] if star else [name, name.rpartition(".")[0]] for name, star in found]
+    if language in ("javascript", "typescript"):
+        return [[at, posixpath.splitext(at)[0]] for at in (posixpath.normpath(posixpath.join(folder, name)) for name in found)]
+    if language == "go":
+        return [endings(name) for name in found]
+    if language == "rust":
+        return [need for match in found for need in rust_needs(path, *match)]
+    if language in ("c", "c++"):
+        return [[posixpath.normpath(posixpath.join(folder, name)), posixpath.normpath(name)] for name in found]
+    return [[name] for name in found]
+
+
+def python_needs(folder: str, source: str, names: str, modules: str) -> list[list[str]]:
+    """`import a.b, c` and `from .a import b, c`: b may be a module of its own or a name in a."""
+    first_words = lambda listing: [item.split()[0] for item in listing.strip("() \t\n").split(",") if item.split()]
+    if modules:
+        return [[name] for name in first_words(modules)]
+    dots = len(source) - len(source.lstrip("."))
+    if dots:
+        base = folder.split("/")[: len(folder.split("/")) - dots + 1] if folder else []
+        source = ".".join([*base, *filter(None, [source.lstrip(".")])])
+    return [[f"{source}.{name}".strip("."), source] for name in first_words(re.sub(r"#[^\n]*", "", names))]
+
+
+def rust_needs(path: str, mod: str, child: str, use: str) -> list[list[str]]:
+    """`mod x;` is a file below this module; `use crate::a::B` is the longest of a/B and a that is a file."""
+    here = rust_module(path)
+    if mod:
+        return [[f"{here}/{child}".lstrip("/")]]
+    first, *rest = use.split("::")
+    if first == "crate":
+        at = path[: path.find("src/") + 3] if "src/" in path else ""
+    else:
+        at = here if first == "self" else posixpath.dirname(here)
+    while rest and rest[0] == "super":
+        at, rest = posixpath.dirname(at), rest[1:]
+    return [["/".join(filter(None, [at, *rest[:n]])) for n in range(len(rest), 0, -1)]] if rest else []
+
+
+def imports(files: dict[str, str]) -> dict[str, set[str]]:
+    """{path: the other files of the repository that it imports}"""
+    provided = {}  # (language, name) -> paths; C and C++ share their headers, JavaScript and TypeScript their modules
+    family = {"c++": "c", "typescript": "javascript"}
+    languages = {path: language_of(path) for path in files}
+    for path in sorted(files):
+        if language := languages[path]:
+            for name in set(provides(path, files[path], language, files)):
+                provided.setdefault((family.get(language, language), name), []).append(path)
+    edges = {path: set() for path in files}
+    for path, language in languages.items():
+        for alternatives in needs(path, files[path], language) if language else []:
+            found = next((f for name in alternatives if (f := provided.get((family.get(language, language), name)))), [])
+            edges[path].update(other for other in found if other != path)
+    return edges
+
+
+def dependency_order(files: dict[str, str]) -> list[str]:
+    """
+    The paths of a repository in an order in which a file comes after the files that it imports.
+
+    Files that have nothing to do with each other stay apart (connected components, by their first path). Inside a component, again and
+    again the file with the fewest imports that are not placed yet comes next, by path among equals. Without cycles that number is
+    always 0, so every dependency precedes its user; a cycle is entered where it is weakest.
+    """
+    edges = imports(files)
+    users = {path: [] for path in files}
+    for path, targets in edges.items():
+        for target in targets:
+            users[target].append(path)
+    missing = {path: len(targets) for path, targets in edges.items()}
+    order, component = [], {}
+    for first in sorted(files):  # label the components
+        stack = [first] if first not in component else []
+        while stack:
+            path = stack.pop()
+            if path not in component:
+                component[path] = first
+                stack += [*edges[path], *users[path]]
+    heap = [(component[path], missing[path], path) for path in files]
+    heapq.heapify(heap)
+    placed = set()
+    while heap:
+        _, count, path = heapq.heappop(heap)
+        if path in placed or count != missing[path]:
+            continue  # an entry from before its count went down
+        placed.add(path)
+        order.append(path)
+        for user in users[path]:
+            missing[user] -= 1
+            if user not in placed:
+                heapq.heappush(heap, (component[user], missing[user], user))
+    return order
+
+
+# ---------------------------------------------------------------------- filling a hole: token healing, stop, repeated suffix
+
+
+class Vocabulary:
+    """The ordinary tokens of a tokenizer as text. Tokens that are a part of a character have none, and are never forced."""
+
+    def __init__(self, tokenizer):
+        special_ids = set(tokenizer.special.values())
+        self.word = {i: tokenizer.decode([i]) for i in range(tokenizer.vocab_size) if i not in special_ids}
+        self.word = {i: word for i, word in self.word.items() if word and "\ufffd" not in word}
+        self.pairs = sorted((word, i) for i, word in self.word.items())
+        self.id = {word: i for word, i in reversed(self.pairs)}
+
+    def starting_with(self, text: str) -> list[tuple[str, int]]:
+        first = bisect_left(self.pairs, (text,))
+        return self.pairs[first : bisect_left(self.pairs, (text + chr(sys.maxunicode),))]
+
+    def forced(self, must: str) -> list[int]:
+        """The tokens that may come next where the text has to go on with `must`: they start with it, or it starts with them."""
+        shorter = [self.id[must[:n]] for n in range(1, len(must)) if must[:n] in self.id]
+        return [i for _, i in self.starting_with(must)] + shorter
+
+    def tail(self, ids: list[int]) -> int:
+        """
+        How many tokens at the end of a prompt to take back: the most whose joined text could be the start of one longer token.
+
+        "ht" + "tp" may have been about to become "http", or "https://": both tokens go back, and the model chooses again.
+        """
+        longest = max(map(len, self.word.values()), default=0)
+        back, joined = 0, ""
+        for n, i in enumerate(reversed(ids), 1):
+            joined = self.word.get(i, "\ufffd") + joined
+            if len(joined) >= longest or "\ufffd" in joined:
+                break
+            if any(word != joined for word, _ in self.starting_with(joined)):
+                back = n
+        return back
+
+
+vocabulary_of = functools.lru_cache(maxsize=2)(Vocabulary)  # decoding every token takes a while: once a tokenizer
+
+
+def choose(logits, temperature: float, generator=None) -> int:
+    """Sample an id from logits (V,); temperature 0 takes the most likely."""
+    import torch
+
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator))
+
+
+def force(model, ids: list[int], must: str, vocabulary: Vocabulary, temperature: float, device, generator=None) -> list[int]:
+    """Generate until the text `must` is written: the model chooses among the tokens that do not contradict it."""
+    import torch
+
+    new = []
+    while must:
+        allowed = torch.tensor(vocabulary.forced(must), device=device)
+        logits, _ = model(torch.tensor([ids + new], device=device))  # (1, T, V), or (1, 1, V)
+        new.append(int(allowed[choose(logits[0, -1, allowed], temperature, generator)]))
+        must = must[len(vocabulary.word[new[-1]]) :]  # empty where the token went beyond it
+    return new
+
+
+def extend(model, ids: list[int], count: int, stop_ids, temperature: float, device, generator=None) -> list[int]:
+    """At most `count` new ids, with the model's own generate() where it has one."""
+    import torch
+
+    if hasattr(model, "generate"):
+        settings = {"temperature": temperature} if temperature > 0 else {"temperature": 1.0, "top_k": 1}
+        row = model.generate(torch.tensor([ids], device=device), count, stop_ids=tuple(stop_ids), generator=generator, **settings)[0]
+        return row[len(ids) :].tolist()
+    new = []
+    while len(new) < count and not (new and new[-1] in stop_ids):
+        logits, _ = model(torch.tensor([ids + new], device=device))
+        new.append(choose(logits[0, -1], temperature, generator))
+    return new
+
+
+def complete(model, prefix: str, suffix: str, tokenizer, *, repo_name: str | None = None, context_files=(), path: str = "",
+             language: str | None = None, context: int = 1024, max_new_tokens: int = 64, temperature: float = 0.0, heal: bool = True,
+             generator=None) -> str:  # fmt: skip
+    """
+    What belongs between prefix and suffix, as a model trained on file_parts() or repo_parts() says it.
+
+    model       model(input_ids (1, T)) -> (logits (1, T or 1, V), loss); its generate() is used where it has one
+    tokenizer   .encode(text), .decode(ids), .encode_parts(parts), .special {token: id}, .vocab_size
+    repo_name   with context_files and path: the repository form. context: tokens, the new ones included; more text is trimmed
+    heal        take back the last tokens of the prefix and let the model write them again (a cursor is rarely where a token ends)
+
+    It stops at <|im_end|> (or any special token). Where the completion ends with what already stands behind the cursor on the same
+    line, that repetition is dropped if the result has fewer faults without it.
+    """
+    import torch
+
+    measure = lambda text: len(tokenizer.encode(text))
+    prefix, suffix = normalise(prefix), normalise(suffix)
+    hole, room = Split(prefix, "", suffix, "cursor"), context - max_new_tokens
+    before = [special("<|fim_prefix|>")]
+    if repo_name is None:
+        hole = trim(hole, room - FILE_SPECIALS, measure)
+    else:
+        context_files, hole = trim_repo(repo_name, context_files, path, hole, room, measure)
+        before = [*context_parts(repo_name, context_files), special("<|file_sep|>"), plain(f"{path}\n"), *before]
+    device = next(model.parameters()).device if hasattr(model, "parameters") else "cpu"
+    vocabulary = vocabulary_of(tokenizer)
+    prefix_ids = tokenizer.encode(hole.prefix)
+    back = vocabulary.tail(prefix_ids) if heal else 0
+    tail = tokenizer.decode(prefix_ids[len(prefix_ids) - back :])
+    head_ids, _ = tokenizer.encode_parts(before)
+    rest_ids, _ = tokenizer.encode_parts(prompt_parts("", hole.suffix)[2:])
+    ids = head_ids + prefix_ids[: len(prefix_ids) - back] + rest_ids
+    with torch.no_grad():
+        new = force(model, ids, tail, vocabulary, temperature, device, generator)
+        stops = set(tokenizer.special.values())
+        if len(new) < max_new_tokens:
+            new += extend(model, ids + new, max_new_tokens - len(new), stops, temperature, device, generator)
+    end = next((n for n, i in enumerate(new) if i in stops), len(new))
+    completion = tokenizer.decode(new[:end]).rstrip("\ufffd")[len(tail) :]
+    return drop_repeat(prefix, completion, suffix, language)
+
+
+def imbalance(text: str) -> int:
+    """A stand-in for a parser where the language is not known: brackets and quotes without a partner."""
+    brackets = sum(abs(text.count(a) - text.count(b)) for a, b in ("()", "[]", "{}"))
+    return brackets + sum(text.count(quote) % 2 for quote in "\"'`")
+
+
+def drop_repeat(prefix: str, completion: str, suffix: str, language: str | None = None) -> str:
+    """
+    A completion without its repetition of the rest of the line, which already stands behind the cursor:  f(x|)  completed by  y)  ->  y
+
+    Only a parser can tell repetition from need ( f(g(x|)  wants the same  ) ), so it is dropped where the text has fewer faults without
+    it. Where neither is better a long repetition (8 characters up) goes and a short one stays.
+    """
+    rest = suffix.split("\n", 1)[0].strip()
+    shorter = completion.rstrip()
+    if not rest or not shorter.endswith(rest):
+        return completion
+    shorter = shorter[: len(shorter) - len(rest)]
+    count = functools.partial(faults, language=language) if language else imbalance
+    with_it, without = count(prefix + completion + suffix), count(prefix + shorter + suffix)
+    return shorter if without < with_it or (without == with_it and len(rest) >= 8) else completion
+
+
+# ---------------------------------------------------------------------- the metrics
+
+
+def levenshtein_table(a: str, b: str) -> int:
+    """The fewest insertions, deletions and replacements of a character that turn a into b: the textbook table, row by row."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def levenshtein(a: str, b: str) -> int:
+    """
+    The same number, a whole row of the table at once (Myers 1999, Hyyro 2003).
+
+    Neighbours in a row differ by -1, 0 or 1, so two bit vectors hold it: `up` where the next is larger, `down` where it is smaller. One
+    addition carries through a run of matches. Python's integers are the bit vectors, of any length.
+    """
+    if not a or not b:
+        return len(a) + len(b)
+    match = {}
+    for i, x in enumerate(a):
+        match[x] = match.get(x, 0) | 1 << i
+    mask, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
+    up, down, distance = mask, 0, len(a)
+    for y in b:
+        equal = match.get(y, 0)
+        diagonal = equal | down
+        carried = (((equal & up) + up) ^ up) | equal
+        rises, falls = down | ~(carried | up) & mask, up & carried
+        distance += bool(rises & last) - bool(falls & last)
+        rises, falls = rises << 1 | 1, falls << 1
+        up, down = (falls | ~(diagonal | rises)) & mask, rises & diagonal & mask
+    return distance
+
+
+def edit_similarity(prediction: str, target: str) -> float:
+    """100 * (1 - Levenshtein distance / length of the longer one); two empty texts are equal."""
+    return 100 * (1 - levenshtein(prediction, target) / max(len(prediction), len(target), 1))
+
+
+STRINGS = r'"""[\s\S]*?"""|\'\'\'[\s\S]*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\''
+COMMENT = {"python": re.compile(STRINGS + r"|(#[^\n]*)"), "other": re.compile(STRINGS + r"|(//[^\n]*|/\*[\s\S]*?\*/)")}
+
+
+def exact_match(prediction: str, target: str, language: str | None = None) -> bool:
+    """Equal line by line: stripped, without blank lines, and without comments where the language is known."""
+
+    def lines(code):
+        if language is not None:
+            code = COMMENT["python" if language == "python" else "other"].sub(lambda m: "" if m[1] else m[0], code)
+        return [line.strip() for line in code.splitlines() if line.strip()]
+
+    return lines(prediction) == lines(target)
+
+
+def holes(repositories: dict[str, dict[str, str]], level: str, count: int, rng, max_middle: int) -> list[tuple[str, str, Split]]:
+    """At most `count` (repository, path, split) of exactly this level, one a file, from files that parse."""
+    places = sorted((repo, path) for repo, files in repositories.items() for path in files if language_of(path))
+    rng.shuffle(places)
+    found = []
+    for repo, path in places:
+        code, language = normalise(repositories[repo][path]), language_of(path)
+        if len(found) == count:
+            break
+        if not code.strip() or not parses(code, language):
+            continue
+        cut = split(code, language, level, rng, max_middle)
+        if cut.level == level and cut.middle.strip():
+            found.append((repo, path, cut))
+    return found
+
+
+def evaluate(model, tokenizer, files: dict[str, dict[str, str]], *, count: int = 20, levels=LEVELS, context: int = 1024,
+             max_new_tokens: int = 64, max_middle: int = 160, seed: int = 0, heal: bool = True) -> list[dict]:  # fmt: skip
+    """
+    How well a model fills holes in files it has not seen: one row a level and arm, the same holes in both arms, greedy.
+
+    files    {repository: {path: text}} of held-out projects
+    returns  [{"level", "context": "file" or "repository", "count", "exact_match", "edit_similarity", "parse_rate"}], all in per cent
+
+    The parse rate is that of the whole file with the completion in the hole; every file here parses with its own middle.
+    """
+    indexes = {repo: Index(files[repo]) for repo in files}
+    rows = []
+    for level in levels:
+        places = holes(files, level, count, random.Random(f"{seed} {level}"), max_middle)
+        for arm in ("file", "repository"):
+            scores = []
+            for repo, path, cut in places:
+                language = language_of(path)
+                settings = {"context": context, "max_new_tokens": max_new_tokens, "language": language, "heal": heal}
+                if arm == "repository":
+                    settings |= {"repo_name": repo, "path": path, "context_files": similar_files(indexes[repo], path, cut)}
+                got = complete(model, cut.prefix, cut.suffix, tokenizer, **settings)
+                whole = parses(cut.prefix + got + cut.suffix, language)
+                scores.append((100 * exact_match(got, cut.middle, language), edit_similarity(got, cut.middle), 100 * whole))
+            means = np.mean(scores, axis=0).tolist() if scores else [float("nan")] * 3
+            names = ("exact_match", "edit_similarity", "parse_rate")
+            rows.append({"level": level, "context": arm, "count": len(scores), **dict(zip(names, means))})
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of evaluate(), aligned."""
+    lines = [f"{'level':<12}{'context':<12}{'holes':>6}{'exact match %':>15}{'edit similarity':>17}{'parse rate %':>14}"]
+    for row in rows:
+        numbers = f"{row['exact_match']:>15.1f}{row['edit_similarity']:>17.1f}{row['parse_rate']:>14.1f}"
+        lines.append(f"{row['level']:<12}{row['context']:<12}{row['count']:>6}{numbers}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------- command line
+
+
+def read_source(path: Path) -> str:
+    """A source file as text: UTF-8, or what a Python file says of itself."""
+    try:
+        if language_of(path) == "python":
+            with tokenize.open(path) as file:
+                return file.read()
+        return path.read_bytes().decode("utf-8")
+    except (UnicodeDecodeError, SyntaxError) as error:
+        raise ValueError(f"{path} is not readable as text ({error}): convert it to UTF-8") from None
+
+
+def read_repository(folder: Path) -> dict[str, str]:
+    """{path: text} of the source files below a folder; hidden folders, files of no known language and unreadable ones are left out."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: --repo wants the root of a repository")
+    files = {}
+    for base, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(base, name)
+            if language_of(name) and path.is_file() and path.stat().st_size <= HUGE:
+                try:
+                    files[path.relative_to(folder).as_posix()] = read_source(path)
+                except ValueError:
+                    continue
+    return files
+
+
+def show(split: Split, around: int = 3) -> str:
+    """The last lines of the prefix, the middle between marks, the first lines of the suffix."""
+    above, below = split.prefix.split("\n")[-around:], split.suffix.split("\n")[:around]
+    note = "" if split.level == split.asked else f", for want of a {split.asked} that fits"
+    rule = f"-- {split.level} ({split.node}){note}: {len(split.prefix):,} + {len(split.middle):,} + {len(split.suffix):,} characters "
+    return f"{rule:-<100}\n" + "\n".join(above) + f"\u27e6{split.middle}\u27e7" + "\n".join(below) + "\n"
+
+
+def show_file(path: Path, language: str | None, options) -> None:
+    """The examples of one file, and how often a level had to fall back."""
+    rng, source = random.Random(options.seed), Source(read_source(path), language)
+    index, target = None, path.name
+    if options.repo:
+        index = Index(read_repository(options.repo))
+        if path.resolve().is_relative_to(options.repo.resolve()):
+            target = path.resolve().relative_to(options.repo.resolve()).as_posix()
+    found = Counter()
+    for level in options.levels.split(","):
+        for _ in range(options.n):
+            cut = source.split(level, rng, options.max_middle)
+            found[cut.asked, cut.level] += 1
+            context = similar_files(index, target, cut) if index else []
+            if options.string:
+                example = repo_example(options.repo.resolve().name, context, target, cut, options.spm) if index else file_example(cut, options.spm)
+                print(example, end="\n\n")
+            else:
+                print(show(cut), *[f"   in front: {name}, {len(snippet):,} characters" for name, snippet in context], sep="\n")
+    moved = {f"{a} to {b}": n for (a, b), n in found.items() if a != b}
+    print(f"{found.total()} examples of {path} ({language or 'no grammar'}), {sum(moved.values())} fell back", moved or "", file=sys.stderr)
+
+
+def bench(seconds: float) -> None:
+    """Examples per second on one core: the files of the standard library without its tests, in a fixed random order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [p for p in sorted(root.rglob("*.py")) if not {"site-packages", "test", "tests"} & set(p.parts) and p.stat().st_size]
+    random.Random(0).shuffle(paths)
+    files = [read_source(path) for path in paths]
+    size = sum(len(to_bytes(code)) for code in files) / len(files)
+    print(f"{len(files)} files, {size / 1e3:.1f} kB each, one process; one example a file unless said otherwise")
+
+    def rate(work, per_file=1):
+        rng, done, start = random.Random(0), 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            work(files[done % len(files)], rng)
+            done += 1
+        return done * per_file / (time.perf_counter() - start)
+
+    bare = rate(lambda code, rng: parser("python").parse(to_bytes(code)))
+    print(f"{'tree-sitter alone':<24}{bare:>10,.0f} files/s {bare * size / 1e6:>8.1f} MB/s")
+    for level in LEVELS:
+        speed = rate(lambda code, rng: file_example(split(code, "python", level, rng)))
+        print(f"{level:<24}{speed:>10,.0f} examples/s" + (f" {speed / bare:>8.2f} of the bare parse" if level in NODES["python"] else ""))
+
+    def many(code, rng):
+        source = Source(code, "python")
+        for n in range(10):
+            file_example(source.split(LEVELS[n % 5], rng))
+
+    print(f"{'ten of a file, all levels':<24}{rate(many, 10):>10,.0f} examples/s")
+    repository = {path.relative_to(root).as_posix(): code for path, code in zip(paths, files)}
+    start = time.perf_counter()
+    index = Index(repository)
+    print(f"{'index of the repository':<24}{time.perf_counter() - start:>10.2f} s for {len(index.snippets):,} snippets")
+    path_of = {code: path for path, code in repository.items()}
+    speed = rate(lambda code, rng: similar_files(index, path_of[code], split(code, "python", "line", rng)))
+    print(f"{'line with similar files':<24}{speed:>10,.0f} examples/s")
+    start = time.perf_counter()
+    dependency_order(repository)
+    print(f"{'dependency order':<24}{time.perf_counter() - start:>10.2f} s for {len(repository):,} files")
+
+
+def main(argv=None) -> None:
+    about = "Shows fill-in-the-middle examples of a source file, cut at five levels; what was cut out stands between \u27e6 and \u27e7."
+    flags = argparse.ArgumentParser(prog="fim.py", description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags.add_argument("file", type=Path, nargs="?", default=Path(__file__), help="the source file")
+    flags.add_argument("--language", help=f"one of {', '.join(LANGUAGES)}, or none; by the file's ending where not given")
+    flags.add_argument("--levels", default=",".join(LEVELS), help="which levels, with commas")
+    flags.add_argument("--n", type=int, default=1, help="examples a level")
+    flags.add_argument("--seed", type=int, default=0, help="for the random places")
+    flags.add_argument("--max-middle", type=int, default=1000, help="longest middle, in characters")
+    flags.add_argument("--repo", type=Path, help="folder whose similar snippets stand in front")
+    flags.add_argument("--string", action="store_true", help="print the training strings themselves")
+    flags.add_argument("--spm", action="store_true", help="with --string: suffix first, instead of prefix first")
+    flags.add_argument("--bench", action="store_true", help="time the levels on the standard library instead")
+    flags.add_argument("--seconds", type=float, default=3.0, help="with --bench: time for each line")
+    options = flags.parse_args(argv)
+    if options.bench:
+        return bench(options.seconds)
+    language = options.language or language_of(options.file)
+    show_file(options.file, None if language == "none" else language, options)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"fim.py: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
