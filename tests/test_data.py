@@ -1,0 +1,116 @@
+"""data.py: what goes in is what the rules say, what comes out is what went in, and every share is exact."""
+import json
+import random
+
+import numpy as np
+import pytest
+
+import data
+from data import Mixture, TokenFile, TokenWriter, Tokenizer, pack
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Eight small projects with a little of several languages."""
+    root = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    names = ["alpha", "beta", "gamma", "delta", "omega", "value", "index", "total", "buffer", "reader"]
+    for p in range(8):
+        for f in range(6):
+            lines = [f"def {rng.choice(names)}_{p}_{f}_{k}({rng.choice(names)}, size={rng.randrange(99)}):\n"
+                     f"    # {' '.join(rng.choices(names, k=6))}\n    return {rng.choice(names)} + size * {rng.randrange(9)}\n"
+                     for k in range(20)]
+            path = root / f"project{p}" / f"module{f}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n".join(lines))
+        (root / f"project{p}" / "notes.md").write_text(f"# Project {p}\n\n" + " ".join(rng.choices(names, k=200)) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    data.build(out, [str(corpus)], vocab_size=320, max_bytes=0, workers=1, log=lambda line: None)
+    return out
+
+
+def test_the_fast_bpe_trainer_finds_the_merges_of_the_slow_one():
+    rng = random.Random(1)
+    texts = ["".join(rng.choices("aab \n_(é1", k=2000)) for _ in range(5)]
+    counts = data.count_words(texts)
+    assert data.train_bpe(counts, 200) == data.train_bpe_slowly(counts, 200)
+
+
+def test_every_document_of_the_token_files_decodes_to_a_file_of_the_corpus(corpus, built):
+    tokenizer = Tokenizer.load(built / "tokenizer")
+    sources = {path.read_text() for path in corpus.rglob("*.*")}
+    seen = 0
+    for split in ("train", "heldout"):
+        for name in ("code", "text"):
+            file = TokenFile(built / split, name)
+            for i in range(len(file.lengths)):
+                ids = file.ids(i)
+                text = tokenizer.decode(ids[1:-1])
+                assert text in sources and len(text.encode()) == file.nbytes[i]
+                assert {int(ids[0]), int(ids[-1])} == {tokenizer.special["<|endoftext|>"]}
+                seen += 1
+    assert seen == len(sources)
+
+
+def test_the_manifest_counts_what_the_files_hold(built):
+    manifest = json.loads((built / "manifest.json").read_text())
+    for split, rows in manifest["splits"].items():
+        for name, row in rows.items():
+            file = TokenFile(built / split, name)
+            assert row["tokens"] == file.lengths.sum() and row["bytes"] == file.nbytes.sum() and row["documents"] == len(file.lengths)
+            assert sum(r["bytes"] for r in row["by_language"].values()) == row["bytes"]
+
+
+def test_a_truncated_token_file_is_refused(tmp_path):
+    writer = TokenWriter(tmp_path, "code", 300)
+    writer.add([1, 2, 3], 3, "python")
+    writer.close()
+    with open(tmp_path / "code.tokens", "r+b") as file:
+        file.truncate(4)
+    with pytest.raises(ValueError, match="truncated"):
+        TokenFile(tmp_path, "code")
+
+
+def test_packing_keeps_each_sample_whole_and_learns_every_token_but_the_first():
+    rng = random.Random(0)
+    samples = [[rng.randrange(1, 1000) for _ in range(rng.randrange(2, 80))] for _ in range(300)]
+    input_ids, targets, segment_ids = pack(samples, 64)
+    found = []
+    for row in range(len(input_ids)):
+        for segment in np.unique(segment_ids[row]):
+            at = segment_ids[row] == segment
+            if (targets[row][at] >= 0).any():
+                found.append([int(input_ids[row][at][0]), *targets[row][at].tolist()])
+    pieces = [sample[start:start + n + 1] for sample in samples for start, n in data.cut_pieces(len(sample), 64)]
+    assert sorted(found) == sorted(pieces)
+    assert (np.diff(segment_ids) >= 0).all()
+    assert sum(len(piece) - 1 for piece in pieces) / input_ids.size > 0.97
+
+
+def test_a_mixture_gives_the_shares_and_resumes_to_the_same_batches(tmp_path):
+    rng = np.random.default_rng(0)
+    files = {}
+    for name, documents in (("a", 400), ("b", 30), ("c", 100)):
+        writer = TokenWriter(tmp_path, name, 1000)
+        for _ in range(documents):
+            writer.add(rng.integers(0, 1000, rng.integers(2, 300)), 10, "python")
+        writer.close()
+        files[name] = TokenFile(tmp_path, name)
+    shares = {"a": 0.7, "b": 0.05, "c": 0.25}
+    one = Mixture(files, shares, context=64, rows=4, seed=3)
+    batches = [one.next() for _ in range(300)]
+    for name, share in one.realised().items():
+        assert share == pytest.approx(shares[name], abs=0.005)
+    two = Mixture(files, shares, context=64, rows=4, seed=3)
+    for _ in range(120):
+        two.next()
+    three = Mixture(files, shares, context=64, rows=4, seed=3)
+    three.load_state(json.loads(json.dumps(two.state())))
+    for batch in batches[120:140]:
+        for x, y in zip(batch, three.next()):
+            np.testing.assert_array_equal(x, y)
