@@ -23,15 +23,20 @@ of values outside, never an exit code or a printed line inside.
 import ast
 import atexit
 import builtins
+import contextlib
 import ctypes
+import difflib
 import errno
 import fcntl
 import functools
 import gc
+import importlib.util
+import inspect
 import json
 import marshal
 import math
 import os
+import re
 import resource
 import select
 import signal
@@ -40,9 +45,11 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
+import unittest
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -394,7 +401,7 @@ def open_sources():
     return [(path, os.readlink(path) if os.path.islink(path) and path != "/etc/localtime" else os.open(path, os.O_PATH)) for path in shown_paths()]
 
 
-def build_view(sources):
+def build_view(sources, interpreter):
     """A root directory from nothing: binds, links, a few lines of /etc, all read-only. Every run clones it and adds one tmpfs."""
     root = "/tmp"
     mount("root", root, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
@@ -414,7 +421,7 @@ def build_view(sources):
         make(path)
     for path, text in WRITTEN.items():
         Path(root + path).write_text(text)
-    for path, target in {**LINKS, TOOLS + "/python": os.path.realpath(sys.executable), TOOLS + "/python3": os.path.realpath(sys.executable)}.items():
+    for path, target in {**LINKS, TOOLS + "/python": interpreter, TOOLS + "/python3": interpreter}.items():
         if not os.path.lexists(root + path):
             os.symlink(target, root + path)
     for path in hidden_paths():
@@ -640,7 +647,7 @@ def live(job, limits, walls, pipes):
             leave(code)
         elif job["kind"] == "serve":
             main = fresh_main(job["main"])
-            code = serve(socket.socket(fileno=3), main, functools.partial(execute, job["main"], main))
+            code = serve(socket.socket(fileno=3), main, functools.partial(execute, job["main"], main) if job["execute"] else lambda: None)
         elif job["kind"] == "test":
             code = test(job, socket.socket(fileno=3), socket.socket(fileno=4))
     except FileNotFoundError as error:
@@ -743,20 +750,174 @@ def free_names(source):
     return sorted(used - set(dir(builtins)))
 
 
+def run_check(line, source):
+    """One Check in a namespace of its own."""
+    space = {"__name__": "__check__"}
+    for name in free_names(source):
+        try:
+            space[name] = line.ask("__main__", None, [name], None, {})
+        except AttributeError:
+            pass  # the test will say NameError
+    exec(compile(source, "check", "exec"), space)
+
+
+class RemoteModules:
+    """An import hook: the candidate's modules, by name, are modules whose every attribute is asked for over the line."""
+
+    def __init__(self, line, names):
+        self.line, self.names = line, names
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_loader(name, self, is_package=True) if name in self.names else None
+
+    def create_module(self, spec):
+        self.line.ask(spec.name, None, ["__name__"], None, {})  # an import that fails, fails here
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = functools.partial(self.attribute, spec.name)
+        module.__path__ = [os.path.join(os.getcwd(), *spec.name.split("."))]  # tests may live inside the package
+        return module
+
+    def exec_module(self, module):
+        pass
+
+    def attribute(self, module, name):
+        if name == "__all__":
+            return [each for each in self.line.ask(module, None, ["__dir__"], [], {}) if not each.startswith("_")]
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.line.ask(module, None, [name], None, {})
+
+
+class Skipped(Exception):
+    """A test that does not want to run. That is no pass."""
+
+
+class Raises:
+    """`with pytest.raises(ValueError, match="..."):`"""
+
+    def __init__(self, expected, match=None):
+        self.expected, self.match, self.value = expected, match, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, trace):
+        assert kind is not None, f"{self.expected} was not raised"
+        self.value = value
+        return issubclass(kind, self.expected) and (self.match is None or re.search(self.match, str(value)) is not None)
+
+
+class Approx:
+    """`x == pytest.approx(1.5)`, also for lists and dictionaries of numbers."""
+
+    def __init__(self, want, rel=1e-6, abs=1e-12):
+        self.want, self.rel, self.abs = want, rel, abs
+
+    def __eq__(self, got):
+        near = lambda w, g: g == Approx(w, self.rel, self.abs)
+        if isinstance(self.want, dict):
+            return self.want.keys() == got.keys() and all(near(w, got[key]) for key, w in self.want.items())
+        if isinstance(self.want, (list, tuple)):
+            return len(self.want) == len(got) and all(map(near, self.want, got))
+        return self.want == got or math.isclose(self.want, got, rel_tol=self.rel, abs_tol=self.abs)
+
+
+def small_pytest():
+    """What test files use of pytest, where the real one has no business: raises, approx, fixture, parametrize; skip is no pass."""
+
+    def skip(*_, **__):
+        raise Skipped("skipped")
+
+    def parametrize(names, rows, **_):
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+        rows = [dict(zip(names, row if len(names) > 1 else [row])) for row in rows]
+
+        def mark(function):
+            function.cases = [{**row, **old} for row in rows for old in getattr(function, "cases", [{}])]
+            return function
+
+        return mark
+
+    def fixture(function=None, **_):
+        if function is None:
+            return fixture
+        function.is_fixture = True
+        return function
+
+    skipping = lambda *_, **__: lambda function: skip
+    module = types.ModuleType("pytest")
+    module.mark = types.SimpleNamespace(parametrize=parametrize, skip=skipping, skipif=lambda when, **_: skipping() if when else lambda f: f,
+                                        xfail=skipping, slow=lambda f: f)  # fmt: skip
+    module.raises, module.approx, module.skip, module.xfail, module.fixture = Raises, Approx, skip, skip, fixture
+    module.fail = lambda message="": (_ for _ in ()).throw(AssertionError(message))
+    return module
+
+
+def run_test(module, names):
+    """One test of a test file: a function, a method of a plain class, or a method of a unittest.TestCase."""
+    holder = getattr(module, names[0])
+    if isinstance(holder, type) and issubclass(holder, unittest.TestCase):
+        result = unittest.TestResult()
+        unittest.TestSuite([holder(names[1])]).run(result)
+        for _, text in result.failures + result.errors:
+            raise AssertionError(text.strip().rpartition("\n")[2])
+        if result.testsRun != 1 or result.skipped or result.expectedFailures or result.unexpectedSuccesses:
+            raise Skipped("skipped or expected to fail")
+        return
+    function, instance = holder, None
+    if len(names) > 1:
+        instance = holder()
+        function = getattr(instance, names[1])
+    for case in getattr(function, "cases", [{}]):
+        with contextlib.ExitStack() as stack:
+            getattr(instance, "setup_method", lambda *_: None)()
+            stack.callback(getattr(instance, "teardown_method", lambda *_: None))
+            function(**with_fixtures(function, module, case, stack))
+
+
+def with_fixtures(function, module, known, stack):
+    """Arguments of a test: its case, and for the other names what the fixtures of the file or of conftest.py make."""
+    arguments = {}
+    for name in inspect.signature(function).parameters:
+        maker = getattr(module, name, None) or getattr(sys.modules.get("conftest"), name, None)
+        if name in known:
+            arguments[name] = known[name]
+        elif name == "tmp_path":
+            arguments[name] = Path(tempfile.mkdtemp())
+        elif getattr(maker, "is_fixture", False):
+            made = maker(**with_fixtures(maker, module, known, stack))
+            if inspect.isgenerator(made):
+                stack.callback(next, made, None)
+                made = next(made)
+            arguments[name] = made
+        elif inspect.signature(function).parameters[name].default is inspect.Parameter.empty:
+            raise TypeError(f"no fixture named {name!r}")
+    return arguments
+
+
+def run_from_file(line, test_id):
+    """A test named path::name or path::Class::name; the file is imported by its path, its imports of the candidate go over the line."""
+    path, *names = test_id.split("::")
+    if path not in sys.modules:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+        if os.path.exists(os.path.join(os.path.dirname(path), "conftest.py")):
+            importlib.import_module("conftest")
+        spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "."), path)
+        sys.modules[path] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    run_test(sys.modules[path], names)
+
+
 def test(job, verdicts, link):
-    """Run every check, each in a fresh namespace; tell the warden [passed, message] for each."""
+    """Run every test; tell the warden [passed, message] for each."""
     line = Line(link)
+    sys.meta_path.insert(0, RemoteModules(line, frozenset(job["modules"])))
+    sys.modules["pytest"] = small_pytest()
     outcomes = []
-    for source in job["checks"]:
-        space = {"__name__": "__check__"}
+    for one in job["tests"]:
         try:
             line.value(line.loaded)
-            for name in free_names(source):
-                try:
-                    space[name] = line.ask("__main__", None, [name], None, {})
-                except AttributeError:
-                    pass
-            exec(compile(source, "check", "exec"), space)
+            (run_from_file if job["modules"] else run_check)(line, one)
             outcomes.append([True, ""])
         except BaseException as error:
             outcomes.append([False, f"{type(error).__name__}: {message_of(error)}"])
@@ -996,6 +1157,41 @@ def warden(asker, link, walls):
             checked(libc.umount2(DISK.encode(), DETACH), "umount of the disk")
             private_disk(limits)
             write_files(request["files"])
+    if request.get("tree"):
+        changed, gone, left_out = tree_changes(request["files"], limits)
+        entries = [[path, mode, len(data)] for path, mode, data in changed]
+        send_frame(asker, json.dumps({"changed": entries, "gone": gone, "left_out": left_out}).encode())
+        send_frame(asker, b"".join(data for _, _, data in changed))
+
+
+def tree_changes(before, limits):
+    """What the work directory holds now that nobody lives any more, as [(path, mode, bytes)] of what differs, and the paths gone."""
+    changed, left_out, found, room = [], [], set(), limits["disk_mb"] << 20
+    for folder, folders, names in os.walk(WORK):
+        for name in folders + names:
+            full = os.path.join(folder, name)
+            path, mode = os.path.relpath(full, WORK), os.lstat(full).st_mode
+            if stat.S_ISLNK(mode):
+                data = os.fsencode(os.readlink(full))
+            elif stat.S_ISREG(mode):
+                size = os.lstat(full).st_size  # a file with holes can be longer than the disk
+                if size > room:
+                    left_out.append(path)
+                    continue
+                place = os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                with os.fdopen(place, "rb") as file:
+                    data = file.read(size)
+            elif stat.S_ISDIR(mode):
+                data = b""
+            else:
+                left_out.append(path)
+                continue
+            found.add(path)
+            old = before.get(path)
+            if old is None or old[1] != data or stat.S_IFMT(old[0]) != stat.S_IFMT(mode) or (old[0] ^ mode) & 0o100:
+                changed.append((path, stat.S_IFMT(mode) | (0o755 if mode & 0o100 else 0o644), data))
+                room -= len(data)
+    return changed, sorted(set(before) - found - set(left_out)), left_out
 
 
 def run_job(job, limits, walls, asker, link, base):
@@ -1053,12 +1249,12 @@ def zygote(control):
     """Build the view once, warm up, then turn every message on the control socket (its descriptors: asker, perhaps a link) into a run."""
     walls = {"ruleset": None, "filter": None}
     mount("none", "/", "", RECURSIVE | PRIVATE)
-    sources = open_sources()
+    sources, interpreter = open_sources(), os.path.realpath(sys.executable)
     os.setgroups([]) if os.getuid() == 0 else None
     os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
     os.setresuid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
     libc.sethostname(b"sandbox", 7)
-    build_view(sources)
+    build_view(sources, interpreter)
     prctl(PR_DUMPABLE, 1)
     walls["ruleset"] = fcntl.fcntl(landlock_rules(["/"], [BOX], ["/dev"]), fcntl.F_DUPFD_CLOEXEC, 10)
     walls["filter"] = seccomp_program(True)
@@ -1203,8 +1399,12 @@ def land(near, request):
             for job in request["jobs"]:
                 result = json.loads(read_frame(near))
                 landed.append((result, [read_frame(near) for _ in range(result["blobs"])]))
-                if "error" in result or job.get("must") and result["exit_code"]:
+                if "error" in result:
+                    return landed
+                if job.get("must") and result["exit_code"]:
                     break
+            if request.get("tree"):
+                landed.append((json.loads(read_frame(near)), read_frame(near)))
     except (OSError, ValueError) as error:
         landed.append(({"error": f"the run was lost: {error}"}, []))
     return landed
@@ -1279,7 +1479,7 @@ def short(value):
 
 
 def grade_calls(files, calls, limits):
-    request = {"files": files, "limits": asdict(limits), "jobs": [{"kind": "serve", "main": "main.py"}]}
+    request = {"files": files, "limits": asdict(limits), "jobs": [{"kind": "serve", "main": "main.py", "execute": True}]}
     result, blobs = land(launch(request, [call_text(call) for call in calls]), request)[0]
     done, answers = as_run(result, blobs), blobs[2:]
     if answers and json.loads(answers[0])[1:2] == ["raised"]:
@@ -1306,20 +1506,24 @@ def grade_ios(files, ios, limits):
     return verdicts, runs
 
 
-def grade_checks(files, checks, limits):
+def grade_apart(serving, testing, count):
+    """A candidate that serves and a tester that asks, each in a run of its own, joined by one socket; -> (verdicts, runs)."""
     ours, theirs = socket.socketpair()
-    serving = {"files": files, "limits": asdict(limits), "jobs": [{"kind": "serve", "main": "main.py"}]}
-    testing = {"files": {}, "limits": asdict(limits), "jobs": [{"kind": "test", "checks": [check.source for check in checks]}]}
     with ours, theirs:
         candidate, tester = launch(serving, link=theirs), launch(testing, link=ours)
     (result, blobs), = land(tester, testing)
-    done, tested = as_run(*land(candidate, serving)[0]), as_run(result, blobs)
-    runs = [done, tested]
+    tested, done = as_run(result, blobs), as_run(*land(candidate, serving)[0])
     try:
         verdicts = [(passed is True, str(message)) for passed, message in json.loads(blobs[2])]
     except (ValueError, IndexError):
         verdicts = []
-    return verdicts + [(False, f"no verdict: {tested.reason or tested.status}")] * (len(checks) - len(verdicts)), runs
+    return verdicts + [(False, f"no verdict: {tested.reason or tested.status}")] * (count - len(verdicts)), [done, tested]
+
+
+def grade_checks(files, checks, limits):
+    serving = {"files": files, "limits": asdict(limits), "jobs": [{"kind": "serve", "main": "main.py", "execute": True}]}
+    job = {"kind": "test", "tests": [check.source for check in checks], "modules": []}
+    return grade_apart(serving, {"files": {}, "limits": asdict(limits), "jobs": [job]}, len(checks))
 
 
 def grade(source, tests, limits=Limits()) -> Grade:
@@ -1342,15 +1546,203 @@ def grade(source, tests, limits=Limits()) -> Grade:
                     outcomes[place] = verdict
     if None in outcomes:
         raise ValueError(f"grade: a test is a Call, an Io or a Check, not {type(tests[outcomes.index(None)]).__name__}")
+    return as_grade(outcomes, runs)
+
+
+def as_grade(outcomes, runs, names=()):
     passed = [good for good, _ in outcomes]
-    return Grade(passed, sum(passed) / len(passed), grade_status(passed, runs), runs, [reason for _, reason in outcomes])
+    status = "passed" if all(passed) else "failed"
+    for worse in ("crashed", "memory", "timeout"):
+        if not all(passed) and any(done.status == worse for done in runs):
+            status = worse
+    if any(done.status == "sandbox error" for done in runs):
+        status = "sandbox error"
+    return Grade(passed, sum(passed) / len(passed), status, runs, [reason for _, reason in outcomes], list(names))
 
 
-def grade_status(passed, runs):
-    for status in ("sandbox error", *([] if all(passed) else ["timeout", "memory", "crashed"])):
-        if any(done.status == status for done in runs):
-            return status
-    return "passed" if all(passed) else "failed"
+# ------------------------------------------------------------------------------------------------------------- the workspace
+
+HISTORY = {".git", ".hg", ".svn", ".bzr", ".jj"}
+NOT_THE_PROGRAM = re.compile(r"(^|/)(tests?|__pycache__|\.[^/]*)/|(^|/)(test_[^/]*|[^/]*_test|conftest|sitecustomize|usercustomize)\.py$|\.(pyc|pyo|pth|ini|cfg|toml)$")
+
+
+def contained(path, target):
+    """Does a symlink at `path` stay inside the tree?"""
+    return not target.startswith("/") and not os.path.normpath(os.path.join(os.path.dirname(path), target)).startswith("..")
+
+
+def read_tree(folder):
+    """{relative path: (mode, bytes)} of a folder: no history of any version control, no link that leads out, nothing but files."""
+    tree = {}
+    for place, folders, names in os.walk(folder):
+        if {"HEAD", "objects", "refs"} <= set(folders + names):  # a bare repository, whatever its name
+            folders[:] = []
+            continue
+        folders[:] = sorted(set(folders) - HISTORY)
+        for name in folders + sorted(set(names) - HISTORY):
+            full = os.path.join(place, name)
+            path, mode = os.path.relpath(full, folder), os.lstat(full).st_mode
+            if stat.S_ISLNK(mode) and contained(path, os.readlink(full)):
+                tree[path] = (stat.S_IFLNK | 0o644, os.fsencode(os.readlink(full)))
+            elif stat.S_ISREG(mode):
+                tree[path] = (stat.S_IFREG | (0o755 if mode & 0o100 else 0o644), Path(full).read_bytes())
+            elif stat.S_ISDIR(mode):
+                tree[path] = (stat.S_IFDIR | 0o755, b"")
+    return tree
+
+
+def module_names(tree):
+    """The dotted names under which the Python files of a tree are imported, from its root or from src/."""
+    names = set()
+    for path, (mode, _) in tree.items():
+        if stat.S_ISREG(mode) and path.endswith(".py"):
+            parts = path.removeprefix("src/").removesuffix(".py").removesuffix("/__init__").split("/")
+            names |= {".".join(parts[: n + 1]) for n in range(len(parts))}
+    return {name for name in names if name.split(".")[0] not in sys.stdlib_module_names and name.split(".")[0] != "pytest"}
+
+
+def test_ids(path, source):
+    """The tests of a file by reading it: path::function, path::Class::method. These must all report."""
+    is_test = lambda node: isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+    ids = []
+    for node in ast.parse(source).body:
+        if is_test(node):
+            ids.append(f"{path}::{node.name}")
+        elif isinstance(node, ast.ClassDef) and (node.name.startswith("Test") or any("TestCase" in ast.unparse(base) for base in node.bases)):
+            ids += [f"{path}::{node.name}::{method.name}" for method in node.body if is_test(method)]
+    return ids
+
+
+class Workspace:
+    """
+    A throw-away copy of a small repository for an episode of many steps. Between two commands it is a dictionary on our side and
+    nothing else: no process, no descriptor, no folder. A command is a run that gets the files and whose changed files come back.
+
+    source     a folder, or {path: text or bytes}       commands   how many exec() may run
+    """
+
+    def __init__(self, source, limits=Limits(), commands=1000):
+        self.limits, self.commands = limits, commands
+        if isinstance(source, (str, Path)):
+            if not os.path.isdir(source):
+                raise ValueError(f"Workspace: {source} is not a folder")
+            self.base = read_tree(source)
+        else:
+            self.base = {path: (stat.S_IFREG | mode, data) for path, (mode, data) in as_files(source).items()}
+        size = sum(len(data) for _, data in self.base.values())
+        if size > limits.disk_mb << 20:
+            raise ValueError(f"Workspace: the files have {size >> 20} MB, Limits.disk_mb is {limits.disk_mb}; raise it or copy less")
+        self.tree = dict(self.base)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self.base, self.tree = {}, {}
+
+    def paths(self):
+        return sorted(path for path, (mode, _) in self.tree.items() if stat.S_ISREG(mode))
+
+    def read(self, path):
+        path = os.path.normpath(path)
+        mode, data = self.tree.get(path, (0, b""))
+        if stat.S_ISLNK(mode):
+            return self.read(os.path.join(os.path.dirname(path), os.fsdecode(data)))
+        if not stat.S_ISREG(mode):
+            raise FileNotFoundError(errno.ENOENT, "no such file in the workspace", path)
+        return text_of(data)
+
+    def write(self, path, text):
+        path = os.path.normpath(path)
+        (path, (mode, data)), = as_files({path: text}).items()
+        parents = ["/".join(path.split("/")[:n]) for n in range(1, path.count("/") + 1)]
+        if any(not stat.S_ISDIR(self.tree[parent][0]) for parent in parents if parent in self.tree) or stat.S_ISDIR(self.tree.get(path, (0,))[0]):
+            raise ValueError(f"write: {path} does not name a file in a folder of the workspace")
+        self.tree[path] = (stat.S_IFREG | self.tree.get(path, (mode,))[0] & 0o777, data)
+
+    def exec(self, command, stdin="", limits=None) -> Run:
+        """Run a shell command (or a list of arguments) in the tree, which then is as the command left it."""
+        if self.commands <= 0:
+            return Run("failed", reason="the allowance of commands is spent")
+        self.commands -= 1
+        argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+        request = {"files": self.tree, "limits": asdict(limits or self.limits), "tree": True,
+                   "jobs": [{"kind": "command", "argv": argv, "stdin": stdin.encode()}]}  # fmt: skip
+        with IN_FLIGHT:
+            (result, blobs), *rest = land(launch(request), request)
+        done = as_run(result, blobs)
+        if done.status == "sandbox error" or not rest:
+            return Run("sandbox error", reason=done.reason or "the files were lost")
+        self.take(*rest[0])
+        return done
+
+    def take(self, report, data):
+        """The changes of a command. Paths and links come from inside: they stay inside."""
+        for path in report["gone"]:
+            self.tree.pop(path, None)
+        place = 0
+        for path, mode, size in report["changed"]:
+            content, place = data[place : place + size], place + size
+            if contained("", path) and (not stat.S_ISLNK(mode) or contained(path, os.fsdecode(content))):
+                self.tree[path] = (mode, content)
+
+    def diff(self):
+        """All changes as one patch that `git apply` takes. No git runs: its hooks and filters would be the candidate's."""
+        parts = []
+        for path in sorted(self.base.keys() | self.tree.keys()):
+            old, new = self.base.get(path), self.tree.get(path)
+            if old != new and not stat.S_ISDIR((old or new)[0]):
+                parts.append(file_diff(path, old, new))
+        return "".join(parts)
+
+    def grade(self, test_files=None, limits=None) -> Grade:
+        """
+        Run test files against the tree. Tests come from the clean copy (a list of paths, or all it has) or from {path: text}; they run
+        in an interpreter of their own that reaches the candidate's modules by remote calls only. Every test found in the text must report.
+        """
+        limits = limits or self.limits
+        clean = {path: entry for path, entry in self.base.items() if NOT_THE_PROGRAM.search(path) or not path.endswith(".py")}
+        if isinstance(test_files, dict):
+            given = {path: (stat.S_IFREG | 0o644, data) for path, (_, data) in as_files(test_files).items()}
+        else:
+            chosen = test_files or [path for path in self.base if re.search(r"(^|/)(test_[^/]*|[^/]*_test)\.py$", path)]
+            missing = [path for path in chosen if path not in self.base]
+            if missing:
+                raise ValueError(f"grade: {missing[0]} is not in the clean copy")
+            given = {path: self.base[path] for path in chosen}
+        ids = [name for path in given if path.endswith(".py") for name in test_ids(path, given[path][1])]
+        if not ids:
+            raise ValueError("grade: the test files hold no test; a program without a test would pass")
+        program = {path: entry for path, entry in self.tree.items() if not NOT_THE_PROGRAM.search(path) and path not in given}
+        serving = {"files": program, "limits": asdict(limits), "jobs": [{"kind": "serve", "main": "main.py", "execute": False}]}
+        job = {"kind": "test", "tests": ids, "modules": sorted(module_names(program) - module_names(given))}
+        with IN_FLIGHT:
+            outcomes, runs = grade_apart(serving, {"files": {**clean, **given}, "limits": asdict(limits), "jobs": [job]}, len(ids))
+        return as_grade(outcomes, runs, ids)
+
+
+def file_diff(path, old, new):
+    """One file's part of a patch; old or new is (mode, bytes) or None."""
+    head = f"diff --git a/{path} b/{path}\n"
+    if old is None:
+        head += f"new file mode {new[0]:o}\n"
+    elif new is None:
+        head += f"deleted file mode {old[0]:o}\n"
+    elif old[0] != new[0]:
+        head += f"old mode {old[0]:o}\nnew mode {new[0]:o}\n"
+    before, after = (entry[1] if entry else b"" for entry in (old, new))
+    if b"\0" in before + after:
+        return head + f"Binary files a/{path} and b/{path} differ\n"
+    lines = [text.decode("utf-8", "surrogateescape").splitlines(keepends=True) for text in (before, after)]
+    names = ("/dev/null" if old is None else f"a/{path}", "/dev/null" if new is None else f"b/{path}")
+    body = list(difflib.unified_diff(*lines, *names))
+    return head + "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in body)
+
+
+# --------------------------------------------------------------------------------------------------------- the command line
 
 
 def main(argv=None):
