@@ -108,6 +108,7 @@ class TrainConfig:
     scale: float = flag(1.0, "multiplies the token budget and the corpus size; 0.02 is a rehearsal")
     seed: int = flag(1337, "seed of the weights and of the data order")
     resume: bool = flag(False, "keep finished stages and go on in the unfinished one")
+    batch_tokens: int = flag(0, "tokens of one optimizer step; 0: the preset's")
     lr: float = flag(0.0, "peak learning rate; 0: the preset's")
     optimizer: str = flag("muon", "muon (for the matrices, AdamW for the rest) or adamw")
     weight_decay: float = flag(0.1, "decoupled weight decay of the matrices")
@@ -117,6 +118,9 @@ class TrainConfig:
     dtype: str = flag("auto", "bfloat16 or float32 for the forward and backward; master weights are float32 always")
     compile: str = flag("auto", "on, off; auto: where it wins")
     threads: int = flag(0, "CPU threads; 0: torch's choice")
+    check: str = flag("auto", "fingerprints against silent errors: on, off; auto: on where there are replicas")
+    recheck_every: int = flag(100, "steps between two re-computations of a micro-batch (with --check); 0: never")
+    inject: str = flag("", "a fault to be found, such as site=weight,step=3,rank=1,tensor=norm,element=5,bit=30,fault=flip")
     save_every: int = flag(100, "steps between snapshots that --resume goes on from")
     eval_bytes: int = flag(200_000, "held-out bytes a language for the bits per byte at the end of each stage")
 
@@ -127,6 +131,7 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"--stages {self.stages}: no stage {unknown[0]!r}; one of all, {', '.join(STAGES)}")
         choices = {"optimizer": ("muon", "adamw"), "dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "on", "off")}
+        choices["check"] = choices["compile"]
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(allowed)}")
@@ -244,6 +249,213 @@ def loss_function(model, world: World):
     return torch.nn.parallel.DistributedDataParallel(loss) if world.size > 1 else loss
 
 
+# ---------------------------------------------------------------------------------------------- silent errors
+
+
+class SilentError(RuntimeError):
+    """The hardware computed wrong without saying so. report: {kind, step, tensor, rank (None where nothing can tell), rows}."""
+
+    def __init__(self, **report):
+        where = "an unknown rank" if report["rank"] is None else f"rank {report['rank']}"
+        super().__init__(f"silent error at step {report['step']}: {report['kind']}, tensor {report['tensor']}, {where}")
+        self.report = report
+
+
+def fingerprint(x) -> torch.Tensor:
+    """
+    Three 64-bit integers of the bit pattern of a tensor: (3,) int64 on its device.
+
+    With the bits as 32-bit words x[row, col], 1024 to a row, and all sums modulo 2^64:
+        S0 = sum x      S1 = sum (2 row + 1) x      S2 = sum (2 col + 1) x
+    Integer sums do not depend on order, so the value is the same on every device. One flipped bit always changes S0; the same bit
+    flipped in two words, which an exclusive-or cannot see, changes it too; swapped, rolled or repeated words change S1 or S2.
+    """
+    raw = x.detach().contiguous().view(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(raw, (0, -raw.numel() % 4096)).view(torch.int32).view(-1, 1024)
+    rows, columns = words.sum(1, dtype=torch.int64), words.sum(0, dtype=torch.int64)
+    weight = lambda sums: 2 * torch.arange(len(sums), device=x.device) + 1
+    return torch.stack([rows.sum(), (rows * weight(rows)).sum(), (columns * weight(columns)).sum()])
+
+
+def fingerprints(tensors: dict) -> torch.Tensor:
+    """{name: tensor} -> (N, 3)."""
+    return torch.stack([fingerprint(x) for x in tensors.values()])
+
+
+def optimizer_tensors(optimizer, names) -> dict:
+    """{"name moment": tensor} of everything that the optimizer remembers."""
+    state = {p: s for part in optimizer.parts for p, s in part.state.items()}
+    return {f"{names[p]} {key}": x for p in optimizer.params for key, x in sorted(state.get(p, {}).items()) if torch.is_tensor(x)}
+
+
+class Guard:
+    """
+    Four checks, each for a fault that the others cannot see. All ranks raise together, before anything wrong is written.
+
+    at rest      weights and optimizer state have, before the forward, the fingerprint they had after the last update
+    reduction    gradients are equal on all replicas after the all-reduce
+    update       weights and optimizer state are equal on all replicas after the update
+    recompute    every recheck_every steps the last micro-batch is run again, here and on the neighbour: a wrong *local* gradient
+                 reaches all replicas alike, so only this sees it; the neighbour sees what is wrong here every time (a stuck bit)
+
+    A rank is named by its own memory (at rest), by the majority of three or more replicas, or by the two neighbours that disagree.
+    """
+
+    def __init__(self, model, optimizer, world, recheck_every=0, inject=None):
+        self.world, self.optimizer, self.recheck_every, self.inject = world, optimizer, recheck_every, inject
+        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.names = {p: n for n, p in self.params.items()}
+        self.remembered, self.local, self.before, self.step, self.last = None, {}, {}, 0, False
+        for p in self.params.values():
+            p.register_post_accumulate_grad_hook(self._local_gradient)
+            if inject:
+                p.register_hook(lambda grad, p=p: self._wrong_gradient(p, grad))
+
+    def _state(self):
+        return {**self.params, **optimizer_tensors(self.optimizer, self.names)}
+
+    def _fault(self, site, tensors):
+        if self.inject:
+            self.inject.strike(site, self.step, self.world.rank, tensors)
+
+    def _gather(self, table):
+        """(N, k) of this rank -> (ranks, N, k) of all."""
+        if self.world.size == 1:
+            return table[None]
+        every = [torch.empty_like(table) for _ in range(self.world.size)]
+        dist.all_gather(every, table)
+        return torch.stack(every)
+
+    def _fail(self, kind, names, bad):
+        """bad (ranks, N) bool, the same on all ranks: report the first tensor that is wrong, and on which rank."""
+        tensor = int(bad.any(0).nonzero()[0])
+        ranks = bad[:, tensor].nonzero()[:, 0].tolist()
+        raise SilentError(kind=kind, step=self.step, tensor=list(names)[tensor], rank=ranks[0] if len(ranks) == 1 else None)
+
+    def _equal(self, kind, names, table):
+        """All replicas hold the same fingerprints; with three or more, the majority names the one that does not."""
+        every = self._gather(table)
+        agree = (every[:, None] == every[None]).all(-1)  # (ranks, ranks, N)
+        if not agree.all():
+            self._fail(kind, names, agree.sum(0) * 2 <= self.world.size)
+
+    def before_forward(self, step):
+        self.step, self.last = step, False
+        state = self._state()
+        self._fault("weight", self.params)
+        self._fault("optimizer", {n: x for n, x in state.items() if n not in self.params})
+        table = fingerprints(state)
+        if self.remembered is not None:
+            bad = self._gather((table != self.remembered).any(-1, keepdim=True))[..., 0]
+            if bad.any():
+                self._fail("changed at rest", state, bad)
+        self._equal("replicas differ before the forward", state, table)
+
+    def _wrong_gradient(self, p, grad):
+        """Where --inject damages the gradient of one micro-batch: as it is computed, each time it is computed."""
+        if self.last:
+            grad = grad.clone(memory_format=torch.contiguous_format)
+            self._fault("gradient", {self.names[p]: grad})
+        return grad
+
+    def _local_gradient(self, p):
+        """Runs inside the backward, after p.grad has taken in a micro-batch and before DDP reduces it."""
+        if self.last and self.rechecks():
+            self.local[self.names[p]] = fingerprint(p.grad)
+
+    def rechecks(self):
+        return bool(self.recheck_every) and self.step % self.recheck_every == 0
+
+    def last_micro_batch(self):
+        """Call before it: remembers the gradient so far; the hooks then take the fingerprint of what the backward makes of it."""
+        self.last, self.local = True, {}
+        self.before = {n: p.grad.clone() for n, p in self.params.items() if p.grad is not None} if self.rechecks() else {}
+
+    def recompute(self, loss_of, own, neighbours):
+        """own, neighbours: last micro-batch of this rank and of the next; loss_of(micro_batch) -> the loss that was differentiated."""
+        def gradient_of(piece, before):
+            grads = dict(zip(self.params, torch.autograd.grad(loss_of(piece), list(self.params.values()))))
+            return fingerprints({n: before[n].add_(g) if n in before else g for n, g in grads.items()})
+
+        was = torch.stack([self.local[n] for n in self.params])
+        again = self._gather(gradient_of(own, self.before))
+        self.before = {}
+        bad = (self._gather(was) != again).any(-1)
+        if bad.any():
+            self._fail("a gradient computed twice differs", self.params, bad)
+        if self.world.size > 1:
+            mine, theirs = self._gather(gradient_of(own, {})), self._gather(gradient_of(neighbours, {}))
+            bad = (mine.roll(-1, 0) != theirs).any(-1)  # row r: rank r's view of rank r + 1
+            if bad.any():
+                blamed = bad & bad.roll(1, 0)  # wrong in its own eyes of the next, and in the eyes of the one before
+                only = blamed if self.world.size > 2 and blamed.any() else bad | bad.roll(1, 0)
+                self._fail("two ranks compute different gradients", self.params, only)
+
+    def after_reduction(self):
+        grads = {n: p.grad for n, p in self.params.items()}
+        self._fault("reduced", grads)
+        self._equal("gradients differ after the reduction", grads, fingerprints(grads))
+
+    def after_update(self):
+        state = self._state()
+        self._fault("update", state)
+        self.remembered = fingerprints(state)
+        self._equal("replicas differ after the update", state, self.remembered)
+
+
+@dataclass
+class Inject:
+    """A fault for tests and readers: --inject site=weight,step=3,rank=1,tensor=model.norm.weight,element=5,bit=30,fault=flip"""
+
+    site: str = "weight"  # weight, optimizer (at rest), gradient (local), reduced (after the all-reduce), update
+    step: int = 1  # 0-based
+    rank: int = 0
+    tensor: str = ""  # part of its name; the first that matches
+    element: int = 0  # index of the first element hit
+    bit: int = 30
+    fault: str = "flip"  # flip; pair: the same bit of two elements; swap: two elements; zero, roll, stuck: over a run of elements
+    persistent: int = 0  # 1: every time from `step` on
+    struck: bool = False  # something was changed
+
+    @classmethod
+    def parse(cls, text):
+        values = dict(part.partition("=")[::2] for part in text.split(","))
+        kinds = {f.name: f.type for f in dataclasses.fields(cls) if f.name != "struck"}
+        wrong = [name for name in values if name not in kinds]
+        if wrong:
+            raise ValueError(f"--inject {text}: no field {wrong[0]!r}; there are {', '.join(kinds)}")
+        return cls(**{name: int(value) if kinds[name] in (int, "int") else value for name, value in values.items()})
+
+    @torch.no_grad()
+    def strike(self, site, step, rank, tensors):
+        due = step >= self.step if self.persistent else step == self.step and not self.struck
+        hit = [x for name, x in tensors.items() if self.tensor in name]
+        if site == self.site and due and rank == self.rank and hit:
+            self.struck |= corrupt(hit[0], self.fault, self.element, self.bit)
+
+
+def corrupt(x, fault, element, bit, run=64) -> bool:
+    """Damage a float32 tensor in place, as faulty hardware would; True when that changed a bit."""
+    words = x.view(-1).view(torch.int32)
+    was, n, element = words.clone(), words.numel(), element % words.numel()
+    other, mask = (element + max(1, n // 2)) % n, torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+    if fault == "flip":
+        words[element] ^= mask
+    elif fault == "pair":
+        words[[element, other]] ^= mask
+    elif fault == "swap":
+        words[[element, other]] = words[[other, element]]
+    elif fault == "zero":
+        words[element : element + run] = 0
+    elif fault == "roll":
+        words[element : element + run] = words[element : element + run].roll(1)
+    elif fault == "stuck":
+        words[element : element + run] |= mask
+    else:
+        raise ValueError(f"--inject fault={fault}: must be flip, pair, swap, zero, roll or stuck")
+    return not torch.equal(words, was)
+
+
 # ---------------------------------------------------------------------------------------------- the loop
 
 
@@ -253,25 +465,33 @@ def micro_batches(batch, world: World, micro_rows: int):
     return list(zip(*(part.split(micro_rows) for part in mine)))
 
 
-def gradient(loss_fn, batch, world: World, micro_rows: int) -> float:
+def gradient(loss_fn, batch, world: World, micro_rows: int, guard: Guard | None = None) -> float:
     """
     Accumulate the gradient of the mean loss per learned token of the whole global batch; returns that mean (float, nats).
 
     Every micro-batch contributes its *sum* over tokens divided by the token count of the global batch, so neither the split into
     micro-batches nor the split over ranks changes the gradient. DDP averages over ranks; times world.size undoes it.
     """
-    learned = int((batch[1] != -100).sum())
+    scale = world.size / int((batch[1] != -100).sum())
     total = torch.zeros((), device=world.device)
     pieces = micro_batches(batch, world, micro_rows)
-    for n, (input_ids, targets, segment_ids) in enumerate(pieces):
-        last = n == len(pieces) - 1
-        with contextlib.nullcontext() if last or world.size == 1 else loss_fn.no_sync():
-            loss = loss_fn(input_ids, targets, segment_ids)
-            (loss * (world.size / learned)).backward()
-        total += loss.detach().float()
+    for piece in pieces[:-1]:
+        with contextlib.nullcontext() if world.size == 1 else loss_fn.no_sync():
+            loss = loss_fn(*piece)
+            (loss * scale).backward()
+        total += loss.detach()
+    if guard:
+        guard.last_micro_batch()
+    loss = loss_fn(*pieces[-1])
+    (loss * scale).backward()
+    total += loss.detach()
+    if guard and guard.rechecks():
+        plain = loss_fn.module if world.size > 1 else loss_fn
+        neighbour = dataclasses.replace(world, rank=(world.rank + 1) % world.size)
+        guard.recompute(lambda piece: plain(*piece) * scale, pieces[-1], micro_batches(batch, neighbour, micro_rows)[-1])
     if world.size > 1:
         dist.all_reduce(total)
-    return float(total) / learned
+    return float(total) * scale / world.size
 
 
 def write_atomically(path: Path, write):
@@ -287,10 +507,13 @@ def write_atomically(path: Path, write):
 class Log:
     """One line that rewrites itself on a terminal, a line every few seconds elsewhere, and every record in log.jsonl."""
 
-    def __init__(self, path: Path, world: World, append: bool):
+    def __init__(self, path: Path, world: World, keep: int):
         self.main, self.shown = world.main, 0.0
         self.terminal = sys.stdout.isatty()
-        self.file = open(path, "a" if append else "w") if self.main else None
+        if self.main:
+            kept = path.read_text().splitlines(keepends=True)[:keep] if keep else []  # a resumed run writes its later steps again
+            self.file = open(path, "w")
+            self.file.writelines(kept)
 
     def __call__(self, record: dict, line: str, last=False):
         if not self.main:
@@ -331,7 +554,7 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = data.Tokenizer.load(Path(cfg.out) / "data" / "tokenizer")
     context = preset.contexts[stage.context]
-    rows = max(world.size, round(preset.batch_tokens / context))
+    rows = max(world.size, round((cfg.batch_tokens or preset.batch_tokens) / context))
     rows += -rows % world.size
     steps = max(2, round(stage.tokens * preset.tokens * cfg.scale / (rows * context)))
     micro_rows = max(1, (cfg.micro_batch_tokens or (4096 if world.device.type == "cpu" else 32768)) // context)
@@ -370,12 +593,20 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
             f"{steps} steps{f' from step {first}' if first else ''}\n{stage.name}: {parts}{missing}"
         )
     loss_fn = loss_function(model, world)
-    log = Log(folder / "log.jsonl", world, append=first > 0)
+    checked = cfg.check == "on" or cfg.check == "auto" and world.size > 1 or cfg.inject
+    guard = Guard(model, optimizer, world, cfg.recheck_every, Inject.parse(cfg.inject) if cfg.inject else None) if checked else None
+    log = Log(folder / "log.jsonl", world, keep=first)
     for step in range(first, steps):
         start = time.perf_counter()
         lr = peak * learning_rate(step, steps, stage.peak, stage.end, stage.hold)
-        loss = gradient(loss_fn, mixture.next(), world, micro_rows)
+        if guard:
+            guard.before_forward(step)
+        loss = gradient(loss_fn, mixture.next(), world, micro_rows, guard)
+        if guard:
+            guard.after_reduction()
         norm = optimizer.step(lr, cfg.clip)
+        if guard:
+            guard.after_update()
         if not math.isfinite(loss):
             raise FloatingPointError(f"{stage.name}, step {step}: the loss is {loss}; the last snapshot is {snapshot}")
         took = time.perf_counter() - start
@@ -582,5 +813,8 @@ if __name__ == "__main__":
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except SilentError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(3)
     except KeyboardInterrupt:
         sys.exit(130)

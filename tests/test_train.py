@@ -1,0 +1,297 @@
+"""train.py: what each claim of the training loop rests on. A toy preset and a corpus of a few standard-library packages make it quick."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import data
+import model
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A chain folder with data built from a bounded sample of the running Python."""
+    out = tmp_path_factory.mktemp("chain")
+    data.build(out / "data", "python", vocab_size=600, max_bytes=1_200_000, log=lambda line: None)
+    return out
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A preset that takes seconds: two layers of width 32, run twice."""
+    add_toy(monkeypatch.setitem)
+
+
+def add_toy(setitem):
+    setitem(model.PRESETS, "toy", model.shape(32, 64, 2, 4, 2, 600, 256))
+    setitem(train.PRESETS, "toy", train.Preset((64, 128, 256), 40_000, 1024, 3e-3, 600, 1.2, "seconds"))
+
+
+def config(out, **changes):
+    return train.TrainConfig(**{"preset": "toy", "out": str(out), "compile": "off", "dtype": "float32", "eval_bytes": 4000, **changes})
+
+
+def linked(corpus, tmp_path):
+    (tmp_path / "data").symlink_to(corpus / "data")
+    return tmp_path
+
+
+def run_chain(cfg):
+    train.chain(cfg, train.start_world(cfg))
+
+
+def weights(folder):
+    return model.LoopCoder.from_pretrained(folder).state_dict()
+
+
+def test_the_chain_leaves_a_loadable_checkpoint_a_stage_and_learns(corpus, toy, tmp_path):
+    out = linked(corpus, tmp_path)
+    run_chain(config(out))
+    for name in train.STAGES:
+        records = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
+        assert records[-1]["bits_per_byte"]["python"] < 8
+        assert not (out / name / "state.pt").exists()
+        assert model.LoopCoder.from_pretrained(out / name).config.max_position_embeddings == (64, 128, 256)[train.STAGES[name].context]
+    losses = [json.loads(line)["loss"] for line in (out / "pretrain" / "log.jsonl").read_text().splitlines()[:-1]]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_killed_run_resumes_bit_for_bit(corpus, toy, tmp_path):
+    """The same run, whole and killed in the middle: equal weights, equal losses."""
+    whole, broken = linked(corpus, tmp_path), tmp_path / "broken"
+    broken.mkdir()
+    linked(corpus, broken)
+    run_chain(config(whole, stages="pretrain"))
+
+    class Killed(Exception):
+        pass
+
+    step, seen = train.Optimizer.step, []
+
+    def dying_step(self, lr, clip):
+        seen.append(lr)
+        if len(seen) == 13:
+            raise Killed
+        return step(self, lr, clip)
+
+    train.Optimizer.step = dying_step
+    try:
+        with pytest.raises(Killed):
+            run_chain(config(broken, stages="pretrain", save_every=5))
+    finally:
+        train.Optimizer.step = step
+    run_chain(config(broken, stages="pretrain", save_every=5, resume=True))
+    a, b = weights(whole / "pretrain"), weights(broken / "pretrain")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    rows = [[json.loads(line).get("loss") for line in (o / "pretrain" / "log.jsonl").read_text().splitlines()] for o in (whole, broken)]
+    assert rows[0] == rows[1]
+
+
+def test_micro_batches_do_not_change_the_gradient(toy):
+    torch.manual_seed(0)
+    net = model.LoopCoder(model.LoopCoderConfig.preset("toy")).double()
+    rng = np.random.default_rng(0)
+    ids, targets = rng.integers(0, 600, (2, 6, 64))
+    targets[rng.random((6, 64)) < 0.6] = -100  # rows with very different numbers of learned tokens
+    targets[1] = -100
+    batch = (ids, targets, np.zeros((6, 64), np.int64))
+    world = train.World(0, 1, torch.device("cpu"), torch.float64, False)
+    grads, losses = [], []
+    for rows in (6, 1, 4):
+        net.zero_grad()
+        losses.append(train.gradient(train.Loss(net), batch, world, rows))
+        grads.append([p.grad.clone() for p in net.parameters()])
+    plain = net(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(batch[2]))[1]
+    assert losses == pytest.approx([plain.item()] * 3, rel=1e-6)
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_schedule_warms_up_falls_as_a_cosine_and_stays_low():
+    steps, values = 1000, [train.learning_rate(t, 1000, 1.0, 0.05, hold=0.3, warmup=0.02) for t in range(1000)]
+    assert values[0] == pytest.approx(1 / 20) and values[19] == pytest.approx(1.0)
+    assert values[700:] == pytest.approx([0.05] * 300)
+    middle = 20 + (700 - 20) // 2
+    assert values[middle] == pytest.approx((1 + 0.05) / 2, abs=1e-9)
+    assert all(a >= b for a, b in zip(values[20:], values[21:])) and len(values) == steps
+
+
+def test_a_category_without_data_gives_its_share_to_the_others():
+    shares, absent = train.share_out({"a": 6, "b": 3, "c": 1}, {"a", "c"})
+    assert shares == pytest.approx({"a": 6 / 7, "c": 1 / 7}) and absent == pytest.approx({"b": 0.3})
+    with pytest.raises(ValueError, match="none of the categories"):
+        train.share_out({"a": 1}, set())
+
+
+def test_bits_per_byte_counts_every_token_once_whatever_the_context(corpus, toy):
+    """A uniform model costs log2 V a token, so the sum is known exactly: tokens after the first, times log2 V, over bytes."""
+    net = model.LoopCoder(model.LoopCoderConfig.preset("toy", max_position_embeddings=48))
+    torch.nn.init.zeros_(net.lm_head.weight)
+    world = train.World(0, 1, torch.device("cpu"), torch.float32, False)
+    file = data.TokenFile(corpus / "data" / "heldout", "code")
+    chosen, size = [], 0
+    for i in range(len(file.lengths)):
+        if file.language(i) == "python" and size + file.nbytes[i] <= 30_000:
+            chosen.append(i)
+            size += int(file.nbytes[i])
+    expected = sum(int(file.lengths[i]) - 1 for i in chosen) * math.log2(600) / size
+    assert train.bits_per_byte(net, corpus / "data" / "heldout", 30_000, world)["python"] == pytest.approx(expected, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ silent errors
+
+
+def test_the_fingerprint_sees_what_an_exclusive_or_cannot():
+    torch.manual_seed(0)
+    for fault in ("flip", "pair", "swap", "zero", "roll", "stuck"):
+        for trial in range(40):
+            x = torch.randn(5000)
+            damaged = x.clone()
+            if train.corrupt(damaged, fault, trial * 97, trial % 32):
+                assert not torch.equal(train.fingerprint(x), train.fingerprint(damaged)), (fault, trial)
+    x = torch.randn(5000)
+    twice = x.clone()
+    train.corrupt(twice, "pair", 3, 7)
+    xor = lambda t: np.bitwise_xor.reduce(t.numpy().view(np.int32))
+    assert xor(x) == xor(twice) and not torch.equal(train.fingerprint(x), train.fingerprint(twice))
+
+
+def test_the_fingerprint_is_the_sums_of_its_docstring_modulo_2_to_the_64():
+    x = torch.randn(3000, dtype=torch.float32)
+    words = np.zeros(3072, np.int64)
+    words[:3000] = x.numpy().view(np.int32)
+    words = [[int(w) for w in row] for row in words.reshape(3, 1024)]
+    sums = [sum(w * f(r, c) for r, row in enumerate(words) for c, w in enumerate(row)) % 2**64
+            for f in (lambda r, c: 1, lambda r, c: 2 * r + 1, lambda r, c: 2 * c + 1)]
+    assert [int(v) % 2**64 for v in train.fingerprint(x)] == sums
+
+
+class Lab:
+    """One process of a small data-parallel run, put back to its first state before each trial."""
+
+    def __init__(self, rank, size, port):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+        torch.set_num_threads(1)
+        add_toy(dict.__setitem__)
+        self.world = train.start_world(config("unused"))
+        torch.manual_seed(0)
+        self.net = model.LoopCoder(dataclasses.replace(model.LoopCoderConfig.preset("toy"), vocab_size=64, num_hidden_layers=1))
+        self.first = {n: x.clone() for n, x in self.net.state_dict().items()}
+        self.loss_fn = train.loss_function(self.net, dataclasses.replace(self.world, compiled=False))
+        ids = np.random.default_rng(0).integers(0, 64, (2 * size, 16))
+        self.batch = (ids, np.roll(ids, -1, 1), np.zeros_like(ids))
+        self.guard = None
+
+    def trial(self, inject, steps=3, recheck_every=1):
+        """Run a few steps with a fault; returns the report, or None where nothing was seen."""
+        self.net.load_state_dict(self.first)
+        self.net.zero_grad()
+        optimizer = train.Optimizer(self.net)
+        if self.guard is None:
+            self.guard = train.Guard(self.net, optimizer, self.world, recheck_every, train.Inject(step=10**9))
+        guard = self.guard
+        guard.optimizer, guard.inject, guard.remembered, guard.recheck_every = optimizer, inject, None, recheck_every
+        try:
+            for step in range(steps):
+                guard.before_forward(step)
+                train.gradient(self.loss_fn, self.batch, self.world, 1, guard)
+                guard.after_reduction()
+                optimizer.step(1e-3, 1.0)
+                guard.after_update()
+        except train.SilentError as error:
+            return error.report
+        return None
+
+
+def hunt(rank, size, port, trials, path):
+    """Every process runs the same trials; rank 0 writes what was found, and whether the fault had changed anything at all."""
+    lab, rng, results = Lab(rank, size, port), np.random.default_rng(7), []
+    names = [n for n, _ in lab.net.named_parameters()]
+    for t in range(trials):
+        spec = {"site": ("weight", "optimizer", "gradient", "reduced", "update")[t % 5], "step": int(rng.integers(1, 3)), "rank": int(rng.integers(size))}
+        spec |= {"tensor": names[rng.integers(len(names))], "element": int(rng.integers(1 << 20)), "bit": int(rng.integers(32))}
+        spec |= {"fault": ("flip", "pair", "swap", "zero", "roll", "stuck")[rng.integers(6)], "persistent": int(rng.integers(2))}
+        inject = train.Inject(**spec)
+        report = lab.trial(inject)
+        struck = torch.tensor(int(inject.struck))
+        dist.all_reduce(struck)
+        results.append([spec, report, int(struck)])
+    clean = [lab.trial(None, steps=25, recheck_every=5) for _ in range(4)]
+    if rank == 0:
+        Path(path).write_text(json.dumps({"results": results, "clean": clean}))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size, trials", [(2, 30), (4, 40)])
+def test_every_injected_fault_is_found_in_its_step_and_its_rank_is_named(size, trials, tmp_path):
+    mp.spawn(hunt, (size, 29600 + size + os.getpid() % 300, trials, str(tmp_path / "found.json")), nprocs=size)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["clean"] == [None] * 4
+    real = [(spec, report) for spec, report, struck in found["results"] if struck]
+    assert len(real) > trials / 2
+    for spec, report in real:
+        assert report is not None, spec
+        assert report["step"] == spec["step"] or spec["persistent"], (spec, report)
+        if size > 2 or report["kind"] in ("changed at rest", "a gradient computed twice differs"):
+            assert report["rank"] == spec["rank"], (spec, report)
+
+
+def test_without_its_check_each_kind_of_fault_goes_unseen(tmp_path):
+    """The recomputation is the only one to see a wrong local gradient; a stuck one only through the neighbour's eyes."""
+    mp.spawn(blind, (2, 29950 + os.getpid() % 40, str(tmp_path / "blind.json")), nprocs=2)
+    seen = json.loads((tmp_path / "blind.json").read_text())
+    assert seen["gradient, recheck off"] is None
+    assert seen["gradient, recheck on"]["kind"] == "a gradient computed twice differs"
+    assert seen["stuck gradient, recheck on"]["kind"] == "two ranks compute different gradients"
+
+
+def blind(rank, size, port, path):
+    lab, seen = Lab(rank, size, port), {}
+    spec = {"site": "gradient", "step": 1, "rank": 1, "tensor": "embed_tokens", "element": 40, "bit": 22}
+    seen["gradient, recheck off"] = lab.trial(train.Inject(**spec), recheck_every=0)
+    seen["gradient, recheck on"] = lab.trial(train.Inject(**spec), recheck_every=1)
+    seen["stuck gradient, recheck on"] = lab.trial(train.Inject(**spec, persistent=1, fault="stuck"), recheck_every=1)
+    if rank == 0:
+        Path(path).write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def command(*words, **more):
+    return subprocess.run([sys.executable, ROOT / "train.py", *map(str, words)], capture_output=True, text=True, timeout=300, **more)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--preset", "huge"], "unknown; one of nano"),
+    (["--stages", "pretrain,poetry"], "no stage 'poetry'"),
+    (["--source", "/no/such/folder"], "no such folder"),
+    (["--stages", "mid1", "--source", "."], "which is not there"),
+    (["--learning-rat", "1"], "unrecognized arguments"),
+    (["--eval", "nowhere"], "nowhere"),
+])
+def test_bad_input_is_one_clear_line_and_status_2(words, says, tmp_path, corpus):
+    out = tmp_path if "--source" in words and "/no/such/folder" in words else linked(corpus, tmp_path)
+    done = command("--out", out, *words)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("train.py: ")
+
+
+def test_a_dry_run_of_the_largest_preset_needs_no_memory():
+    done = command("--preset", "40b-loop", "--dry-run")
+    assert done.returncode == 0 and "mid2" in done.stdout and "131072" in done.stdout
