@@ -22,21 +22,31 @@ SWE-smith for the list of planted bugs; Mercury for Beyond. Departures: everythi
     python tasks.py --check 200 # on 200 seeds a family: the solution verifies, an empty and a wrong answer do not
     python tasks.py --bench     # verified tasks a minute, mutants killed by chosen and by random tests, chance by family
 """
+import argparse
 import ast
 import difflib
 import hashlib
 import json
+import math
+import multiprocessing
+import os
 import random
 import re
 import sqlite3
+import stat
+import sys
+import time
+import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
-from sandbox import Call, Io, Limits, grade
+from sandbox import Call, Io, Limits, Workspace, grade, run
 
 LEVELS = range(1, 6)
 LIMITS = Limits(wall_s=10.0, cpu_s=4.0)  # CPU time decides; the wall is a backstop on a busy machine
@@ -998,6 +1008,18 @@ def outcomes(files: dict, calls) -> list[bool]:
     return graded(BUNDLE.format(files=files), [Call("call", [path, name, list(args)], want) for path, name, args, want in calls])
 
 
+def report(files: dict, calls) -> str:
+    """What the `test` tool says: PASS, or the first of these calls that fails. For the agent's eyes; rewards come from outcomes()."""
+    for path, name, args, want in calls:
+        done = run(BUNDLE.format(files=files) + f"print(repr(call({path!r}, {name!r}, {list(args)!r})))", limits=LIMITS)
+        if done.status == "sandbox error":
+            raise RuntimeError("the sandbox broke while it ran a test")
+        got = done.stdout.strip() if done.status == "ok" else (done.stderr.strip().rpartition("\n")[2].split(":")[0] or done.status)
+        if got != repr(want):
+            return failure_line(name, args, got, want)
+    return "PASS"
+
+
 def verify_swe(task, answer):
     """Resolved: after the answer's edit lines every fail-to-pass and every pass-to-pass test passes."""
     files = dict(task.files)
@@ -1010,17 +1032,797 @@ def verify_swe(task, answer):
     return float(all(outcomes(files, tests)))
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------------
+# ---- terminal: commands, and what the disk holds afterwards -------------------------------------------------------------------
+
+WORDS = ("red", "sun", "oak", "tea", "fog", "ink")
+COMMANDS = {  # key: (words, command, effect on {path: text}); a, b are files, d a folder, new and w fresh names and words, k a number
+    "mkdir": ("make the folder {new}", "mkdir {new}", lambda s, v: s.update({v["new"] + "/": ""})),
+    "touch": ("make the empty file {new}.txt", "touch {new}.txt", lambda s, v: s.update({v["new"] + ".txt": ""})),
+    "rm": ("delete {a}", "rm {a}", lambda s, v: s.pop(v["a"])),
+    "rename": ("rename {a} to {new}.txt", "mv {a} {new}.txt", lambda s, v: s.update({v["new"] + ".txt": s.pop(v["a"])})),
+    "copy": ("copy {a} to {new}.txt", "cp {a} {new}.txt", lambda s, v: s.update({v["new"] + ".txt": s[v["a"]]})),
+    "move": ("move {a} into {d}", "mv {a} {d}", lambda s, v: s.update({f"{v['d']}/{v['a']}": s.pop(v["a"])})),
+    "write": ("write {w} to {new}.txt", "echo {w} > {new}.txt", lambda s, v: s.update({v["new"] + ".txt": v["w"] + "\n"})),
+    "append": ("append {w} to {a}", "echo {w} >> {a}", lambda s, v: s.update({v["a"]: s[v["a"]] + v["w"] + "\n"})),
+    "sort": ("sort {a} into {new}.txt", "sort {a} > {new}.txt", lambda s, v: s.update({v["new"] + ".txt": "".join(sorted(s[v["a"]].splitlines(True)))})),
+    "head": ("put the first {k} lines of {a} in {new}.txt", "head -n {k} {a} > {new}.txt",
+             lambda s, v: s.update({v["new"] + ".txt": "".join(s[v["a"]].splitlines(True)[:v["k"]])})),
+    "count": ("put the number of lines of {a} in {new}.txt", "wc -l < {a} > {new}.txt",
+              lambda s, v: s.update({v["new"] + ".txt": f"{s[v['a']].count(chr(10))}\n"})),
+    "grep": ("put the lines of {a} with {w} in {new}.txt", "grep {w} {a} > {new}.txt",
+             lambda s, v: s.update({v["new"] + ".txt": "".join(t for t in s[v["a"]].splitlines(True) if v["w"] in t)})),
+}
+
+
+def terminal(rng, level):
+    """Two files and a folder, and `level` things to do with them."""
+    kinds = rng.sample(sorted(COMMANDS), level)
+    names = rng.sample(("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "jay", "owl"), 3 + level)
+    files = {f"{name}.txt": "".join(rng.choice(WORDS) + "\n" for _ in range(4)) for name in names[:2]} | {f"{names[2]}/keep.txt": ""}
+    yield [f"{x} {y}" for x, y in zip(kinds, kinds[1:])] or [f"{kinds[0]} {names[0]}"]
+    state, words, commands, wrong = dict(files), [], [], []
+    for kind, new in zip(kinds, names[3:]):
+        usable = sorted(path for path in state if path.endswith(".txt") and "/" not in path and state[path])
+        if not usable:
+            return
+        v = {"a": rng.choice(usable), "d": names[2], "new": new, "k": rng.randint(1, 3)}
+        v["w"] = rng.choice(sorted(set(state[v["a"]].split())) if kind == "grep" else WORDS)
+        text, command, effect = COMMANDS[kind]
+        words.append(text.format(**v))
+        commands.append(command.format(**v))
+        wrong.append(command.format(**{**v, "new": new + "s", "a": f"{names[2]}/keep.txt", "w": v["w"] + "s"}))
+        effect(state, v)
+    spot = rng.randrange(level)
+    said = ", then ".join(words)
+    yield dict(prompt=f"Files: {', '.join(sorted(files))}.\n{said[0].upper() + said[1:]}.", solution="\n".join(commands),
+               wrong="\n".join(commands[:spot] + [wrong[spot]] + commands[spot + 1:]), trace="\n".join(f"{w}: {c.split()[0]}" for w, c in zip(words, commands)),
+               files=files, tests={"state": state}, names=tuple(names))
+
+
+def shell(files: dict, script: str) -> dict:
+    """{path: text} after a shell script in a copy of the files; a folder with nothing in it counts as "name/"."""
+    with Workspace(files, LIMITS) as place:
+        if place.exec(script).status == "sandbox error":
+            raise RuntimeError("the sandbox broke while it ran commands")
+        found = {path: data.decode("utf-8", "replace") for path, (mode, data) in place.tree.items() if stat.S_ISREG(mode)}
+        folders = {path + "/": "" for path, (mode, _) in place.tree.items() if stat.S_ISDIR(mode)}
+    return found | {path: "" for path in folders if not any(f.startswith(path) for f in [*found, *folders] if f != path)}
+
+
+def verify_terminal(task, answer):
+    """The commands run in a copy of the folder; afterwards it must hold exactly the expected files and folders."""
+    return float(shell(task.files, code_of(answer)) == task.tests["state"])
+
+
+# ---- tools: calls as JSON against small typed interfaces ----------------------------------------------------------------------
+
+APIS = {  # domain: {function: (parameters, words, effect on the state)}
+    "stock": {"add": ({"item": "str", "count": "int"}, "add {count} {item}", lambda s, item, count: s.update({item: s[item] + count})),
+              "take": ({"item": "str", "count": "int"}, "take {count} {item}", lambda s, item, count: s.update({item: s[item] - count})),
+              "clear": ({"item": "str"}, "remove all {item}", lambda s, item: s.update({item: 0})),
+              "stock": ({"item": "str"}, "", lambda s, item: s[item])},
+    "home": {"light": ({"room": "str", "on": "bool"}, "turn the light in the {room} {on}", lambda s, room, on: s.update({room + " light": on})),
+             "heat": ({"room": "str", "degrees": "int"}, "heat the {room} to {degrees}", lambda s, room, degrees: s.update({room + " heat": degrees})),
+             "lock": ({"room": "str"}, "lock the {room}", lambda s, room: s.update({room + " locked": True}))},
+    "plan": {"book": ({"day": "str", "hour": "int"}, "book {day} at {hour}", lambda s, day, hour: s.update({day: hour})),
+             "free": ({"day": "str"}, "free {day}", lambda s, day: s.update({day: 0})),
+             "invite": ({"day": "str", "who": "str"}, "invite {who} for {day}", lambda s, day, who: s.update({day + " guest": who}))},
+}
+VALUES = {"item": WHAT, "count": range(2, 10), "room": ("hall", "attic", "cellar", "kitchen"), "on": (True, False), "degrees": range(15, 25),
+          "day": ("Monday", "Tuesday", "Friday", "Sunday"), "hour": range(8, 19), "who": WHO}
+TYPES = {"str": str, "int": int, "bool": bool}
+
+
+def run_calls(domain: str, state: dict, text: str) -> tuple[dict, list]:
+    """The state after the calls, one JSON object a line, and what each gave back. "$2" is the result of call 2. ValueError if one is not well-typed."""
+    state, results = dict(state), []
+    for line in filter(str.strip, text.splitlines()):
+        call = json.loads(line)
+        if not isinstance(call, dict) or set(call) != {"name", "arguments"} or call["name"] not in APIS[domain] or not isinstance(call["arguments"], dict):
+            raise ValueError(f"not a call of a known function: {line}")
+        parameters, _, effect = APIS[domain][call["name"]]
+        given = {k: results[int(v[1:]) - 1] if isinstance(v, str) and re.fullmatch(r"\$[1-9]", v) else v for k, v in call["arguments"].items()}
+        if set(given) != set(parameters) or any(type(v) is not TYPES[parameters[k]] for k, v in given.items()):
+            raise ValueError(f"{call['name']} takes {parameters}, got {given}")
+        results.append(effect(state, **given))
+    return state, results
+
+
+def call_json(name: str, **arguments) -> str:
+    return json.dumps({"name": name, "arguments": arguments})
+
+
+def tools(rng, level):
+    """`level` calls in one domain; from level 3 on a call may need what an earlier one gave back."""
+    domain = rng.choice(sorted(APIS))
+    kinds = [rng.choice([f for f, (_, words, _) in APIS[domain].items() if words]) for _ in range(level)]
+    given = [{k: rng.choice(VALUES[k]) for k in APIS[domain][f][0]} for f in kinds]
+    first = [next(iter(g.values())) for g in given]
+    yield [f"{a} {x} {b}" for a, x, b in zip(kinds, first, kinds[1:])] or [f"{kinds[0]} {first[0]}"]
+    state = {item: n for n, item in enumerate(WHAT, 11)} if domain == "stock" else {}
+    said = [APIS[domain][f][1].format(**{k: {True: "on", False: "off"}.get(v, v) if type(v) is bool else v for k, v in g.items()}) for f, g in zip(kinds, given)]
+    calls = [call_json(f, **g) for f, g in zip(kinds, given)]
+    trace = [f"{w}: {f}" for w, f in zip(said, kinds)]
+    if level >= 3 and domain == "stock":  # the last thing to do becomes: as many as there are of another item
+        one, other = rng.sample(WHAT, 2)
+        said[-1], trace[-1] = f"add as many {one} as there are {other}", f"the {other}: stock gives ${level}\nthen add {one}"
+        calls[-1:] = [call_json("stock", item=other), call_json("add", item=one, count=f"${level}")]
+    goal, results = run_calls(domain, state, "\n".join(calls))
+    swapped = {k: rng.choice([x for x in VALUES[k] if x != v]) for k, v in given[0].items()}
+    wrong = "\n".join([call_json(kinds[0], **swapped)] + calls[1:])
+    if goal == state or run_calls(domain, state, wrong)[0] == goal:
+        return
+    signatures = ", ".join(f"{f}({', '.join(f'{k}: {t}' for k, t in p.items())})" for f, (p, _, _) in APIS[domain].items())
+    turns = [turn for c, r in zip(calls, results) for turn in (("assistant", c), ("tool", "ok" if r is None else json.dumps(r)))]
+    yield dict(prompt=f"Tools: {signatures}.\n{', then '.join(said).capitalize()}." if domain != "plan" else f"Tools: {signatures}.\n{', then '.join(said)}.",
+               solution="\n".join(calls), wrong=wrong, trace="\n".join(trace), tests={"domain": domain, "state": state, "goal": goal, "most": len(calls) + 1},
+               turns=tuple(turns + [("assistant", "done")]))
+
+
+def verify_tools(task, answer):
+    """Every call is well-typed and the state at the end is the goal; the order of arguments, and of independent calls, is free."""
+    t = task.tests
+    try:
+        state, results = run_calls(t["domain"], t["state"], code_of(answer))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return 0.0
+    return float(state == t["goal"] and len(results) <= t["most"])
+
+
+# ---- web: a small WSGI application over SQLite ---------------------------------------------------------------------------------
+# The answer is a handler (at level 5 the whole application). It runs in the sandbox behind this frame, which makes the requests and
+# hands back plain statuses and documents; what they should have been is compared outside.
+
+WEB = '''
+import io, sqlite3
+from html import escape
+from html.parser import HTMLParser
+from urllib.parse import parse_qsl, urlencode
+from wsgiref.util import setup_testing_defaults
+def app(environ, start_response):
+    length = int(environ.get("CONTENT_LENGTH") or 0)
+    form = dict(parse_qsl(environ["QUERY_STRING"] + "&" + environ["wsgi.input"].read(length).decode()))
+    handler = globals().get(environ["REQUEST_METHOD"].lower())
+    start_response("200 OK" if handler else "404 Not Found", [("Content-Type", "text/html")])
+    return [handler(db, form).encode()] if handler else [b""]
+def document(html):
+    seen, parser = [], HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: seen.append("<" + tag + ">")
+    parser.handle_endtag = lambda tag: seen.append("</" + tag + ">")
+    parser.handle_data = lambda text: seen.append(text)
+    parser.feed(html)
+    parser.close()
+    return seen
+def visit(tables, requests):
+    global db
+    db = sqlite3.connect(":memory:")
+    for create, insert, rows in tables:
+        db.execute(create)
+        db.executemany(insert, rows)
+    pages = []
+    for method, form in requests:
+        query, status = urlencode(form), []
+        environ = {"REQUEST_METHOD": method, "QUERY_STRING": query if method == "GET" else "", "CONTENT_LENGTH": str(len(query)) if method == "POST" else "0",
+                   "wsgi.input": io.BytesIO(query.encode())}
+        setup_testing_defaults(environ)
+        body = b"".join(app(environ, lambda line, headers: status.append(line)))
+        pages.append([status[0], document(body.decode())])
+    return pages
+'''
+
+
+def web(rng, level):
+    """Level 1 a page, 2 a page for a chosen category, 3 also a form that adds a row, 4 with escaped text, 5 the application itself."""
+    table, kind = rng.choice(sorted(TABLES)), rng.choice(("list", "count", "top"))
+    name, category, values, *numbers = TABLES[table]
+    number = rng.choice(numbers)
+    kind = "list" if level >= 4 else kind
+    yield [f"web {kind} {table} {number if kind == 'top' else name}" + f" {min(level, 3)}" * (kind != "top")]
+    tag, what, words = {"list": ("li", name, f"a <ul> with one <li> per {name}, sorted"), "count": ("p", "COUNT(*)", "a <p> with the number of rows"),
+                        "top": ("b", f"MAX({number})", f"a <b> with the highest {number}")}[kind]
+    query = f'db.execute("SELECT {what} FROM {table}' + f" WHERE {category} = ?" * (level >= 2) + f" ORDER BY {name}" * (kind == "list") + '"'
+    query += f', [form["{category}"]])' if level >= 2 else ")"
+    cell = "{escape(r[0])}" if level >= 4 else "{r[0]}"
+    if kind == "list":
+        page = f'''rows = {query}\n    return "<ul>" + "".join(f"<li>{cell}</li>" for r in rows) + "</ul>"'''
+    else:
+        page = f'r = {query}.fetchone()\n    return f"<{tag}>{cell}</{tag}>"'
+    code, said = f"def get(db, form):\n    {page}", f"get(db, form) returns {words}" + f", where {category} is form's" * (level >= 2)
+    if level in (3, 4):
+        code += (f'\ndef post(db, form):\n    db.execute("INSERT INTO {table} ({name}, {category}) VALUES (?, ?)", [form["{name}"], form["{category}"]])'
+                 '\n    return "<p>ok</p>"')
+        said += f"; post(db, form) adds {name} and {category} and returns <p>ok</p>"
+    if level == 5:
+        code = code.replace("def get(db, form):", 'def app(environ, start_response):\n    form = dict(parse_qsl(environ["QUERY_STRING"]))')
+        code = code.replace("    return ", '    start_response("200 OK", [("Content-Type", "text/html")])\n    page = ') + "\n    return [page.encode()]"
+        said = said.replace("get(db, form) returns", "app(environ, start_response) answers GET with").replace("form's", "the query's")
+    rows = [[n + "<i>" * (level >= 4), rng.choice(values), *rng.sample(range(1, 30), 2)] for n in rng.sample(["Ada", "Bo", "Cy", "Di", "Ed", "Flo"], 5)]
+    tables = [[f"CREATE TABLE {table} ({name}, {category}, {numbers[0]}, {numbers[1]})", f"INSERT INTO {table} VALUES (?, ?, ?, ?)", rows]]
+    gets = [["GET", {category: v}] for v in (*values, "x' OR 1=1 --")] if level >= 2 else [["GET", {}]]
+    requests = gets + [["POST", {name: "Zed", category: values[0]}], gets[0]] * (level in (3, 4))
+    other = tag.translate(str.maketrans("lpb", "tbp"))
+    broken = code.replace(f"<{tag}>", f"<{other}>") if rng.random() < 0.5 or kind != "list" else code.replace(f"ORDER BY {name}", f"ORDER BY {name} DESC")
+    space = {}
+    exec(WEB + code, space)  # our own solution: what it answers is what is expected
+    yield dict(prompt=f"SQLite table {table}({name}, {category}, {', '.join(numbers)}).\nWrite Python: {said}.", solution=fenced(code), wrong=fenced(broken),
+               trace=f"{query}\n<{tag}>", tests={"tables": tables, "requests": requests, "pages": space["visit"](tables, requests)}, names=(table,))
+
+
+def verify_web(task, answer):
+    """Every request gets the right status and the right document."""
+    t = task.tests
+    return float(all(graded(WEB + code_of(answer), [Call("visit", [t["tables"], t["requests"]], t["pages"])])))
+
+
+# ---- gui: choose an element and an action; a state machine read from the page --------------------------------------------------
+
+FIELDS = {"input": ("name", "email", "city", "phone"), "checkbox": ("news", "dark", "sound", "beta"), "select": ("color", "size", "lang")}
+OPTIONS = {"color": ("red", "blue", "gray"), "size": ("small", "large"), "lang": ("en", "fr", "de")}
+PAGES = ("home", "prefs", "help", "cart")
+
+
+class Screen(HTMLParser):
+    """
+    Pages of a small application and the state that actions change: the open page, the values, and what was saved.
+
+    <section id> is a page, the first one is open; <input id> takes text, <input type=checkbox id> toggles, <select id> takes one of
+    its options, <a id href=#page> opens a page, <button id=save> stores the values of its page, <button id=clear> empties them.
+    """
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements, self.values, self.saved, self.page, here = {}, {}, {}, None, None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        if tag == "section":
+            self.here = a["id"]
+            self.page = self.page or a["id"]
+        elif tag == "option":
+            self.elements[self.last]["options"].append(a["value"])
+        else:
+            self.last = a["id"]
+            self.elements[a["id"]] = {"tag": a.get("type", tag), "page": self.here, "href": a.get("href", "")[1:], "options": []}
+
+    def act(self, line: str) -> str:
+        """One action: `click ID`, `type ID TEXT` or `select ID OPTION`. Returns what is seen; ValueError where it cannot be done."""
+        verb, _, rest = line.strip().partition(" ")
+        name, _, text = rest.partition(" ")
+        element = self.elements.get(name)
+        if element is None or element["page"] != self.page:
+            raise ValueError(f"no {name!r} on this page")
+        here = [n for n, e in self.elements.items() if e["page"] == self.page]
+        match verb, element["tag"]:
+            case "type", "input" if text:
+                self.values[name] = text
+            case "select", "select" if text in element["options"]:
+                self.values[name] = text
+            case "click", "checkbox":
+                self.values[name] = not self.values.get(name, False)
+            case "click", "a":
+                self.page = element["href"]
+            case "click", "button" if name.startswith("save"):
+                self.saved.update({n: self.values[n] for n in here if n in self.values})
+            case "click", "button":
+                self.values = {n: v for n, v in self.values.items() if n not in here}
+            case _:
+                raise ValueError(f"cannot {verb} {name!r}")
+        return self.page
+
+    def state(self):
+        return [self.page, dict(sorted(self.values.items())), dict(sorted(self.saved.items()))]
+
+
+def gui_page(rng, page: str, fields, links) -> str:
+    """One page's HTML: its fields, its links to other pages, and a save and a clear button of its own."""
+    make = {"input": '<input id="{0}">', "checkbox": '<input type="checkbox" id="{0}">'}
+    body = [make[kind].format(name) if kind in make else
+            f'<select id="{name}">' + "".join(f'<option value="{o}">' for o in OPTIONS[name]) + "</select>" for kind, name in fields]
+    body += [f'<a id="go-{link}" href="#{link}">' for link in links] + [f'<button id="save-{page}">', f'<button id="clear-{page}">']
+    return f'<section id="{page}">' + "".join(body) + "</section>"
+
+
+def gui(rng, level):
+    """Level 1 one action, 2 and 3 fields that must be saved, 4 and 5 on another page."""
+    home, other = rng.sample(PAGES, 2)
+    fields = [(kind, name) for kind, names in FIELDS.items() for name in names]
+    fields = rng.sample(fields, min(2 + level, 5))
+    todo = fields[:(1, 1, 2, 2, 3)[level - 1]]
+    told = {"input": lambda n: rng.choice(WHO), "select": lambda n: rng.choice(OPTIONS[n]), "checkbox": lambda n: ""}
+    given = [(kind, name, told[kind](name)) for kind, name in todo]
+    yield [f"{a[1]} {b[1]}" for a, b in zip(given, given[1:])] or [f"{level} {given[0][1]} {given[0][2] or home}"]
+    target = other if level >= 4 else home
+    shown = rng.sample(fields, len(fields))
+    html = gui_page(rng, home, shown, [other]) if level < 4 else gui_page(rng, home, [], [other]) + gui_page(rng, other, shown, [home])
+    phrase = {"input": "enter {1} as {0}", "select": "choose {1} as {0}", "checkbox": "tick {0}"}
+    action = {"input": "type {0} {1}", "select": "select {0} {1}", "checkbox": "click {0}"}
+    said, acts = ([table[kind].format(name, text) for kind, name, text in given] for table in (phrase, action))
+    if level >= 2:
+        said, acts = said + ["save"], acts + [f"click save-{target}"]
+    if level >= 4:
+        said, acts = [f"on {other}: " + said[0]] + said[1:], [f"click go-{other}"] + acts
+    screen, turns = Screen(html), []
+    for act in acts:
+        turns += [("assistant", act), ("tool", f"page {screen.act(act)}")]
+    wrong = acts[:-1] + [rng.choice([f"click go-{other}", f"click clear-{home}"]) if level < 4 else f"click clear-{other}"]
+    yield dict(prompt=f"{html}\n{', '.join(said).capitalize() if level < 4 and given[0][0] == 'checkbox' else ', '.join(said)}.", solution="\n".join(acts),
+               wrong="\n".join(wrong), trace="\n".join(f"{s}: {a}" for s, a in zip(said, acts)), files={"page.html": html},
+               tests={"state": screen.state(), "most": len(acts) + 1}, turns=tuple(turns + [("assistant", "done")]), names=(home, other))
+
+
+def verify_gui(task, answer):
+    """All actions can be done, and leave the page, the values and what was saved as they should be."""
+    screen, acts = Screen(task.files["page.html"]), code_of(answer).splitlines()
+    try:
+        for act in acts:
+            screen.act(act)
+    except ValueError:
+        return 0.0
+    return float(screen.state() == task.tests["state"] and len(acts) <= task.tests["most"])
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Family:
-    generate: object          # generator(rng, level): yields the keys, then a dict of the rest of a Task
-    verify: object            # (task, answer) -> float
+    generate: object          # generator(rng, level): yields the keys, then a dict with the rest of a Task
+    verify: object            # (task, answer without its thinking) -> share that is right
+    guess: object = lambda task, other: other.solution  # an answer drawn at random: another task's, fitted to this one's form
+
+
+def fill(task, value) -> str:
+    """The assertion of a code reasoning task with a value in the place of the question mark."""
+    return task.prompt.splitlines()[-1].replace("?", repr(value))
 
 
 FAMILIES = {
-    "compose": Family(compose, verify_calls), "stdin": Family(stdin, verify_io),
-    "crux_output": Family(crux("output"), verify_crux), "crux_input": Family(crux("input"), verify_crux),
-    "math": Family(math_task, verify_math), "sql": Family(sql, verify_sql), "edit": Family(edit, verify_edit), "swe": Family(swe, verify_swe),
+    "compose": Family(compose, verify_calls),
+    "stdin": Family(stdin, verify_io),
+    "crux_output": Family(crux("output"), verify_crux, lambda task, other: fill(task, other.tests["result"])),
+    "crux_input": Family(crux("input"), verify_crux, lambda task, other: fill(task, other.tests["argument"])),
+    "math": Family(math_task, verify_math),
+    "sql": Family(sql, verify_sql, lambda task, other: other.solution.replace(other.names[0], task.names[0])),
+    "edit": Family(edit, verify_edit),
+    "terminal": Family(terminal, verify_terminal),
+    "tools": Family(tools, verify_tools),
+    "web": Family(web, verify_web),
+    "gui": Family(gui, verify_gui),
+    "swe": Family(swe, verify_swe, lambda task, other: task.tests["candidates"][other.seed % len(task.tests["candidates"])]),
 }
+
+
+def chance(family: str, difficulty: int = 1, n: int = 100, split: str = "test") -> float:
+    """
+    The random-answer baseline: the share of tasks solved by an answer in the right form that knows nothing of its task.
+
+    Such an answer is that of another random task of the family and level, fitted to the form (a value put into this task's assertion,
+    a query on this task's table). For swe it is one of the k candidate fixes: what an agent gets that edits before it tests.
+    """
+    tasks = [generate(family, difficulty, seed, split) for seed in range(n)]
+    return sum(verify(t, FAMILIES[family].guess(t, tasks[i - 1 - i % 7])) == 1.0 for i, t in enumerate(tasks)) / n
+
+
+FRESH = ("alpha", "gamma", "delta", "omega", "sigma", "kappa", "theta", "zeta")
+NOISE = ("", "Please help. ", "This is urgent. ", "Take care. ", "One more: ", "For a friend: ")
+
+
+def perturb(task: Task, seed: int) -> Task:
+    """The same problem in other clothes: its names replaced everywhere, and a remark that does not matter. The template stays."""
+    rng = random.Random(f"perturb {seed} {task.prompt}")
+    fresh = dict(zip(task.names, rng.sample(FRESH, len(task.names)))) if len(task.names) <= len(FRESH) else {}
+    pattern = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, fresh)) + r")(?!\w)") if fresh else None
+
+    def renamed(value):
+        if isinstance(value, str):
+            return pattern.sub(lambda m: fresh[m[1]], value) if pattern else value
+        if isinstance(value, dict):
+            return {renamed(k): renamed(v) for k, v in value.items()}
+        return type(value)(map(renamed, value)) if isinstance(value, (list, tuple)) else value
+
+    changed = {name: renamed(getattr(task, name)) for name in ("prompt", "solution", "wrong", "trace", "tests", "files", "turns", "detour", "names")}
+    return replace(task, **{**changed, "prompt": rng.choice(NOISE) + changed["prompt"]})
+
+
+# ---- what a model reads and learns ------------------------------------------------------------------------------------------
+# A sample in parts is [(text, is it a special token, is it in the loss)]. Only what the assistant says is learned, its end token too.
+
+
+def turn_parts(role: str, text: str, learned: bool) -> list[tuple[str, bool, bool]]:
+    """One turn of a chat. A "mistake" is an assistant's turn that is shown and not imitated."""
+    role = "assistant" if role == "mistake" else role
+    return [("<|im_start|>", True, False), (f"{role}\n", False, False), (text, False, learned), ("<|im_end|>", True, learned), ("\n", False, False)]
+
+
+def prompt_parts(task: Task) -> list[tuple[str, bool, bool]]:
+    """The prompt and the opening of the answer: what a model is given to complete."""
+    return turn_parts("user", task.prompt, False) + [("<|im_start|>", True, False), ("assistant\n", False, False)]
+
+
+def answer_text(task: Task, thinking: bool) -> str:
+    return f"<think>\n{task.trace}\n</think>\n\n{task.solution}" if thinking else task.solution
+
+
+def task_parts(task: Task, thinking: bool = False) -> list[tuple[str, bool, bool]]:
+    """A task with its solution as one sample, with or without the thinking."""
+    return turn_parts("user", task.prompt, False) + turn_parts("assistant", answer_text(task, thinking), True)
+
+
+def trajectory_parts(task: Task, detour: bool = False) -> list[tuple[str, bool, bool]]:
+    """An agent's whole episode. Observations, and the one mistake of a detour, are read and not learned."""
+    turns = (task.detour if detour else task.turns) or (("assistant", task.solution),)
+    return turn_parts("user", task.prompt, False) + [part for role, text in turns for part in turn_parts(role, text, role == "assistant")]
+
+
+# ---- metrics -------------------------------------------------------------------------------------------------------------------
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """
+    The chance that at least one of k samples is right, estimated without bias from c right ones among n >= k:
+
+        1 - C(n - c, k) / C(n, k)      averaged over problems by the caller. Source: the Codex paper.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass_at_k(n={n}, c={c}, k={k}): need 0 <= c <= n and 1 <= k <= n; draw at least k samples a problem")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def beyond(cost: float | None, references) -> float:
+    """
+    Mercury's Beyond for one problem: where the cost lies between the dearest (0) and the cheapest (1) reference solution,
+
+        (max - clip(cost, min, max)) / (max - min)      and 0 where the answer is wrong (cost None). The mean over problems is the score.
+    """
+    low, high = min(references), max(references)
+    if cost is None:
+        return 0.0
+    return 1.0 if high == low else (high - min(max(cost, low), high)) / (high - low)
+
+
+COUNTER = """
+import sys
+count = 0
+def step(frame, event, arg):
+    global count
+    frame.f_trace_opcodes = True
+    count += event == "opcode"
+    return step
+sys.settrace(step)
+for args in {inputs!r}: {name}(*args)
+sys.settrace(None)
+print(count)
+"""
+
+
+def instructions(source: str, name: str, inputs) -> int:
+    """How many bytecode instructions the function takes on these inputs: a cost that a busy machine does not change."""
+    done = run(source + COUNTER.format(inputs=inputs, name=name), limits=LIMITS)
+    if done.status != "ok":
+        raise RuntimeError(f"counting instructions: {done.status} {done.reason} {done.stderr[-200:]}")
+    return int(done.stdout.split()[-1])
+
+
+def efficiency(task: Task, answer: str) -> float:
+    """Beyond of an answer to a compose task, against the same chain step by step and written out in loops."""
+    source = code_of(final_answer(answer))
+    cost = lambda text: instructions(text, task.tests["calls"][0][0], [args for _, args, _ in task.tests["calls"]])
+    return beyond(cost(source) if verify(task, answer) == 1.0 else None, [cost(text) for text in task.tests["references"]])
+
+
+# ---- the gate: only samples with zero errors, and nothing that an evaluation asks -----------------------------------------------
+
+
+def pieces(text: str, n: int) -> set:
+    """The n-grams of words and signs of a text, as hashes that are the same on every machine."""
+    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    return {zlib.crc32(" ".join(words[i:i + n]).encode()) for i in range(len(words) - n + 1)}
+
+
+MULTIPLY, PLUS = np.random.default_rng(7).integers(1, 2**63, (2, 128), dtype=np.uint64) | np.uint64(1)
+
+
+def minhash(shingles: set) -> np.ndarray:
+    """128 minima of 128 hash functions; the share of equal ones estimates the Jaccard similarity of two sets."""
+    h = np.fromiter(shingles, np.uint64)[:, None]
+    return ((h * MULTIPLY + PLUS) >> np.uint64(32)).min(0) if len(h) else np.zeros(128, np.uint64)
+
+
+class Contamination:
+    """
+    Does a text hold something of an evaluation set? By whole text, by 13-gram (GPT-3's length) and by MinHash over 5-grams.
+
+    Pieces that three or more different evaluation texts share are a frame ("Answer with a diff."), not a problem: they do not count.
+    """
+    def __init__(self, evaluation_texts: dict, n: int = 13, threshold: float = 0.7):
+        self.n, self.threshold = n, threshold
+        texts = [(name, text) for name, many in evaluation_texts.items() for text in dict.fromkeys(many)]
+        self.whole = {" ".join(text.split()): name for name, text in texts}
+        often = {length: Counter(p for _, text in texts for p in pieces(text, length)) for length in (5, n)}
+        self.frame = {p for p, count in often[5].items() if count >= 3}
+        self.grams = {p: name for name, text in texts for p in pieces(text, n) if often[n][p] < 3}
+        kept = [(name, pieces(text, 5) - self.frame) for name, text in texts]
+        self.names = [name for name, shingles in kept if len(shingles) >= 8]
+        self.signatures = np.array([minhash(shingles) for _, shingles in kept if len(shingles) >= 8], np.uint64).reshape(-1, 128)
+
+    def of(self, text: str) -> str:
+        """ "" for a clean text, else how it is known and from which set."""
+        if (name := self.whole.get(" ".join(text.split()))) is not None:
+            return f"text of {name}"
+        if hit := next((p for p in pieces(text, self.n) if p in self.grams), None):
+            return f"{self.n}-gram of {self.grams[hit]}"
+        shingles = pieces(text, 5) - self.frame
+        near = (self.signatures == minhash(shingles)).mean(1) if len(shingles) >= 8 and len(self.names) else np.zeros(1)
+        return f"near {self.names[int(near.argmax())]}" if near.max() >= self.threshold else ""
+
+
+def sample_text(task: Task, answer: str | None = None) -> str:
+    """What counts when a sample is compared with an evaluation: the question and the answer, without the thinking."""
+    return task.prompt + "\n" + final_answer(task.solution if answer is None else answer)
+
+
+def admit(samples, evaluation_texts: dict) -> tuple[list, Counter]:
+    """
+    The samples (task, answer) that may be learned from, and the table {reason: how many were refused}, "admitted" among them.
+
+    A sample enters if it verifies in full, is new, comes from a training template, and holds nothing of the evaluation texts
+    ({set: [text, ...]}; sample_text() of the evaluation tasks). Where the sandbox broke, it stays out: nobody knows.
+    """
+    contaminated, kept, seen, table = Contamination(evaluation_texts), [], set(), Counter()
+    for task, answer in samples:
+        text = sample_text(task, answer)
+        try:
+            reason = "test template" if task.split == "test" else "duplicate" if text in seen else contaminated.of(text) or contaminated.of(task.prompt)
+            reason = reason or ("" if verify(task, answer) == 1.0 else "does not verify")
+        except RuntimeError:
+            reason = "machinery broke"
+        seen.add(text)
+        table[reason or "admitted"] += 1
+        kept += [(task, answer)] if not reason else []
+    return kept, table
+
+
+# ---- the teacher: an endpoint, a checkpoint of ours, or the program ----------------------------------------------------------
+# An author is a function (task, n) -> up to n answers. A checkpoint's author is made where checkpoints are known; all are treated alike.
+
+
+class BudgetSpent(Exception):
+    """The teacher's token budget is used up. What was answered is on disk: a larger budget goes on from there."""
+
+
+class Teacher:
+    """
+    An OpenAI-compatible endpoint. Every answer is kept on disk, so a run that is stopped asks nothing twice; the budget counts the
+    tokens of all answers in the cache, earlier runs' too. 429, 5xx and lost connections are tried again, after 1, 2, 4, ... seconds
+    or as long as the server says.
+    """
+    def __init__(self, url: str, model: str, cache, budget: int = 1_000_000, retries: int = 6, wait_s: float = 1.0, timeout_s: float = 120.0):
+        self.url, self.model, self.cache, self.budget = url.rstrip("/"), model, Path(cache), budget
+        self.retries, self.wait_s, self.timeout_s = retries, wait_s, timeout_s
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self.spent = sum(json.loads(path.read_text())["tokens"] for path in self.cache.glob("*.json"))
+
+    def ask(self, prompt: str, n: int = 1, temperature: float = 0.8) -> list[str]:
+        """n answers to a prompt."""
+        request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "n": n, "temperature": temperature}
+        path = self.cache / (hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:32] + ".json")
+        if path.exists():
+            return json.loads(path.read_text())["texts"]
+        if self.spent >= self.budget:
+            raise BudgetSpent(f"{self.spent} of {self.budget} tokens are spent")
+        reply = self.post(request)
+        texts = [choice["message"]["content"] or "" for choice in reply["choices"]]
+        tokens = reply.get("usage", {}).get("total_tokens") or sum(map(len, [prompt, *texts])) // 3
+        self.spent += tokens
+        draft = path.with_suffix(".part")
+        draft.write_text(json.dumps({"texts": texts, "tokens": tokens}))
+        os.replace(draft, path)
+        return texts
+
+    def post(self, request: dict) -> dict:
+        """One request, patiently."""
+        import requests
+
+        key = os.environ.get("OPENAI_API_KEY")
+        trouble = ""
+        for attempt in range(self.retries):
+            pause = self.wait_s * 2**attempt
+            try:
+                reply = requests.post(f"{self.url}/chat/completions", json=request, timeout=self.timeout_s,
+                                      headers={"Authorization": f"Bearer {key}"} if key else {})
+                if reply.ok:
+                    return reply.json()
+                trouble = f"HTTP {reply.status_code}: {reply.text[:200]}"
+                if reply.status_code != 429 and reply.status_code < 500:
+                    break  # our request is wrong; asking again will not mend it
+                pause = float(reply.headers.get("Retry-After", pause))
+            except (requests.ConnectionError, requests.Timeout) as error:
+                trouble = str(error)
+            time.sleep(pause)
+        raise OSError(f"the teacher at {self.url} does not answer ({trouble}); check --teacher, the model's name and OPENAI_API_KEY")
+
+
+def program(task: Task, n: int, thinking: bool = False) -> list[str]:
+    """The offline author: the generator's own solution, with its trace where thinking is wanted."""
+    return [answer_text(task, thinking)][:n]
+
+
+def from_teacher(teacher: Teacher):
+    """The author that asks an endpoint."""
+    return lambda task, n: teacher.ask(task.prompt + "\nGive only the answer.", n)
+
+
+def write_samples(tasks, author, path, n: int = 1, evaluation_texts: dict | None = None) -> Counter:
+    """
+    Rejection: ask the author for n answers to each task, keep what the gate admits as JSON lines in `path`; the table of verdicts.
+
+    Resumable: the file gets one line a task, with its admitted answers, and tasks that have their line are not asked again.
+    """
+    path, table, done = Path(path), Counter(), {}
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):  # a line cut by a crash is asked again
+                done[tuple(json.loads(line)["id"])] = line
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text("".join(done.values()))
+    os.replace(draft, path)
+    with path.open("a") as out:
+        for task in tasks:
+            identity = (task.family, task.difficulty, task.seed, task.split)
+            if identity not in done:
+                kept, verdicts = admit([(task, answer) for answer in author(task, n)], evaluation_texts or {})
+                table += verdicts
+                out.write(json.dumps({"id": identity, "answers": [answer for _, answer in kept], "verdicts": verdicts}) + "\n")
+                out.flush()
+    return table
+
+
+# ---- debate: for what no program can judge -----------------------------------------------------------------------------------
+
+
+def scored(reply: str) -> float | None:
+    """The number after "score:", from 0 to 10, as -1 to 1; None where the judge gave none."""
+    found = re.search(r"score:\s*(\d+(?:\.\d+)?)", reply, re.I)
+    return min(max(float(found[1]) / 5 - 1, -1.0), 1.0) if found else None
+
+
+def debate(question: str, answer: str, judges, weights=None) -> tuple[float, list]:
+    """
+    How good is an answer that no program can judge? (value in [0, 1], the log of both rounds)
+
+    judges are functions text -> text. First each scores alone; then each reads all reviews, unnamed, and may change its mind. The
+    final scores s in [-1, 1] are added with the judges' weights, which are log odds of being right: value = sigmoid(sum w s).
+    """
+    brief = f"Question:\n{question}\n\nAnswer:\n{answer}\n\nGive one line `score: N` with N from 0 (useless) to 10, then a sentence why."
+    first = [judge(brief) for judge in judges]
+    reviews = "\n".join(f"- {reply.strip()}" for reply in sorted(first))  # sorted, so that the order gives no name away
+    second = [judge(f"{brief}\n\nThe reviews so far:\n{reviews}\n\nKeep your score or change it.") for judge in judges]
+    scores = [scored(b) if scored(b) is not None else scored(a) for a, b in zip(first, second)]
+    total = sum(w * s for w, s in zip(weights or [1.0] * len(scores), scores) if s is not None)
+    return 1 / (1 + math.exp(-total)), [first, second]
+
+
+def calibrate(judges, pairs) -> list[float]:
+    """
+    Each judge's weight from labelled pairs (question, better answer, worse answer): the log odds of ranking a pair rightly.
+
+    log(p / (1 - p)) is the best weight of an independent voter; p is smoothed by one right and one wrong. A judge at or below chance
+    gets 0: it is not asked to be wrong the other way round.
+    """
+    weights = []
+    for judge in judges:
+        marks = [(debate(question, good, [judge])[0], debate(question, bad, [judge])[0]) for question, good, bad in pairs]
+        right = sum(a > b for a, b in marks) + 0.5 * sum(a == b for a, b in marks)
+        p = (right + 1) / (len(pairs) + 2)
+        weights.append(max(0.0, math.log(p / (1 - p))))
+    return weights
+
+
+# ---- command line --------------------------------------------------------------------------------------------------------------
+
+
+def show(family: str, difficulty: int, seed: int, split: str) -> None:
+    """Print one task, and what the verifier says of three answers to it."""
+    task = generate(family, difficulty, seed, split)
+    print(f"==== {family} · difficulty {difficulty} · {split} · {' | '.join(task.keys)}\n{task.prompt}\n---- thinking\n{task.trace}\n---- solution\n{task.solution}")
+    for role, text in task.detour or task.turns:
+        print(f"  {role:>9} | " + text.replace("\n", "\n            | "))
+    marks = [f"{name} {verify(task, text):.2f}" for name, text in (("solution", task.solution), ("wrong answer", task.wrong), ("empty answer", ""))]
+    print("---- verified: " + " · ".join(marks) + "\n")
+
+
+def faults(family: str, seeds) -> list[str]:
+    """What is wrong with the tasks of these seeds; levels and splits take turns. An empty list is the proof."""
+    found = []
+    for seed in seeds:
+        task = generate(family, 1 + seed % 5, seed, ("train", "test")[seed // 5 % 2])
+        for what, text, good in (("solution", task.solution, True), ("solution after thinking", answer_text(task, True), True),
+                                 ("empty answer", "", False), ("thought without end", "<think>\n" + task.solution, False), ("wrong answer", task.wrong, False)):
+            if (verify(task, text) == 1.0) != good:
+                found.append(f"{family} {task.difficulty} {task.split} seed {seed}: the {what} {'fails' if good else 'passes'}")
+    return found
+
+
+def produced(family: str, seeds) -> int:
+    """How many of these seeds give a task whose solution verifies."""
+    return sum(verify(task, task.solution) == 1.0 for task in (generate(family, 1 + seed % 5, seed) for seed in seeds))
+
+
+def kill_rates(n: int) -> tuple[float, float]:
+    """The share of all mutants that 20 chosen and 20 random inputs kill, over n compose tasks; mutants that no input kills do not count."""
+    chosen_killed = random_killed = total = 0
+    for seed in range(n):
+        rng = random.Random(f"kill {seed}")
+        source, inputs = in_steps(chain(rng, 1 + seed % 5)[2]), lists(rng, 200)
+        chosen, trees = select_tests(source, "f", inputs)
+        table = kill_table(source, "f", inputs, trees)
+        chosen_killed += table[:, chosen].any(1).sum()
+        random_killed += table[:, rng.sample(range(len(inputs)), 20)].any(1).sum()
+        total += len(table)
+    return chosen_killed / total, random_killed / total
+
+
+def bench(families, processes: int = 2) -> None:
+    """Speed on two processes, what the choice of tests is worth, and the random-answer baseline of every family."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(produced, families, [range(2)] * len(families)))  # warm: sympy, the sandbox
+        print(f"{'family':<12} {'tasks/min':>10} {'chance, level 1':>16}")
+        total, start = 0, time.perf_counter()
+        rates = {}
+        for family in families:
+            began = time.perf_counter()
+            made = sum(pool.map(produced, [family] * processes, [range(k, 60, processes) for k in range(processes)]))
+            rates[family] = made / (time.perf_counter() - began) * 60
+            total += made
+        overall = total / (time.perf_counter() - start) * 60
+        for family, luck in zip(families, pool.map(chance, families)):
+            print(f"{family:<12} {rates[family]:>10.0f} {luck:>16.2f}")
+    chosen, at_random = kill_rates(100)
+    print(f"verified tasks a minute, all families alike: {overall:.0f} on {processes} processes")
+    print(f"mutants killed by 20 tests: chosen {chosen:.1%}, random {at_random:.1%}")
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description="Print a task of each family with its verification; or check, measure or write tasks. A task is a "
+                                     "prompt with a solution, a verifier that runs answers, and a dial; see the head of this file.")
+    parser.add_argument("--family", choices=list(FAMILIES), help="only this family (default: all)")
+    parser.add_argument("--difficulty", type=int, default=1, choices=LEVELS, help="1 to 5 (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="which task (default 0)")
+    parser.add_argument("--split", default="train", choices=("train", "test"), help="templates to train on, or the held-out ones (default train)")
+    parser.add_argument("--check", type=int, metavar="N", help="on N seeds a family: solutions verify, empty and wrong answers do not")
+    parser.add_argument("--bench", action="store_true", help="verified tasks a minute on two processes, mutants killed, chance by family")
+    parser.add_argument("--write", metavar="FILE", help="write verified samples of N seeds a family as JSON lines (see --n)")
+    parser.add_argument("--n", type=int, default=100, help="seeds a family for --write (default 100)")
+    parser.add_argument("--teacher", metavar="URL", help="with --write: an OpenAI-compatible endpoint answers instead of the program")
+    parser.add_argument("--model", default="default", help="the teacher's model name (default: default)")
+    parser.add_argument("--budget", type=int, default=1_000_000, help="tokens the teacher may use, earlier runs included (default 1,000,000)")
+    args = parser.parse_args(argv)
+    families = [args.family] if args.family else list(FAMILIES)
+    if args.check is not None:
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            found = [fault for some in pool.map(faults, families, [range(args.check)] * len(families)) for fault in some]
+        print("\n".join(found) or f"{len(families)} families x {args.check} seeds: every solution verifies; no empty, unfinished or wrong answer does")
+        return int(bool(found))
+    if args.bench:
+        bench(families)
+    elif args.write:
+        teacher = Teacher(args.teacher, args.model, args.write + ".cache", args.budget) if args.teacher else None
+        todo = (generate(family, args.difficulty, seed, args.split) for seed in range(args.n) for family in families)
+        table = write_samples(todo, from_teacher(teacher) if teacher else program, args.write)
+        print("\n".join(f"{count:6d} {reason}" for reason, count in table.most_common()))
+    else:
+        for family in families:
+            show(family, args.difficulty, args.seed, args.split)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, BudgetSpent) as error:
+        print(f"tasks.py: {error}", file=sys.stderr)
+        sys.exit(2)
