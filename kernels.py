@@ -1,0 +1,959 @@
+"""
+Gated loop attention as one GPU kernel: one query tile, two sets of keys and values, one gate, one output.
+
+    z_i = q_i . w_h + b_h,    g_i = sigmoid(z_i)                          one gate per token and head
+    A_i = softmax over          j <= i of q_i K1_j / sqrt(D), times V1    global branch: keys and values of pass 1
+    B_i = softmax over  i - W < j <= i of q_i K2_j / sqrt(D), times V2    local branch: keys and values of pass 2
+    o_i = g_i A_i + (1 - g_i) B_i
+
+Written as PyTorch calls this is two attentions, a gate and a mix: the queries travel to the chip three times, A and B travel
+out and in again. Here a program owns BLOCK_M query rows of one head, walks over the keys of both branches with the softmax
+kept in registers (FlashAttention), computes the gate from the query tile it already holds, and writes o. That is all that
+leaves the chip. Training also keeps A, the two log-sum-exp rows and z: what the backward needs, and nothing that is T x T.
+
+Read reach(), attend_block() and attend() first: they are FlashAttention. forward_kernel() is the equation above in terms of
+them. The backward has two kernels: dq_kernel() owns query rows, dkv_kernel() owns keys, so every number has one writer: no
+atomics, the same bits each time. Then what falls out of the same pieces: flash_partial(), attention to one set of keys whose
+results can be merged (a ring of devices, or pass 1), and fused_gated_decode(), one new token against both caches.
+
+Conventions. B rows, H query heads, KV key/value heads, T queries, S keys, D width of a head, W window. Every softmax is in
+base 2 (exp2 is one instruction): scores are multiplied by log2(e) / sqrt(D), log-sum-exps are base 2 until they leave the file.
+No load is masked: a row past the end repeats the last row, and only its store, or its weight, is dropped.
+
+Source: LoopCoder report, equations 2 to 5 and section 2.3, which names the kernel and shows no code. FlashAttention-2
+(arXiv 2307.08691) for the order of the loops. Departures: none in the values; no dropout, no bias, D is 16, 32, 64 or 128.
+loop_attention_reference() in loop_attention.py is the slow form that this must agree with; tests/test_kernels.py proves it.
+
+    python kernels.py              # GPU: correctness, then one table of times. CPU: a small check in Triton's interpreter
+    python kernels.py --compile    # no GPU needed: compiles every kernel for an H100 and prints the assembler's report
+"""
+import argparse
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from contextlib import nullcontext, redirect_stdout
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                       # the file still imports; the wrappers say what is missing
+    triton, tl = None, types.SimpleNamespace(constexpr=float)
+
+LOG2E = tl.constexpr(math.log2(math.e))
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")   # read by Triton when it is imported
+
+jit = triton.jit if triton else lambda function: function
+# Lengths change from call to call: compiling anew for each T that is 1 or a multiple of 16 would buy nothing.
+kernel = triton.jit(do_not_specialize=["T", "S", "H", "W", "shift", "n_global", "n_local"]) if triton else lambda function: function
+
+# ---- tiles: a head of a tensor, and its rows -------------------------------------------------------------------------
+# A tensor (B, H, T, D) comes into a kernel as a tuple (address, stride of B, of H, of T), so any memory order will do as long as
+# D is contiguous: q as the projection left it (B, T, H, D) and a cache as (B, KV, S, D) both work without a copy.
+
+
+@jit
+def head_of(x, b, h):
+    """One head of one batch row: (address of its first row, step to the next row). 64-bit here, so that the rows can be 32-bit."""
+    return x[0] + b.to(tl.int64) * x[1] + h.to(tl.int64) * x[2], x[3]
+
+
+@jit
+def load_rows(head, rows, D: tl.constexpr):
+    """A tile (len(rows), D) of a head."""
+    return tl.load(head[0] + rows[:, None] * head[1] + tl.arange(0, D)[None, :])
+
+
+@jit
+def store_rows(head, rows, tile, T, D: tl.constexpr):
+    """Writes the rows of a tile that exist (row < T), in the head's own dtype."""
+    address = head[0] + rows[:, None] * head[1] + tl.arange(0, D)[None, :]
+    tl.store(address, tile.to(head[0].dtype.element_ty), mask=rows[:, None] < T)
+
+
+# ---- what a row sees -------------------------------------------------------------------------------------------------
+# Every mask in this file is an interval of keys per row: row i stands at key position i + shift and sees
+#     max(start of its document, i + shift - W + 1)  <=  j  <=  i + shift.
+# Causal attention is W >= S; a window is a small W; packed documents are `starts`; a batch is one more grid axis. Both ends grow
+# with i, so a tile of rows sees one run of keys, only the ends of the run need a mask, and keys outside it are never loaded.
+
+
+@jit
+def reach(row, mask):
+    """The keys lo <= j < hi that `row` (one number or a vector of them) sees; mask = (starts or None, shift, W, S)."""
+    starts, shift, W, S = mask
+    lo = tl.maximum(row + shift + 1 - W, 0)
+    if starts is not None:
+        lo = tl.maximum(lo, tl.load(starts + row))
+    return lo, tl.minimum(row + shift + 1, S)
+
+
+@jit
+def reach_of_tile(first, last, mask, BLOCK_N: tl.constexpr):
+    """
+    The run of keys that rows first..last see, cut in three: [begin, full) is masked, [full, edge) is whole blocks that every row
+    sees, [edge, end) is masked again. With documents or a window all three may be there; plain causal rows have begin = full.
+    """
+    begin, shortest = reach(first, mask)
+    latest, end = reach(last, mask)
+    full = tl.minimum(begin + tl.cdiv(latest - begin, BLOCK_N) * BLOCK_N, end)
+    edge = full + tl.maximum(shortest - full, 0) // BLOCK_N * BLOCK_N
+    return begin, full, edge, end
+
+
+@jit
+def sees(lo, hi, keys):
+    """(rows, keys): True where the row sees the key."""
+    return (lo[:, None] <= keys[None, :]) & (keys[None, :] < hi[:, None])
+
+
+# ---- the forward -----------------------------------------------------------------------------------------------------
+# FlashAttention: keys come in blocks of BLOCK_N. A row carries the largest score so far (peak), the sum of exp2(score - peak)
+# (total) and the same sum weighted by the values (acc). A higher peak rescales what was summed before. At the end acc / total
+# is softmax(scores) V, and peak + log2(total) is the log-sum-exp from which the backward recomputes every weight.
+
+
+@jit
+def attend_block(acc, peak, total, q, k, v, n, lo, hi, S, scale2, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """One block of keys n .. n + BLOCK_N - 1 for a tile of rows. scale2 = log2(e) / sqrt(D)."""
+    keys = n + tl.arange(0, BLOCK_N)
+    at = tl.minimum(keys, S - 1) if MASKED else keys
+    s = tl.dot(q, tl.trans(load_rows(k, at, D)), input_precision="ieee")               # (M, N)
+    if MASKED:
+        s = tl.where(sees(lo, hi, keys), s, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, 1) * scale2)
+    # a row that has seen no key yet has peak -inf, and -inf - -inf is not a number
+    origin = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+    p = tl.exp2(s * scale2 - origin[:, None])                                          # one fused multiply-add and one exp2
+    decay = tl.exp2(peak - origin)
+    v_tile = load_rows(v, at, D)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
+    return acc, new_peak, total * decay + tl.sum(p, 1)
+
+
+@jit
+def attend(q, k, v, rows, first, last, mask, scale2, NARROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """
+    Attention of a query tile (M, D) to every key it sees: (M, D) in float32 and its log-sum-exp (M,). A row that sees no key
+    gives 0 and -inf. NARROW: the run of keys is a few blocks (a window), so one masked loop replaces three.
+    """
+    lo, hi = reach(rows, mask)
+    begin, full, edge, end = reach_of_tile(first, last, mask, BLOCK_N)
+    S = mask[3]
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if NARROW:
+        for n in range(begin, end, BLOCK_N):
+            acc, peak, total = attend_block(acc, peak, total, q, k, v, n, lo, hi, S, scale2, True, BLOCK_N, D)
+    else:
+        for n in range(begin, full, BLOCK_N):
+            acc, peak, total = attend_block(acc, peak, total, q, k, v, n, lo, hi, S, scale2, True, BLOCK_N, D)
+        for n in range(full, edge, BLOCK_N):
+            acc, peak, total = attend_block(acc, peak, total, q, k, v, n, lo, hi, S, scale2, False, BLOCK_N, D)
+        for n in range(edge, end, BLOCK_N):
+            acc, peak, total = attend_block(acc, peak, total, q, k, v, n, lo, hi, S, scale2, True, BLOCK_N, D)
+    total = tl.where(total == 0.0, 1.0, total)
+    return acc / total[:, None], peak + tl.log2(total)
+
+
+@jit
+def my_rows(T, BLOCK_M: tl.constexpr):
+    """This program's tile of query rows, the longest (last) tiles first: tile, first, last, row numbers, and where to load them."""
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    first = tile * BLOCK_M
+    row = first + tl.arange(0, BLOCK_M)
+    return tile, first, tl.minimum(first + BLOCK_M, T) - 1, row, tl.minimum(row, T - 1)
+
+
+@jit
+def sigmoid(z):
+    """1 / (1 + e^-z), and exactly 0 or 1 at the ends; sigmoid(-z) is 1 - sigmoid(z) without the cancellation."""
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@kernel
+def forward_kernel(q, k1, v1, k2, v2, gate_weight, gate_bias, starts, o, o1, lse1, lse2, z_out, W, scale, H, T,
+                   GROUP: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """Grid (H, row tiles, B). SAVE: also write what the backward needs, A to o1, the log-sum-exps, and the gate's logit."""
+    h, b = tl.program_id(0), tl.program_id(2)
+    tile, first, last, row, at = my_rows(T, BLOCK_M)
+    if starts is not None:
+        starts += b.to(tl.int64) * T
+    kv, scale2 = h // GROUP, scale * LOG2E                                             # GQA: GROUP query heads share a key/value head
+    q_tile = load_rows(head_of(q, b, h), at, D)
+    w = tl.load(gate_weight + h * D + tl.arange(0, D)).to(tl.float32)
+    z = tl.sum(q_tile.to(tl.float32) * w[None, :], 1) + tl.load(gate_bias + h).to(tl.float32)
+
+    o_global, lse_global = attend(q_tile, head_of(k1, b, kv), head_of(v1, b, kv), at, first, last, (starts, 0, T, T), scale2,
+                                  False, BLOCK_M, BLOCK_N, D)
+    o_local, lse_local = attend(q_tile, head_of(k2, b, kv), head_of(v2, b, kv), at, first, last, (starts, 0, W, T), scale2,
+                                True, BLOCK_M, BLOCK_N, D)
+    mixed = sigmoid(z)[:, None] * o_global + sigmoid(-z)[:, None] * o_local
+    store_rows(head_of(o, b, h), row, mixed, T, D)
+    if SAVE:
+        stat = (b.to(tl.int64) * H + h) * T + row
+        store_rows(head_of(o1, b, h), row, o_global, T, D)
+        tl.store(lse1 + stat, lse_global, mask=row < T)
+        tl.store(lse2 + stat, lse_local, mask=row < T)
+        tl.store(z_out + stat, z, mask=row < T)
+
+
+# ---- the backward, query side ----------------------------------------------------------------------------------------
+# With do = dL/do, P the softmax weights of a branch, dP = do V^T, and delta = rowsum(do * branch output):
+#     dz = g (1 - g) (delta_A - delta_B)                       dw = sum over tokens of dz q,   db = sum of dz
+#     P' = g P (global), (1 - g) P (local)                     dS = P' (dP - delta)
+#     dq = (dS_A K1 + dS_B K2) / sqrt(D) + dz w                dV = P'^T do,   dK = dS^T q / sqrt(D)
+# The gate folds into the log-sum-exp, P' = exp2(s - (lse - log2 g)), and from there on each branch is plain FlashAttention
+# backward. delta_A comes from the saved A. delta_B is summed from K2, V2 again (B was not saved: the window is short). Taking it
+# from o and A instead would be free, but divides a difference of rounded numbers by 1 - g.
+
+
+@jit
+def log2_sigmoid(z):
+    """log2(sigmoid(z)), right for any z: -inf at -inf, 0 at inf."""
+    return (tl.minimum(z, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(z)))) * LOG2E
+
+
+@jit
+def weights(q, do, k_tile, v_tile, keys, lo, hi, lse, scale2, MASKED: tl.constexpr):
+    """Softmax weights P (M, N), recomputed from the log-sum-exp, and their gradient dP = do V^T."""
+    s = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
+    p = tl.exp2(s * scale2 - lse[:, None])
+    if MASKED:
+        p = tl.where(sees(lo, hi, keys), p, 0.0)
+    return p, tl.dot(do, tl.trans(v_tile), input_precision="ieee")
+
+
+@jit
+def dq_block(dq, q, do, k, v, n, lo, hi, lse, delta, S, scale2, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """Adds dS K of one block of keys to dq."""
+    keys = n + tl.arange(0, BLOCK_N)
+    at = tl.minimum(keys, S - 1) if MASKED else keys
+    k_tile = load_rows(k, at, D)
+    p, dp = weights(q, do, k_tile, load_rows(v, at, D), keys, lo, hi, lse, scale2, MASKED)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+
+
+@jit
+def dq_branch(dq, q, do, k, v, rows, first, last, mask, lse, delta, scale2, NARROW: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """Adds dS K over every key that the tile sees; the same walk as attend()."""
+    lo, hi = reach(rows, mask)
+    begin, full, edge, end = reach_of_tile(first, last, mask, BLOCK_N)
+    S = mask[3]
+    if NARROW:
+        for n in range(begin, end, BLOCK_N):
+            dq = dq_block(dq, q, do, k, v, n, lo, hi, lse, delta, S, scale2, True, BLOCK_N, D)
+    else:
+        for n in range(begin, full, BLOCK_N):
+            dq = dq_block(dq, q, do, k, v, n, lo, hi, lse, delta, S, scale2, True, BLOCK_N, D)
+        for n in range(full, edge, BLOCK_N):
+            dq = dq_block(dq, q, do, k, v, n, lo, hi, lse, delta, S, scale2, False, BLOCK_N, D)
+        for n in range(edge, end, BLOCK_N):
+            dq = dq_block(dq, q, do, k, v, n, lo, hi, lse, delta, S, scale2, True, BLOCK_N, D)
+    return dq
+
+
+@jit
+def delta_branch(q, do, k, v, rows, first, last, mask, lse, scale2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """rowsum(do * output) of a branch whose output was not kept: the sum over keys of P dP."""
+    lo, hi = reach(rows, mask)
+    begin, full, edge, end = reach_of_tile(first, last, mask, BLOCK_N)
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    for n in range(begin, end, BLOCK_N):
+        keys = n + tl.arange(0, BLOCK_N)
+        at = tl.minimum(keys, mask[3] - 1)
+        p, dp = weights(q, do, load_rows(k, at, D), load_rows(v, at, D), keys, lo, hi, lse, scale2, True)
+        delta += tl.sum(p * dp, 1)
+    return delta
+
+
+@kernel
+def dq_kernel(do, q, k1, v1, k2, v2, gate_weight, starts, o1, lse1, lse2, z_in, dq, folded1, folded2, delta1, delta2, dgate, W, scale, H, T,
+              GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """
+    Grid (H, row tiles, B). Writes dq, this tile's share of dw and db (dgate: one row of D + 1 per tile and head), and for
+    dkv_kernel() the deltas and the log-sum-exps with the gate folded in.
+    """
+    h, b = tl.program_id(0), tl.program_id(2)
+    tile, first, last, row, at = my_rows(T, BLOCK_M)
+    if starts is not None:
+        starts += b.to(tl.int64) * T
+    kv, scale2 = h // GROUP, scale * LOG2E
+    stat = (b.to(tl.int64) * H + h) * T
+    q_tile = load_rows(head_of(q, b, h), at, D)
+    do_tile = load_rows(head_of(do, b, h), at, D).to(q_tile.dtype)
+    k_local, v_local = head_of(k2, b, kv), head_of(v2, b, kv)
+    lse_global, lse_local, z = tl.load(lse1 + stat + at), tl.load(lse2 + stat + at), tl.load(z_in + stat + at)
+    d_global = tl.sum(do_tile.to(tl.float32) * load_rows(head_of(o1, b, h), at, D).to(tl.float32), 1)
+    d_local = delta_branch(q_tile, do_tile, k_local, v_local, at, first, last, (starts, 0, W, T), lse_local, scale2, BLOCK_M, BLOCK_N, D)
+
+    dz = sigmoid(z) * sigmoid(-z) * (d_global - d_local)
+    dz = tl.where(row < T, dz, 0.0)                                                    # repeated rows must not count twice
+    part = dgate + ((b * tl.num_programs(1) + tile).to(tl.int64) * H + h) * (D + 1)
+    tl.store(part + tl.arange(0, D), tl.sum(dz[:, None] * q_tile.to(tl.float32), 0))
+    tl.store(part + D, tl.sum(dz, 0))
+
+    lse_global -= log2_sigmoid(z)
+    lse_local -= log2_sigmoid(-z)
+    tl.store(folded1 + stat + row, lse_global, mask=row < T)
+    tl.store(folded2 + stat + row, lse_local, mask=row < T)
+    tl.store(delta1 + stat + row, d_global, mask=row < T)
+    tl.store(delta2 + stat + row, d_local, mask=row < T)
+
+    ds_k = tl.zeros([BLOCK_M, D], tl.float32)
+    ds_k = dq_branch(ds_k, q_tile, do_tile, k_local, v_local, at, first, last, (starts, 0, W, T), lse_local, d_local, scale2,
+                     True, BLOCK_N, D)
+    ds_k = dq_branch(ds_k, q_tile, do_tile, head_of(k1, b, kv), head_of(v1, b, kv), at, first, last, (starts, 0, T, T), lse_global, d_global,
+                     scale2, False, BLOCK_N, D)
+    w = tl.load(gate_weight + h * D + tl.arange(0, D)).to(tl.float32)
+    store_rows(head_of(dq, b, h), row, ds_k * scale + dz[:, None] * w[None, :], T, D)
+
+
+# ---- the backward, key side ------------------------------------------------------------------------------------------
+# The transposed walk: a program owns BLOCK_N keys of one key/value head and visits every row that sees them, in every query head
+# of the group, so the sum over the group needs no second pass. Key j is seen by the rows j - shift <= i < j - shift + W of its
+# document, which ends before row `ends[j]`. The gate is in the log-sum-exp: the same kernel serves both branches, and pass 1.
+
+
+@kernel
+def dkv_kernel(do, q, k, v, lse, delta, ends, dk, dv, shift, W, scale, H, T, S,
+               GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """Grid (KV, key tiles, B); the first keys are seen by the most rows, and start first."""
+    kv, b = tl.program_id(0), tl.program_id(2)
+    first = tl.program_id(1) * BLOCK_N
+    last = tl.minimum(first + BLOCK_N, S) - 1
+    key = first + tl.arange(0, BLOCK_N)
+    at = tl.minimum(key, S - 1)
+    begin, end = tl.maximum(first - shift, 0), tl.minimum(last - shift + W, T)
+    lo, hi = tl.maximum(key - shift, 0), tl.minimum(key - shift + W, T)
+    if ends is not None:
+        ends += b.to(tl.int64) * S
+        end = tl.minimum(end, tl.load(ends + last))
+        hi = tl.minimum(hi, tl.load(ends + at))
+    tiles, scale2 = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M), scale * LOG2E
+    k_tile = load_rows(head_of(k, b, kv), at, D)
+    v_tile = load_rows(head_of(v, b, kv), at, D)
+    dk_tile = tl.zeros([BLOCK_N, D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, D], tl.float32)
+    for i in range(GROUP * tiles):                                                     # one loop over (head of the group, row tile)
+        h = kv * GROUP + i // tiles
+        row = begin + i % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_at = tl.minimum(row, T - 1)
+        stat = (b.to(tl.int64) * H + h) * T + row_at
+        q_tile = load_rows(head_of(q, b, h), row_at, D)
+        do_tile = load_rows(head_of(do, b, h), row_at, D).to(q_tile.dtype)
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")                   # (N, M): everything here is transposed
+        p = tl.exp2(s * scale2 - tl.load(lse + stat)[None, :])
+        p = tl.where(sees(lo, hi, row), p, 0.0)
+        dv_tile = tl.dot(p.to(do_tile.dtype), do_tile, dv_tile, input_precision="ieee")
+        dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
+        ds = p * (dp - tl.load(delta + stat)[None, :])
+        dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
+    store_rows(head_of(dk, b, kv), key, dk_tile * scale, S, D)
+    store_rows(head_of(dv, b, kv), key, dv_tile, S, D)
+
+
+# ---- one set of keys: the same pieces without the gate ---------------------------------------------------------------
+
+
+@kernel
+def flash_forward_kernel(q, k, v, starts, o, lse, shift, W, scale, H, T, S,
+                         GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """Grid (H, row tiles, B)."""
+    h, b = tl.program_id(0), tl.program_id(2)
+    tile, first, last, row, at = my_rows(T, BLOCK_M)
+    if starts is not None:
+        starts += b.to(tl.int64) * T
+    mask = (starts, shift, W, S)
+    q_tile = load_rows(head_of(q, b, h), at, D)
+    o_tile, lse_row = attend(q_tile, head_of(k, b, h // GROUP), head_of(v, b, h // GROUP), at, first, last, mask, scale * LOG2E,
+                             False, BLOCK_M, BLOCK_N, D)
+    store_rows(head_of(o, b, h), row, o_tile, T, D)
+    tl.store(lse + (b.to(tl.int64) * H + h) * T + row, lse_row, mask=row < T)
+
+
+@kernel
+def flash_dq_kernel(do, q, k, v, lse, delta, starts, dq, shift, W, scale, H, T, S,
+                    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """Grid (H, row tiles, B)."""
+    h, b = tl.program_id(0), tl.program_id(2)
+    tile, first, last, row, at = my_rows(T, BLOCK_M)
+    if starts is not None:
+        starts += b.to(tl.int64) * T
+    mask = (starts, shift, W, S)
+    stat = (b.to(tl.int64) * H + h) * T + at
+    q_tile = load_rows(head_of(q, b, h), at, D)
+    do_tile = load_rows(head_of(do, b, h), at, D).to(q_tile.dtype)
+    ds_k = tl.zeros([BLOCK_M, D], tl.float32)
+    ds_k = dq_branch(ds_k, q_tile, do_tile, head_of(k, b, h // GROUP), head_of(v, b, h // GROUP), at, first, last, mask,
+                     tl.load(lse + stat), tl.load(delta + stat), scale * LOG2E, False, BLOCK_N, D)
+    store_rows(head_of(dq, b, h), row, ds_k * scale, T, D)
+
+
+# ---- decoding: one new token against both caches ---------------------------------------------------------------------
+# One query row cannot fill a GPU, so the keys are cut in parts of PART and a program takes one part for all query heads of a
+# key/value head: the cache is read once. A second kernel merges the parts of each branch by their log-sum-exps and gates. The ring
+# of the last W keys needs no order: softmax does not ask for one, and the positions are already rotated into the keys.
+
+
+@jit
+def attend_part(q, k, v, b, kv, start, stop, part, parts, part_o, part_lse, scale2, H, GROUP: tl.constexpr, PADDED: tl.constexpr,
+                BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """Attention of the GROUP heads of kv (padded to PADDED rows, which the matrix units want) to the keys start <= j < stop."""
+    row = tl.arange(0, PADDED)
+    head = kv * GROUP + tl.minimum(row, GROUP - 1)
+    q_tile = tl.load(q[0] + b.to(tl.int64) * q[1] + head[:, None] * q[2] + tl.arange(0, D)[None, :])
+    acc = tl.zeros([PADDED, D], tl.float32)
+    peak = tl.full([PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED], tl.float32)
+    lo, hi = start + row * 0, stop + row * 0
+    for n in range(start, stop, BLOCK_N):
+        # S = stop: what lies behind it in the cache is not loaded, whatever it is
+        acc, peak, total = attend_block(acc, peak, total, q_tile, k, v, n, lo, hi, stop, scale2, True, BLOCK_N, D)
+    total = tl.where(total == 0.0, 1.0, total)
+    slot = (b * H + head).to(tl.int64) * parts + part
+    tl.store(part_o + slot[:, None] * D + tl.arange(0, D)[None, :], acc / total[:, None], mask=row[:, None] < GROUP)
+    tl.store(part_lse + slot, peak + tl.log2(total), mask=row < GROUP)
+
+
+@kernel
+def decode_kernel(q, k1, v1, k2, v2, lengths, part_o, part_lse, W, scale, H, n_global, n_local,
+                  GROUP: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """Grid (n_global + n_local parts, KV, B): the first n_global parts are the long cache, the rest is the ring."""
+    part, kv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + b)
+    parts = n_global + n_local
+    if part < n_global:
+        start = part * PART
+        attend_part(q, head_of(k1, b, kv), head_of(v1, b, kv), b, kv, start, tl.minimum(length, start + PART), part, parts,
+                    part_o, part_lse, scale * LOG2E, H, GROUP, PADDED, BLOCK_N, D)
+    else:
+        start = (part - n_global) * PART
+        attend_part(q, head_of(k2, b, kv), head_of(v2, b, kv), b, kv, start, tl.minimum(tl.minimum(length, W), start + PART), part, parts,
+                    part_o, part_lse, scale * LOG2E, H, GROUP, PADDED, BLOCK_N, D)
+
+
+@jit
+def merge_parts(part_o, part_lse, begin, end, BLOCK_P: tl.constexpr, D: tl.constexpr):
+    """Softmax attention over the union of the parts begin <= p < end of one head: (D,)."""
+    acc = tl.zeros([D], tl.float32)
+    peak, total = float("-inf"), 0.0
+    for p in range(begin, end, BLOCK_P):
+        parts = p + tl.arange(0, BLOCK_P)
+        at = tl.minimum(parts, end - 1)
+        lse = tl.where(parts < end, tl.load(part_lse + at), float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(lse, 0))
+        origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        share, decay = tl.exp2(lse - origin), tl.exp2(peak - origin)
+        o = tl.load(part_o + at[:, None] * D + tl.arange(0, D)[None, :])
+        acc = acc * decay + tl.sum(o * share[:, None], 0)
+        total = total * decay + tl.sum(share, 0)
+        peak = new_peak
+    return acc / tl.where(total == 0.0, 1.0, total)
+
+
+@kernel
+def merge_kernel(q, gate_weight, gate_bias, part_o, part_lse, o, H, n_global, n_local, BLOCK_P: tl.constexpr, D: tl.constexpr):
+    """Grid (H, B)."""
+    h, b = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, D)
+    head, _ = head_of(q, b, h)
+    z = tl.sum(tl.load(head + d).to(tl.float32) * tl.load(gate_weight + h * D + d).to(tl.float32), 0) + tl.load(gate_bias + h).to(tl.float32)
+    parts = n_global + n_local
+    slot = (b * H + h).to(tl.int64) * parts
+    o_global = merge_parts(part_o + slot * D, part_lse + slot, 0, n_global, BLOCK_P, D)
+    o_local = merge_parts(part_o + slot * D, part_lse + slot, n_global, parts, BLOCK_P, D)
+    out, _ = head_of(o, b, h)
+    tl.store(out + d, (sigmoid(z) * o_global + sigmoid(-z) * o_local).to(o[0].dtype.element_ty))
+
+
+# ---- launching -------------------------------------------------------------------------------------------------------
+# (BLOCK_M rows, BLOCK_N keys, warps, pipeline stages) by kernel and D. A fixed table, not an autotuner: timing noise may choose
+# different tiles on different ranks, and then different bits. The H100 rows are the largest tiles that compile without a register
+# spill and keep the loads of the next block in flight (`--compile` shows it, `--tiles` times the candidates on a GPU).
+
+TILES = {
+    "hopper": {"forward": {128: (128, 64, 8, 3), 64: (128, 128, 8, 3), 32: (128, 64, 8, 3), 16: (128, 64, 8, 3)},
+               "dq": {128: (128, 64, 8, 2), 64: (128, 64, 8, 3), 32: (128, 64, 8, 3), 16: (128, 64, 8, 3)},
+               "dkv": {128: (64, 128, 8, 2), 64: (64, 128, 8, 3), 32: (64, 128, 8, 3), 16: (64, 128, 8, 3)}},
+    "other": {"forward": (64, 64, 4, 2), "dq": (64, 32, 4, 2), "dkv": (32, 64, 4, 2)},      # 96 KB of shared memory and up
+    "float32": {"forward": (32, 32, 4, 1), "dq": (32, 32, 4, 1), "dkv": (32, 32, 4, 1)},    # exact products, no matrix units
+    "interpreter": {"forward": (64, 32, 4, 1), "dq": (64, 32, 4, 1), "dkv": (64, 32, 4, 1)},
+}
+CANDIDATES = {"forward": [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2)], "dq": [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
+              "dkv": [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 8, 2), (32, 128, 8, 3)]}   # D = 128, for --tiles
+PART = 256          # keys of the long cache per program in decoding: 4,096 keys fill 128 programs of 8 KV heads
+EVERYTHING = 1 << 30                                                                        # a window that hides no key
+
+
+@lru_cache
+def machine(device, dtype):
+    """Which rows of TILES hold for this device and dtype."""
+    if device.type == "cpu":
+        return "interpreter"
+    if dtype == torch.float32:
+        return "float32"
+    return "hopper" if device.type == "meta" or torch.cuda.get_device_capability(device)[0] == 9 else "other"
+
+
+def tile_for(name, q):
+    """Constants of a launch: the tile of kernel `name`, D, and Triton's options. `q` gives device, dtype and D."""
+    row = TILES[machine(q.device, q.dtype)][name]
+    m, n, warps, stages = row[q.shape[-1]] if isinstance(row, dict) else row
+    return dict(BLOCK_M=m, BLOCK_N=n, D=q.shape[-1], num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+def view(x):
+    """A tensor as the kernels take it: (tensor, stride of B, of H, of T). A gradient that came expanded is made real first."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return (x, *x.stride()[:3])
+
+
+def launch(launches, device):
+    """Runs a list of (kernel, grid, arguments, constants) in order."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for function, grid, args, constants in launches:
+            function[grid](*args, **constants)
+
+
+def gated_forward_launches(q, k1, v1, k2, v2, gate_weight, gate_bias, starts, window, o, o1, lse1, lse2, z):
+    """The one launch of the forward; o1, lse1, lse2, z are empty where nothing is kept for a backward."""
+    (B, H, T, D), constants = q.shape, tile_for("forward", q)
+    args = (*map(view, (q, k1, v1, k2, v2)), gate_weight.contiguous(), gate_bias.contiguous(), starts, view(o), view(o1), lse1, lse2, z,
+            window, D**-0.5, H, T)
+    constants.update(GROUP=H // k1.shape[1], SAVE=z.numel() > 0)
+    return [(forward_kernel, (H, triton.cdiv(T, constants["BLOCK_M"]), B), args, constants)]
+
+
+def dkv_launch(do, q, k, v, lse, delta, ends, dk, dv, shift, window):
+    """The key side of the backward of one set of keys."""
+    (B, H, T, D), (KV, S), constants = q.shape, k.shape[1:3], tile_for("dkv", q)
+    args = (*map(view, (do, q, k, v)), lse, delta, ends, view(dk), view(dv), shift, window, D**-0.5, H, T, S)
+    return dkv_kernel, (KV, triton.cdiv(S, constants["BLOCK_N"]), B), args, dict(constants, GROUP=H // KV)
+
+
+def gated_backward_launches(do, q, k1, v1, k2, v2, gate_weight, starts, ends, o1, lse1, lse2, z, window, dq, dk1, dv1, dk2, dv2):
+    """Three launches: the queries, then the keys of each branch. Also the buffer that will hold each tile's share of dw and db."""
+    (B, H, T, D), constants = q.shape, tile_for("dq", q)
+    tiles = triton.cdiv(T, constants["BLOCK_M"])
+    dgate = q.new_empty(B * tiles, H, D + 1, dtype=torch.float32)
+    folded1, folded2, delta1, delta2 = (torch.empty_like(z) for _ in range(4))
+    args = (*map(view, (do, q, k1, v1, k2, v2)), gate_weight.contiguous(), starts, view(o1), lse1, lse2, z, view(dq), folded1, folded2,
+            delta1, delta2, dgate, window, D**-0.5, H, T)
+    launches = [(dq_kernel, (H, tiles, B), args, dict(constants, GROUP=H // k1.shape[1])),
+                dkv_launch(do, q, k1, v1, folded1, delta1, ends, dk1, dv1, 0, EVERYTHING),
+                dkv_launch(do, q, k2, v2, folded2, delta2, ends, dk2, dv2, 0, window)]
+    return launches, dgate
+
+
+def decode_launches(q, k1, v1, k2, v2, gate_weight, gate_bias, lengths, o):
+    """Two launches: the parts, then the merge. Cut by PART alone, so a row's result does not depend on the rest of the batch."""
+    B, H, _, D = q.shape
+    (KV, S), W = k1.shape[1:3], k2.shape[2]
+    n_global, n_local = triton.cdiv(S, PART), triton.cdiv(W, PART)
+    part_o = q.new_empty(B, H, n_global + n_local, D, dtype=torch.float32)
+    part_lse = q.new_empty(B, H, n_global + n_local, dtype=torch.float32)
+    block = 16 if q.dtype == torch.float32 else 64
+    constants = dict(D=D, num_warps=4, enable_fp_fusion=True)
+    parts = (*map(view, (q, k1, v1, k2, v2)), lengths.contiguous(), part_o, part_lse, W, D**-0.5, H, n_global, n_local)
+    merge = (view(q), gate_weight.contiguous(), gate_bias.contiguous(), part_o, part_lse, view(o), H, n_global, n_local)
+    sizes = dict(GROUP=H // KV, PADDED=max(16, triton.next_power_of_2(H // KV)), PART=PART, BLOCK_N=block, num_stages=3)
+    return [(decode_kernel, (n_global + n_local, KV, B), parts, constants | sizes),
+            (merge_kernel, (H, B), merge, constants | dict(BLOCK_P=32))]
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+# The launches become PyTorch operators: opaque to torch.compile, with a rule for their gradient. Each has a twin for shapes alone.
+
+
+def gated_outputs(q, save):
+    """o, and what a backward needs: A, its log-sum-exp, the local one, and the gate's logit (empty without `save`)."""
+    rows = q.shape[:3] if save else (0, 0, 0)
+    o1 = torch.empty_like(q) if save else q.new_empty(0, 0, 0, q.shape[-1])
+    return torch.empty_like(q), o1, *(q.new_empty(rows, dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.custom_op("nanoloopcoder::gated_forward", mutates_args=())
+def gated_forward(q: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor, gate_weight: Tensor, gate_bias: Tensor,
+                  starts: Tensor | None, window: int, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, o1, lse1, lse2, z) of gated_outputs(), filled."""
+    out = gated_outputs(q, save)
+    launch(gated_forward_launches(q, k1, v1, k2, v2, gate_weight, gate_bias, starts, window, *out), q.device)
+    return out
+
+
+@gated_forward.register_fake
+def _(q, k1, v1, k2, v2, gate_weight, gate_bias, starts, window, save):
+    return gated_outputs(q, save)
+
+
+@torch.library.custom_op("nanoloopcoder::gated_backward", mutates_args=())
+def gated_backward(do: Tensor, q: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor, gate_weight: Tensor, gate_bias: Tensor,
+                   starts: Tensor | None, o1: Tensor, lse1: Tensor, lse2: Tensor, z: Tensor, window: int
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The seven gradients: of q, both pairs of keys and values, gate weight and gate bias."""
+    grads = [torch.empty_like(x) for x in (q, k1, v1, k2, v2)]
+    ends = None if starts is None else document_ends(starts, q.shape[2])
+    launches, dgate = gated_backward_launches(do, q, k1, v1, k2, v2, gate_weight, starts, ends, o1, lse1, lse2, z, window, *grads)
+    launch(launches, q.device)
+    dw_db = dgate.sum(0)                                                                    # (H, D + 1); in a fixed order
+    return *grads, dw_db[:, :-1].to(gate_weight.dtype, copy=True), dw_db[:, -1].to(gate_bias.dtype, copy=True)
+
+
+@gated_backward.register_fake
+def _(do, q, k1, v1, k2, v2, gate_weight, gate_bias, starts, o1, lse1, lse2, z, window):
+    return tuple(torch.empty_like(x) for x in (q, k1, v1, k2, v2, gate_weight, gate_bias))
+
+
+def _save_gated(ctx, inputs, output):
+    *tensors, ctx.window, _ = inputs                                                        # q .. starts
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _differentiate_gated(ctx, do, *unused):
+    return *gated_backward(do, *ctx.saved_tensors, ctx.window), None, None, None
+
+
+gated_forward.register_autograd(_differentiate_gated, setup_context=_save_gated)
+
+
+@torch.library.custom_op("nanoloopcoder::flash_forward", mutates_args=())
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, shift: int, window: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """o (B, H, T, D) in `dtype` and the natural log-sum-exp (B, H, T) of attention to one set of keys."""
+    (B, H, T, D), constants = q.shape, tile_for("forward", q)
+    o, lse = torch.empty_like(q, dtype=dtype), q.new_empty(B, H, T, dtype=torch.float32)
+    args = (*map(view, (q, k, v)), starts, view(o), lse, shift, window, D**-0.5, H, T, k.shape[2])
+    launch([(flash_forward_kernel, (H, triton.cdiv(T, constants["BLOCK_M"]), B), args, dict(constants, GROUP=H // k.shape[1]))], q.device)
+    return o, lse * math.log(2)
+
+
+@flash_forward.register_fake
+def _(q, k, v, starts, shift, window, dtype):
+    return torch.empty_like(q, dtype=dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("nanoloopcoder::flash_backward", mutates_args=())
+def flash_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, starts: Tensor | None, shift: int, window: int,
+                   dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in `dtype`."""
+    (B, H, T, D), constants = q.shape, tile_for("dq", q)
+    dq, dk, dv = (torch.empty_like(x, dtype=dtype) for x in (q, k, v))
+    delta = delta.masked_fill(lse == -math.inf, 0.0).contiguous()                           # a row that saw nothing gives nothing
+    lse = (lse * math.log2(math.e)).contiguous()
+    ends = None if starts is None else document_ends(starts, k.shape[2])
+    args = (*map(view, (do, q, k, v)), lse, delta, starts, view(dq), shift, window, D**-0.5, H, T, k.shape[2])
+    launch([(flash_dq_kernel, (H, triton.cdiv(T, constants["BLOCK_M"]), B), args, dict(constants, GROUP=H // k.shape[1])),
+            dkv_launch(do, q, k, v, lse, delta, ends, dk, dv, shift, window)], q.device)
+    return dq, dk, dv
+
+
+@flash_backward.register_fake
+def _(do, q, k, v, lse, delta, starts, shift, window, dtype):
+    return tuple(torch.empty_like(x, dtype=dtype) for x in (q, k, v))
+
+
+def _save_flash(ctx, inputs, output):
+    *tensors, ctx.shift, ctx.window, _ = inputs                                             # q, k, v, starts
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate_flash(ctx, do, dlse):
+    q, k, v, starts, o, lse = ctx.saved_tensors
+    delta = (do.float() * o.float()).sum(-1) - dlse                                         # d lse / d s = P, like a delta of -dlse
+    return *flash_backward(do, q, k, v, lse, delta, starts, ctx.shift, ctx.window, q.dtype), None, None, None, None
+
+
+flash_forward.register_autograd(_differentiate_flash, setup_context=_save_flash)
+
+
+@torch.library.custom_op("nanoloopcoder::gated_decode", mutates_args=())
+def gated_decode(q: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor, gate_weight: Tensor, gate_bias: Tensor, lengths: Tensor) -> Tensor:
+    """o (B, H, 1, D)."""
+    o = torch.empty_like(q)
+    launch(decode_launches(q, k1, v1, k2, v2, gate_weight, gate_bias, lengths, o), q.device)
+    return o
+
+
+@gated_decode.register_fake
+def _(q, k1, v1, k2, v2, gate_weight, gate_bias, lengths):
+    return torch.empty_like(q)
+
+
+# ---- what other files call -------------------------------------------------------------------------------------------
+
+
+def document_starts(segment_ids):
+    """For each position the first position of its segment: (B, T) ids, equal along a document -> (B, T) int32."""
+    position = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    is_first = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+    return torch.where(is_first, position, 0).cummax(1).values.int()
+
+
+def document_ends(starts, S):
+    """For each of S keys the number of rows whose document starts at or before it, so rows < ends[j] may see key j: (B, S) int32."""
+    keys = torch.arange(S, device=starts.device, dtype=torch.int32).expand(len(starts), S).contiguous()
+    return torch.searchsorted(starts, keys, right=True, out_int32=True)
+
+
+def require(condition, message):
+    """The rule of an argument, or a ValueError that says it."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_attention(q, **keys):
+    """Rules for a query (B, H, T, D) and the keys and values it meets (B, KV, S, D), by name; S may differ between pairs."""
+    require(q.dim() == 4 and q.numel() > 0, f"q must be (B, H, T, D) with no empty axis, got {tuple(q.shape)}")
+    B, H, T, D = q.shape
+    require(D in (16, 32, 64, 128), f"q: the head size D must be 16, 32, 64 or 128 (a power of two that fits a tile), got {D}")
+    require(q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"q must be float32, float16 or bfloat16, got {q.dtype}")
+    KV = next(iter(keys.values())).shape[1]
+    for name, x in keys.items():
+        require(x.dim() == 4 and x.shape[0] == B and x.shape[1] == KV and x.shape[3] == D and x.numel() > 0,
+                f"{name} must be (B, KV, S, D) = ({B}, {KV}, S, {D}) to match q and the other keys, got {tuple(x.shape)}")
+        require(x.dtype == q.dtype, f"{name} is {x.dtype} and q is {q.dtype}: they must have one dtype")
+        require(x.device == q.device, f"{name} is on {x.device} and q on {q.device}: they must be on one device")
+    require(H % KV == 0, f"q has {H} heads, which must be a multiple of the {KV} key/value heads")
+    for name, x in {"q": q, **keys}.items():
+        require(x.shape[2] * x.stride(2) < 2**31, f"{name}: T times its stride is {x.shape[2] * x.stride(2)}, which must stay below 2^31")
+    require(triton is not None, "q: this kernel needs Triton, which is not installed; call loop_attention.loop_attention_reference instead")
+    require(q.is_cuda or (q.device.type == "cpu" and INTERPRETED),
+            f"q is on {q.device}: the kernel needs a CUDA device (or CPU tensors and TRITON_INTERPRET=1, set before Triton is imported); "
+            "loop_attention.loop_attention works on any device")
+    require(q.is_cuda or q.dtype != torch.bfloat16, "q: Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there")
+
+
+def check_gate(q, gate_weight, gate_bias):
+    """Rules for the gate's parameters."""
+    H, D = q.shape[1], q.shape[3]
+    for name, x, shape in (("gate_weight", gate_weight, (H, D)), ("gate_bias", gate_bias, (H,))):
+        require(tuple(x.shape) == shape, f"{name} must have one row per query head, {shape}, got {tuple(x.shape)}")
+        require(x.is_floating_point() and x.dtype != torch.float64, f"{name} must be float32 or a half type, got {x.dtype}")
+        require(x.device == q.device, f"{name} is on {x.device} and q on {q.device}: they must be on one device")
+
+
+def check_window(window):
+    """A window is a whole number of positions, the row's own included."""
+    require(isinstance(window, int) and window >= 1, f"window must be an int of at least 1 (a row sees itself), got {window!r}")
+
+
+def fused_gated_attention(q, k_global, v_global, k_local, v_local, gate_weight, gate_bias, window, segment_ids=None):
+    """
+    o = g Attn(q, K1, V1; causal) + (1 - g) Attn(q, K2, V2; causal, the last `window` positions), g = sigmoid(q . w_h + b_h).
+
+    q                    (B, H, T, D)   float32, float16 or bfloat16; any T; D 16, 32, 64 or 128; rotary already applied
+    k_global, v_global   (B, KV, T, D)  of pass 1; H is a multiple of KV
+    k_local, v_local     (B, KV, T, D)  of pass 2
+    gate_weight, gate_bias   (H, D), (H,)
+    segment_ids          (B, T)         packed documents: non-decreasing, equal inside a document
+    returns              (B, H, T, D)   in the dtype and memory order of q; sums in float32
+
+    Gradients reach the first seven. Twice the same call gives twice the same bits, backward included.
+    """
+    require(q.dim() == 4, f"q must be (B, H, T, D), got {tuple(q.shape)}")
+    check_attention(q, k_global=k_global, v_global=v_global, k_local=k_local, v_local=v_local)
+    check_gate(q, gate_weight, gate_bias)
+    check_window(window)
+    B, _, T, _ = q.shape
+    for name, x in (("k_global", k_global), ("v_global", v_global), ("k_local", k_local), ("v_local", v_local)):
+        require(x.shape[2] == T, f"{name} must have the {T} positions of q, got {x.shape[2]}")
+    starts = None
+    if segment_ids is not None:
+        require(tuple(segment_ids.shape) == (B, T), f"segment_ids must be (B, T) = ({B}, {T}), got {tuple(segment_ids.shape)}")
+        require(not segment_ids.is_floating_point(), f"segment_ids must be integers, got {segment_ids.dtype}")
+        starts = document_starts(segment_ids.to(q.device))
+    inputs = (q, k_global, v_global, k_local, v_local, gate_weight, gate_bias)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return gated_forward(*inputs, starts, min(window, EVERYTHING), save)[0]
+
+
+def flash_partial(q, k, v, shift=0, window=None, starts=None, dtype=torch.float32):
+    """
+    Attention of q to one set of keys, in a form that can be merged with others: (o, lse), differentiable in both.
+
+    q (B, H, T, D), k and v (B, KV, S, D). Row i stands at key position i + shift and sees the keys j with
+        max(starts[b, i], i + shift - window + 1) <= j <= i + shift       (starts: (B, T) int32, non-decreasing; None: no limit)
+    o (B, H, T, D) in `dtype`, lse (B, H, T) float32, the natural log of the sum of exp(score). A row that sees no key has o = 0,
+    lse = -inf. Parts merge as o = sum_p exp(lse_p - lse) o_p with lse = log sum_p exp(lse_p).
+
+    Plain causal attention: shift 0. A chunk of keys n positions to the left of the queries: shift n; wholly visible: shift S.
+    Pass 1 on packed rows: flash_partial(q, k, v, starts=document_starts(segment_ids), dtype=q.dtype)[0].
+    """
+    check_attention(q, k=k, v=v)
+    require(k.shape == v.shape, f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    require(isinstance(shift, int) and abs(shift) < EVERYTHING, f"shift must be an int below 2^30, got {shift!r}")
+    check_window(EVERYTHING if window is None else window)
+    require(starts is None or (tuple(starts.shape) == (q.shape[0], q.shape[2]) and starts.dtype == torch.int32),
+            f"starts must be int32 of shape (B, T) = ({q.shape[0]}, {q.shape[2]})")
+    return flash_forward(q, k, v, None if starts is None else starts.contiguous(), shift, min(window or EVERYTHING, EVERYTHING), dtype)
+
+
+def flash_partial_backward(do, q, k, v, lse, delta, shift=0, window=None, starts=None, dtype=torch.float32):
+    """
+    dq, dk, dv of one part, for a caller that keeps its own books (a ring): `lse` (B, H, T) is the merged natural log-sum-exp over
+    all parts and `delta` (B, H, T) = rowsum(do * o) of the merged output, both float32. Sums of the parts' results are the
+    gradients of the whole. To put a gate in front of the branch, pass lse - log(gate).
+    """
+    check_attention(q, k=k, v=v)
+    starts = None if starts is None else starts.contiguous()
+    return flash_backward(do, q, k, v, lse, delta, starts, shift, min(window or EVERYTHING, EVERYTHING), dtype)
+
+
+def fused_gated_decode(q, k_global, v_global, k_ring, v_ring, gate_weight, gate_bias, lengths):
+    """
+    One new token per row against its caches; no gradient.
+
+    q (B, H, 1, D)   k_global, v_global (B, KV, S, D): positions 0 .. lengths[b] - 1 are filled, this token's own included
+    k_ring, v_ring (B, KV, W, D): position p of pass 2 stands in slot p % W; W is the window      lengths (B,) integers, at least 1
+    returns (B, H, 1, D). What stands in the caches behind lengths[b] is never loaded.
+    """
+    check_attention(q, k_global=k_global, v_global=v_global, k_ring=k_ring, v_ring=v_ring)
+    check_gate(q, gate_weight, gate_bias)
+    require(q.shape[2] == 1, f"q must hold one position per row, got {q.shape[2]}")
+    require(k_global.shape == v_global.shape and k_ring.shape == v_ring.shape, "v_global and v_ring must have the shapes of k_global and k_ring")
+    require(tuple(lengths.shape) == (q.shape[0],) and not lengths.is_floating_point(), f"lengths must be {q.shape[0]} integers")
+    return gated_decode(q, k_global, v_global, k_ring, v_ring, gate_weight, gate_bias, lengths.to(q.device, torch.int32))
+
+
+# ---- correctness, and what the compiler says -------------------------------------------------------------------------
+
+NAMES = ("o", "dq", "dk_global", "dv_global", "dk_local", "dv_local", "dgate_weight", "dgate_bias")
+
+
+def random_inputs(B, H, KV, T, D, device, dtype, seed=0):
+    """The seven inputs, each wanting a gradient, and a gradient of the output. Memory order (B, T, heads, D), as a projection leaves it."""
+    g = torch.Generator(device).manual_seed(seed)
+    draw = lambda heads: torch.randn(B, T, heads, D, generator=g, device=device).to(dtype).transpose(1, 2)
+    q, k1, v1, k2, v2, do = (draw(heads) for heads in (H, KV, KV, KV, KV, H))
+    gate = torch.randn(H, D, generator=g, device=device) * D**-0.5, torch.randn(H, generator=g, device=device)
+    return [x.requires_grad_() for x in (q, k1, v1, k2, v2, *gate)], do
+
+
+def value_and_gradients(function, inputs, do, *options):
+    """[o, and the seven gradients] of an attention with the common signature."""
+    o = function(*inputs, *options)
+    return [o.detach(), *torch.autograd.grad(o, inputs, do.to(o.dtype))]
+
+
+def relative_errors(function, reference, inputs, do, *options):
+    """Norm of the difference over the norm of the reference, computed in float64, for o and the seven gradients."""
+    exact = value_and_gradients(reference, [x.detach().double().requires_grad_() for x in inputs], do.double(), *options)
+    return [((a.double() - e).norm() / e.norm()).item() for a, e in zip(value_and_gradients(function, inputs, do, *options), exact)]
+
+
+def check(reference, device):
+    """Prints the kernel's relative errors against `reference` in float64, and whether two runs give the same bits. True if all is well."""
+    gpu, fine = device.type == "cuda", True
+    H, KV, T, D, window = (10, 2, 1000, 128, 64) if gpu else (4, 2, 100, 16, 9)
+    segments = (torch.arange(T, device=device) // (T * 2 // 5)).expand(2, T)               # three documents, off the block grid
+    print(f"kernel against the reference in float64, relative error; T {T}, window {window}, three documents\n" + " " * 9, *(f"{n:>12}" for n in NAMES))
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)) if gpu else ((torch.float32, 1e-5), (torch.float16, 3e-3)):
+        inputs, do = random_inputs(2, H, KV, T, D, device, dtype)
+        errors = relative_errors(fused_gated_attention, reference, inputs, do, window, segments)
+        first, second = (value_and_gradients(fused_gated_attention, inputs, do, window, segments) for _ in range(2))
+        same = all(torch.equal(a, b) for a, b in zip(first, second))
+        print(f"{str(dtype)[6:]:9}", *(f"{e:12.1e}" for e in errors), f"  two runs {'equal bit for bit' if same else 'DIFFER'}")
+        fine &= same and all(e <= limit for e in errors)
+    return fine
+
+
+class AnH100:
+    """What Triton asks a driver before it compiles, answered for an H100 that need not be there."""
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_active_torch_device = staticmethod(lambda: torch.device("meta"))
+
+    @staticmethod
+    def get_current_target():
+        from triton.backends.compiler import GPUTarget
+        return GPUTarget("cuda", 90, 32)
+
+
+def gpu_launches(D, H=40, KV=8, T=4096):
+    """Every launch of this file at a head size, on tensors without data: exactly what the wrappers would run on a GPU, in bfloat16."""
+    heads = lambda n, length=T: torch.empty(1, length, n, D, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    q, k, lengths = heads(H), heads(KV), torch.empty(1, dtype=torch.int32, device="meta")
+    w, b = torch.empty(H, D, device="meta"), torch.empty(H, device="meta")
+    out = gated_outputs(q, save=True)
+    yield "forward, training", gated_forward_launches(q, k, k, k, k, w, b, None, 64, *out)[0]
+    backward, _ = gated_backward_launches(q, q, k, k, k, k, w, None, None, *out[1:], 64, q, k, k, k, k)
+    yield "backward, dq", backward[0]
+    yield "backward, dk dv", backward[2]
+    yield "forward", gated_forward_launches(q, k, k, k, k, w, b, None, 64, *gated_outputs(q, save=False))[0]
+    new = q[:, :, :1]
+    for name, one in zip(("decoding, parts", "decoding, merge"), decode_launches(new, k, k, heads(KV, 64), heads(KV, 64), w, b, lengths, new)):
+        yield name, one
+
+
+def compiler_report(D, names=None):
+    """Compiles the launches of gpu_launches() for an H100 and yields what ptxas, the assembler, says of each: needs Triton, no GPU."""
+    require(not INTERPRETED, "TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+    triton.runtime.driver.set_active(AnH100())
+    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+    for name, (function, grid, args, constants) in gpu_launches(D):
+        if names is None or name in names:
+            with redirect_stdout(io.StringIO()) as said:
+                compiled = function.warmup(*args, grid=grid, **constants)
+            number = lambda pattern: int(re.search(pattern, said.getvalue()).group(1))
+            yield dict(kernel=name, D=D, registers=number(r"Used (\d+) registers"), spill_stores=number(r"(\d+) bytes spill stores"),
+                       spill_loads=number(r"(\d+) bytes spill loads"), shared_kb=compiled.metadata.shared / 1024,
+                       wgmma=compiled.asm["ptx"].count("wgmma.mma_async"), warps=constants["num_warps"])
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def print_compiler_report():
+    """One line a kernel: what a machine without a GPU can say about GPU code."""
+    print("compiled for an H100 (sm_90), bfloat16, 40 query and 8 key/value heads; spills are registers that went to memory")
+    for D in (128, 64):
+        for r in compiler_report(D):
+            print(f"D {D:3}  {r['kernel']:17} {r['warps']} warps  {r['registers']:3} registers  spilled {r['spill_stores']} + {r['spill_loads']} bytes"
+                  f"  shared memory {r['shared_kb']:5.1f} KB  {r['wgmma']:2} wgmma", flush=True)
+
+
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1] + " Checks the kernel against the plain equation; times it on a GPU.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="correctness only, no times")
+    parser.add_argument("--compile", action="store_true", help="compile every kernel for an H100 and print the assembler's report; needs no GPU")
+    args = parser.parse_args(argv)
+    if args.compile:
+        require(triton is not None, "--compile needs Triton, which is not installed: pip install triton")
+        return print_compiler_report()
+    gpu = torch.cuda.is_available()
+    if not gpu and not INTERPRETED:
+        require(triton is not None, "the check needs Triton, which is not installed: pip install triton")
+        print("no GPU here: the same kernels in Triton's interpreter, which runs them with numpy", flush=True)
+        environment = dict(os.environ, TRITON_INTERPRET="1")                                # has to be there before Triton is imported
+        status = subprocess.run([sys.executable, __file__, "--check"], env=environment).returncode
+        print("times: not measured; the table needs a GPU (python kernels.py there, python kernels.py --compile anywhere)")
+        return status
+    from loop_attention import loop_attention_reference
+    fine = check(loop_attention_reference, torch.device("cuda" if gpu else "cpu"))
+    print("correct" if fine else "WRONG: an error above is over its limit")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"kernels.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
