@@ -1,26 +1,26 @@
 """
 Tasks: problems whose answers a program can verify.
 
-A family is two functions. Its generator writes a task: a prompt, a solution, a plausible wrong answer, the thinking that
-leads to the solution, and tests. Its verifier takes any answer and says how much of it is right, by running it: programs in
-the sandbox, SQL on sqlite, formulas in sympy, clicks and calls on a state machine. So one table serves three readers:
-fine-tuning imitates the solutions, reinforcement learning is paid by the verifier, evaluation counts what verifies.
+A family is two functions. Its generator writes a task: a prompt, a solution, a plausible wrong answer, the thinking that leads to
+the solution, and tests. Its verifier takes any answer and says how much of it is right, by running it: programs and commands in the
+sandbox, SQL on sqlite, formulas in sympy, calls and clicks on state machines. One table serves three readers: fine-tuning imitates
+the solutions, reinforcement learning is paid by the verifier, evaluation counts what verifies.
 
-Start with `Task`, `generate` and `verify`; then read one family (`compose` is the plainest) and FAMILIES near the end.
+Start with `Task`, `generate` and `verify`; then read one family (`competitive` is typical) and FAMILIES behind the last of them.
 Three rules hold everywhere:
-    split   a task's template is a tuple of keys (for instance "sort>reverse"); a fifth of all keys is held out, by hash, and a
-            task is a test task if one of its keys is. Every single step is seen in training, a held-out composition never.
-    dial    difficulty 1 is easy for a model of a million parameters, 5 is not; prompts and answers grow with it.
-    chance  chance(family) measures what answering at random would earn, so that a learned score can be told from luck.
-Below the families: metrics (pass@k, Beyond), the gate that only verified and uncontaminated samples pass, the teacher (an
-endpoint, a checkpoint of ours, or the program itself), and debate, for what no program can judge.
+    split   A task's template is a tuple of keys (say "sort>reverse"). A fifth of all keys is held out, by hash; a task with a held-out
+            key is a test task. Every single step is seen in training, a held-out composition never.
+    dial    Difficulty 1 is easy for a model of a million parameters, 5 is not; prompts and answers grow with it.
+    chance  chance(family) measures what an answer earns that knows the form and not the task, so that skill can be told from luck.
+Below the families: what a model reads and learns, metrics (pass@k, Beyond), the gate that only verified and uncontaminated samples
+pass, the teacher (an endpoint, a checkpoint of ours, or the program itself), and debate, for what no program can judge.
 
-Source: sections 4.1 to 4.3 of the IQuest-Coder-V1 report (families, 20 tests, pass rate as reward, zero-error samples, debate);
-SWE-smith for the list of planted bugs; Mercury for Beyond. Departures: everything is generated here, small enough for a laptop.
+Source: sections 4.1 to 4.3 of the IQuest-Coder-V1 report; SWE-smith for the list of planted bugs; Mercury for Beyond.
+Departure: the report's tasks come from the web and from frontier models; ours are generated, and small enough for a laptop.
 
-    python tasks.py             # one task of every family, with its verification
-    python tasks.py --check 200 # on 200 seeds a family: the solution verifies, an empty and a wrong answer do not
-    python tasks.py --bench     # verified tasks a minute, mutants killed by chosen and by random tests, chance by family
+    python tasks.py              # one task of every family, with its verification
+    python tasks.py --check 200  # on 200 seeds a family: the solution verifies, an empty and a wrong answer do not
+    python tasks.py --bench      # verified tasks a minute, mutants killed by chosen and by random tests, chance by family
 """
 import argparse
 import ast
@@ -49,7 +49,7 @@ import numpy as np
 from sandbox import Call, Io, Limits, Workspace, grade, run
 
 LEVELS = range(1, 6)
-LIMITS = Limits(wall_s=10.0, cpu_s=4.0)  # CPU time decides; the wall is a backstop on a busy machine
+LIMITS = Limits(wall_s=10.0, cpu_s=4.0)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Task:
     tests: dict               # what the verifier compares with; the model never sees it
     files: dict = field(default_factory=dict)  # {path: text} that the task starts from
     names: tuple = ()         # names that perturb() may replace everywhere
-    turns: tuple = ()         # agent families: (role, text) after the prompt, one way to solve it in steps
+    turns: tuple = ()         # agent families: (role, text) after the prompt, one way to solve the task in steps
     detour: tuple = ()        # the same with one mistake, its feedback and its repair; role "mistake" is not learned
 
 
@@ -85,8 +85,8 @@ def generate(family: str, difficulty: int, seed: int, split: str = "train") -> T
     """
     The task of this family, level and seed: the same on every call.
 
-    A family's generator first yields its keys, and builds the (dearer) rest only when asked again, so that a template of the
-    other split costs little. It ends early where chance made a task that is no good (a constant answer, say): next attempt.
+    A family's generator first yields its keys, and builds the (dearer) rest only when asked again, so that a template of the other
+    split costs little. It ends early where chance made a task that is no good (a constant answer, say); then comes the next attempt.
     """
     if family not in FAMILIES or difficulty not in LEVELS or split not in ("train", "test"):
         raise ValueError(f"no task for family={family!r}, difficulty={difficulty!r}, split={split!r}: "
@@ -101,9 +101,7 @@ def generate(family: str, difficulty: int, seed: int, split: str = "train") -> T
 
 def final_answer(text: str) -> str:
     """The answer without its thinking. A thought that was never closed has no answer."""
-    if text.lstrip().startswith("<think>"):
-        return text.partition("</think>")[2].strip("\n ")
-    return text.strip("\n ")
+    return (text.partition("</think>")[2] if text.lstrip().startswith("<think>") else text).strip("\n ")
 
 
 def verify(task: Task, answer: str) -> float:
@@ -116,7 +114,7 @@ def verify(task: Task, answer: str) -> float:
     return float(FAMILIES[task.family].verify(task, answer)) if answer else 0.0
 
 
-# ---- running code: ours in process, a model's in the sandbox ------------------------------------------------------------
+# ---- running code: ours in process, a model's in the sandbox ---------------------------------------------------------
 
 
 def build(code, name: str):
@@ -155,9 +153,25 @@ def fenced(code: str) -> str:
     return f"```python\n{code.rstrip()}\n```"
 
 
-# ---- mutants: programs one small mistake away -------------------------------------------------------------------------
+def pairs(names, alone: str) -> list[str]:
+    """The composition keys of a chain: its pairs of neighbours, or `alone` where it has one link only."""
+    return [f"{a}>{b}" for a, b in zip(names, names[1:])] or [alone]
 
-OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
+
+def sentence(*parts: str) -> str:
+    """Things to do, one after the other, as one sentence."""
+    text = ", then ".join(parts)
+    return text[0].upper() + text[1:] + "."
+
+
+def lines(form: str, *columns) -> str:
+    """One line a row of the columns."""
+    return "\n".join(form.format(*row) for row in zip(*columns))
+
+
+# ---- mutants: programs one small mistake away ------------------------------------------------------------------------
+
+OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
              ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 CALLS = {"max": "min", "min": "max", "sum": "len", "len": "sum", "sorted": "list", "list": "sorted", "abs": "int"}
 
@@ -179,8 +193,8 @@ def mutations(node):
         yield "call", {"func": ast.Name(CALLS[node.func.id], ast.Load())}
     elif isinstance(node, (ast.If, ast.IfExp)):
         yield "inverted if", {"test": ast.UnaryOp(ast.Not(), node.test)}
-    for i, statement in enumerate(getattr(node, "body", ()) if isinstance(node, (ast.FunctionDef, ast.If)) else ()):
-        if isinstance(statement, (ast.Assign, ast.AugAssign, ast.If)) and len(node.body) > 1:
+    for i, statement in enumerate(node.body if isinstance(node, (ast.FunctionDef, ast.If)) and len(node.body) > 1 else ()):
+        if isinstance(statement, (ast.Assign, ast.AugAssign, ast.If)):
             yield "removed statement", {"body": node.body[:i] + node.body[i + 1:]}
 
 
@@ -205,8 +219,8 @@ def select_tests(source: str, name: str, inputs, n: int = 20) -> tuple[list[int]
     """
     The n inputs (their indices) that kill the most mutants, and the trees of all mutants that any input kills.
 
-    Greedy: each test is worth the weight of the mutants it kills, and a mutant's weight falls to a tenth with every kill; so
-    first every mutant dies once, then those that few tests catch die again.
+    Greedy: a test is worth the weights of the mutants it kills, and a mutant's weight falls to a tenth with every kill; so first
+    every mutant dies once, then those that few tests catch die again.
     """
     trees = [tree for _, tree in mutants(source)]
     kills = kill_table(source, name, inputs, trees)
@@ -220,43 +234,44 @@ def select_tests(source: str, name: str, inputs, n: int = 20) -> tuple[list[int]
     return chosen, [tree for tree, dies in zip(trees, alive) if dies]
 
 
-# ---- compose, stdin: competitive programming -----------------------------------------------------------------------------
+# ---- compose, stdin: competitive programming -------------------------------------------------------------------------
 # A problem is a chain of steps on a list of integers. The steps are few, the chains are many: what is learned is to compose.
 
-STEPS = {  # key: (words, expression); the first group gives a list, the second a number and can only come last
+STEPS = {  # key: (words, expression of xs, k a small number); each gives a list
     "sort": ("sort", "sorted(xs)"), "down": ("sort downward", "sorted(xs, reverse=True)"), "reverse": ("reverse", "xs[::-1]"),
     "even": ("keep the even numbers", "[x for x in xs if x % 2 == 0]"), "odd": ("keep the odd numbers", "[x for x in xs if x % 2 == 1]"),
     "over": ("keep numbers over {k}", "[x for x in xs if x > {k}]"), "under": ("keep numbers under {k}", "[x for x in xs if x < {k}]"),
     "add": ("add {k} to each", "[x + {k} for x in xs]"), "times": ("multiply each by {k}", "[x * {k} for x in xs]"),
     "square": ("square each", "[x * x for x in xs]"), "negate": ("negate each", "[-x for x in xs]"),
-    "abs": ("drop the signs", "[abs(x) for x in xs]"), "tail": ("drop the first {k}", "xs[{k}:]"), "init": ("drop the last {k}", "xs[:-{k}]"),
-    "first": ("keep the first {k}", "xs[:{k}]"), "last": ("keep the last {k}", "xs[-{k}:]"), "second": ("take every second", "xs[::2]"),
-    "unique": ("remove duplicates", "list(dict.fromkeys(xs))"), "cap": ("cap each at {k}", "[min(x, {k}) for x in xs]"),
+    "abs": ("drop the signs", "[abs(x) for x in xs]"), "cap": ("cap each at {k}", "[min(x, {k}) for x in xs]"),
+    "tail": ("drop the first {k}", "xs[{k}:]"), "init": ("drop the last {k}", "xs[:-{k}]"), "first": ("keep the first {k}", "xs[:{k}]"),
+    "last": ("keep the last {k}", "xs[-{k}:]"), "second": ("take every second", "xs[::2]"),
+    "unique": ("remove duplicates", "list(dict.fromkeys(xs))"), "gaps": ("take the gaps", "[b - a for a, b in zip(xs, xs[1:])]"),
     "sums": ("take running sums", "[sum(xs[:i + 1]) for i in range(len(xs))]"),
-    "gaps": ("take the gaps", "[b - a for a, b in zip(xs, xs[1:])]"),
 }
-ENDS = {
+ENDS = {  # a number; only at the end of a chain
     "sum": ("sum", "sum(xs)"), "count": ("count", "len(xs)"), "max": ("take the largest", "max(xs, default=0)"),
     "min": ("take the smallest", "min(xs, default=0)"), "evens": ("count the even numbers", "sum(x % 2 == 0 for x in xs)"),
     "squares": ("sum the squares", "sum(x * x for x in xs)"),
 }
-FRAMES = ("Write f(xs): {}.", "Define f(xs): {}.", "f(xs) should {}.", "Python f(xs): {}.", "Code f(xs) to {}.")
+FRAMES = {"compose": ("Write f(xs): {}.", "Define f(xs): {}.", "f(xs) should {}.", "Python f(xs): {}.", "Code f(xs) to {}."),
+          "stdin": ("Read integers, {}, print.", "Take a line of integers, {}, print.", "Given integers, {}, print.")}
+READ = "xs = list(map(int, input().split()))"
 
 
-def chain(rng, level: int) -> tuple[list[str], list[str], list[str]]:
-    """A random chain of `level` steps: its composition keys, its words, its expressions."""
+def chain(rng, length: int) -> tuple[list, list, list]:
+    """A random chain of steps: their keys, words and expressions."""
     names = []
-    while len(names) < level:
-        name = rng.choice(sorted(STEPS) if len(names) < level - 1 or rng.random() < 0.7 else sorted(ENDS))
-        names += [name] if not names or name != names[-1] else []
+    while len(names) < length:
+        name = rng.choice(list(STEPS if len(names) < length - 1 or rng.random() < 0.7 else ENDS))
+        names += [name] if name not in names[-1:] else []
     ks = [rng.randint(2, 5) for _ in names]
-    words, code = zip(*[(w.format(k=k), e.format(k=k)) for k, (w, e) in zip(ks, [(STEPS | ENDS)[n] for n in names])])
-    return [f"{a}>{b}" for a, b in zip(names, names[1:])] or [names[0]], list(words), list(code)
+    return names, *([(STEPS | ENDS)[name][part].format(k=k) for name, k in zip(names, ks)] for part in (0, 1))
 
 
-def in_steps(code, head="def f(xs):", tail="return {}") -> str:
-    """One statement a step; `head` opens the program and `tail` gives the last value out."""
-    return "\n    ".join([head] + [f"xs = {e}" for e in code[:-1]] + [tail.format(code[-1])])
+def in_steps(code) -> str:
+    """One statement a step."""
+    return "\n    ".join(["def f(xs):"] + [f"xs = {e}" for e in code[:-1]] + [f"return {code[-1]}"])
 
 
 def nested(code) -> str:
@@ -271,463 +286,332 @@ def nested(code) -> str:
 
 def looped(code) -> str:
     """The slow style, for Beyond: every comprehension is written out as a loop."""
-    lines = ["def f(xs):"]
+    text = "def f(xs):\n"
     for e in code:
         parts = re.fullmatch(r"\[(.+) for x in xs(?: if (.+))?\]", e)
-        loop = ["ys = []", "for x in xs:", f"    if {parts[2] or True}:", f"        ys.append({parts[1]})", "xs = ys"] if parts else [f"xs = {e}"]
-        lines += ["    " + line for line in loop]
-    return "\n".join(lines + ["    return xs"])
+        text += (f"    ys = []\n    for x in xs:\n        if {parts[2] or True}:\n            ys.append({parts[1]})\n    xs = ys\n"
+                 if parts else f"    xs = {e}\n")
+    return text + "    return xs"
 
 
-def lists(rng, n: int) -> list[tuple]:
-    """n different argument tuples, each one list of 0 to 8 small integers."""
-    found = {(): None}
-    while len(found) < n:
-        found[tuple(rng.randint(-9, 9) for _ in range(rng.randint(1, 8)))] = None
-    return [(list(xs),) for xs in found]
+def on_one_line(value) -> str:
+    """A number, or a list of them, as a program prints it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def compose_core(rng, code, source=""):
-    """Two examples to show, 20 tests that kill mutants, and two wrong programs; None where the chain is (nearly) constant."""
-    source, inputs = source or in_steps(code), lists(rng, 200)
-    if len(set(behaviour(source, "f", inputs))) < 8:
-        return None
-    f = build(source, "f")
-    shown = [[rng.randint(0, 9) for _ in range(rng.randint(4, 5))] for _ in range(40)]
-    shown = sorted(shown, key=lambda xs: (f(xs) in ([], 0, xs), shown.index(xs)))[:2]  # examples that show something
-    inputs = [x for x in inputs if x[0] not in shown]
-    chosen, trees = select_tests(source, "f", inputs)
-    tests = [(inputs[i][0], f(inputs[i][0])) for i in chosen]
-    return [(xs, f(xs)) for xs in shown], tests, [ast.unparse(tree) for tree in rng.sample(trees, min(2, len(trees)))]
-
-
-def compose(rng, level):
-    """Function form. Styles differ (step by step or one expression), as they do among people."""
-    keys, words, code = chain(rng, level)
-    frame = rng.randrange(len(FRAMES))
-    yield keys if level > 1 else [f"{frame}:{keys[0]}"]
-    core = compose_core(rng, code)
-    if core is None:
-        return
-    shown, tests, wrong = core
-    style = (rng.random() < 0.4 and nested(code)) or in_steps(code)
-    yield dict(prompt="\n".join([FRAMES[frame].format(", then ".join(words))] + [f"f({xs}) == {y}" for xs, y in shown]),
-               solution=fenced(style), wrong=fenced(wrong[0]), trace="\n".join(f"{w}: {e}" for w, e in zip(words, code)),
-               tests={"calls": [("f", [xs], y) for xs, y in tests], "references": [in_steps(code), looped(code)]}, names=("f", "xs"))
-
-
-def verify_calls(task, answer):
-    """The share of calls that return exactly what they should."""
-    passed = graded(code_of(answer), [Call(*call) for call in task.tests["calls"]])
-    return sum(passed) / len(task.tests["calls"])
-
-
-def stdin(rng, level):
-    """Program form: one line of integers in, the result out, numbers separated by blanks."""
-    keys, words, code = chain(rng, level)
-    frame = rng.randrange(3)
-    yield keys if level > 1 else [f"stdin {frame}:{keys[0]}"]
-    core = compose_core(rng, code)
-    if core is None:
-        return
-    shown, tests, wrong = core
-    out = lambda y: " ".join(map(str, y)) if isinstance(y, list) else str(y)
-    tail = "print(*{})" if isinstance(shown[0][1], list) else "print({})"
-    read = "xs = list(map(int, input().split()))"
-    text = ("Read integers, {}, print.", "From one line of integers: {}. Print it.", "Input: integers. {}, then print.")[frame]
-    yield dict(prompt="\n".join([text.format(", then ".join(words))] + [f"{out(xs)} -> {out(y)}" for xs, y in shown]),
-               solution=fenced(in_steps(code, read, tail).replace("\n    ", "\n")),
-               wrong=fenced(wrong[0] + f"\n{read}\n" + tail.format("f(xs)")),
-               trace="\n".join(f"{w}: {e}" for w, e in zip(words, code)),
-               tests={"io": [(out(xs) + "\n", out(y) + "\n") for xs, y in tests]}, names=("xs",))
-
-
-def verify_io(task, answer):
-    """The share of inputs for which the program prints what it should."""
-    passed = graded(code_of(answer), [Io(*io) for io in task.tests["io"]])
-    return sum(passed) / len(task.tests["io"])
-
-
-# ---- crux: what does this program answer, and what was it asked? -----------------------------------------------------------
-
-MOVES = [  # (key, type in, type out, expression of v with literals k or c, first level)
-    ("+", int, int, "v + k", 1), ("-", int, int, "v - k", 1), ("max", int, int, "max(v, k)", 1), ("min", int, int, "min(v, k)", 1),
-    ("*", int, int, "v * k", 2), ("%", int, int, "v % k", 2), ("//", int, int, "v // k", 2), ("abs", int, int, "abs(v - k)", 3),
-    ("if", int, int, "v - k if v > k else v + k", 3), ("even", int, int, "v // 2 if v % 2 == 0 else v + k", 4),
-    ("push", list, list, "v + [k]", 1), ("front", list, list, "[k] + v", 1), ("tail", list, list, "v[1:]", 1), ("init", list, list, "v[:-1]", 1),
-    ("back", list, list, "v[::-1]", 1), ("sort", list, list, "sorted(v)", 2), ("each", list, list, "[x + k for x in v]", 3),
-    ("len", list, int, "len(v)", 1), ("first", list, int, "v[0]", 1), ("last", list, int, "v[-1]", 1), ("top", list, int, "max(v)", 2),
-    ("sum", list, int, "sum(v)", 3), ("app", str, str, "v + 'c'", 1), ("pre", str, str, "'c' + v", 1), ("flip", str, str, "v[::-1]", 1),
-    ("rest", str, str, "v[1:]", 1), ("most", str, str, "v[:-1]", 1), ("up", str, str, "v.upper()", 2), ("two", str, str, "v * 2", 2),
-    ("size", str, int, "len(v)", 2),
-]
-SAMPLE = {int: lambda rng: rng.randint(0, 9), list: lambda rng: [rng.randint(0, 9) for _ in range(rng.randint(3, 4))],
-          str: lambda rng: "".join(rng.choice("abcdeg") for _ in range(rng.randint(2, 4)))}
-
-
-def crux_program(rng, level):
-    """A straight program of `level` statements: (keys, source, argument, [(statement's right side, value)]), or None if it fails."""
-    variable, shape = rng.choice("abnstvxy"), rng.randrange(3)
-    kind, moves = rng.choice([int, list, str]), []
-    for _ in range(level):
-        pool = [m for m in MOVES if m[1] is kind and m[4] <= level and (not moves or m[0] != moves[-1][0])]
-        moves.append(rng.choice(pool))
-        kind = moves[-1][2]
-    keys = [f"{a[0]} {b[0]}" for a, b in zip(moves, moves[1:])] or [f"{shape} {moves[0][0]} {variable}"]
-    right = [m[3].replace("'c'", repr(rng.choice("abcdeg"))) for m in moves]
-    right = [re.sub(r"\bk\b", str(rng.randint(2, 3 + 2 * (m[0] in "+-")) if m[1] is int else rng.randint(0, 9)), r) for m, r in zip(moves, right)]
-    own = lambda r: re.sub(r"\bv\b", variable, r)
-    body = [f"{variable} = {own(r)}" for r in right[:-1]]
-    body += [f"return {own(right[-1])}"] if shape == 0 else [f"{'r' if shape == 1 else variable} = {own(right[-1])}",
-                                                             f"return {'r' if shape == 1 else variable}"]
-    return keys, moves[0][1], "\n    ".join([f"def f({variable}):"] + body), right
-
-
-def values_along(right, value):
-    """[(the expression with its value put in, what it gives)] from the argument on; raises where the program would."""
-    seen = []
-    for r in right:
-        line = re.sub(r"\bv\b", lambda _, value=value: repr(value), r)
-        value = eval(line, {})  # our own expression over our own literal
-        seen.append((line, value))
-    return seen
-
-
-def crux(direction):
-    """The generator of one direction: "output" asks for the value, "input" for an argument."""
+def competitive(family: str):
+    """The generator of one form: "compose" wants a function, "stdin" a program that reads and prints."""
     def draft(rng, level):
-        keys, kind, source, right = crux_program(rng, level)
-        yield [f"{direction} {key}" for key in keys]
-        argument = SAMPLE[kind](rng)
-        try:
-            along = values_along(right, argument)
-            others = [(a, values_along(right, a)[-1][1]) for a in (SAMPLE[kind](rng) for _ in range(12))]
-        except (IndexError, ValueError):
-            return
-        result = along[-1][1]
-        others = [(a, y) for a, y in others if repr(y) != repr(result)]
-        if not others or max(len(repr(v)) for _, v in along) > 24:
-            return
-        line = "assert f({}) == {}"
-        if direction == "output":
-            question, wrong = line.format(repr(argument), "?"), line.format(repr(argument), repr(others[0][1]))
-            trace = "\n".join(f"{expression} = {value!r}" for expression, value in along)
-        else:
-            question, wrong = line.format("?", repr(result)), line.format(repr(others[0][0]), repr(result))
-            trace = "\n".join(f"{value!r} = {expression}" for expression, value in reversed(along))
-        yield dict(prompt=f"{source}\n\n{question}", solution=line.format(repr(argument), repr(result)), wrong=wrong, trace=trace,
-                   tests={"source": source, "argument": argument, "result": result}, names=("f",))
+        names, words, code = chain(rng, level)
+        frame, source = rng.choice(FRAMES[family]), in_steps(code)
+        yield pairs(names, f"{frame} {names[0]}")
+        shown = [[rng.randint(0, 9) for _ in range(rng.randint(4, 5))] for _ in range(40)]
+        inputs = {(): None} | {tuple(rng.randint(-9, 9) for _ in range(rng.randint(1, 8))): None for _ in range(200)}
+        inputs = [(list(xs),) for xs in inputs if list(xs) not in shown]
+        if len(set(behaviour(source, "f", inputs))) < 8:
+            return  # nearly constant: tests could not tell right from wrong
+        f = build(source, "f")
+        shown = sorted(shown, key=lambda xs: f(xs) in ([], 0, xs))[:2]  # examples that show something
+        chosen, trees = select_tests(source, "f", inputs)
+        calls = [("f", inputs[i], f(*inputs[i])) for i in chosen]
+        wrong, style = ast.unparse(rng.choice(trees)), (rng.random() < 0.4 and nested(code)) or source
+        examples, tests = [f"f({xs}) == {f(xs)}" for xs in shown], {"calls": calls, "references": [source, looped(code)]}
+        if family == "stdin":
+            end = "print(*{})" if isinstance(calls[0][2], list) else "print({})"
+            style = "\n".join([READ] + [f"xs = {e}" for e in code[:-1]] + [end.format(code[-1])])
+            wrong = "\n".join([wrong, READ, end.format("f(xs)")])
+            examples = [f"{on_one_line(xs)} -> {on_one_line(f(xs))}" for xs in shown]
+            tests = {"io": [(on_one_line(*args) + "\n", on_one_line(y) + "\n") for _, args, y in calls]}
+        yield dict(prompt="\n".join([frame.format(", then ".join(words)), *examples]), solution=fenced(style), wrong=fenced(wrong),
+                   trace=lines("{}: {}", words, code), tests=tests, names=("f", "xs"))
     return draft
 
 
-def read_assert(answer: str):
-    """(function, arguments, value) of `assert f(literals) == literal`; ValueError for anything else."""
-    try:
-        tree = ast.parse(code_of(answer).strip()).body
-        test = tree[0].test
-        if len(tree) != 1 or not isinstance(test.ops[0], ast.Eq) or test.left.keywords:
-            raise ValueError("not one plain assertion")
-        return test.left.func.id, [ast.literal_eval(a) for a in test.left.args], ast.literal_eval(test.comparators[0])
-    except (SyntaxError, AttributeError, IndexError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"not an assertion about a call: {error}") from None
+def verify_tests(task, answer):
+    """The share of calls that return, or of inputs for which the program prints, exactly what they should."""
+    tests = [Call(*call) for call in task.tests.get("calls", ())] + [Io(*io) for io in task.tests.get("io", ())]
+    return sum(graded(code_of(answer), tests)) / len(tests)
+
+
+# ---- crux_output, crux_input: what does this program answer, and what was it asked? ----------------------------------
+
+MOVES = [  # (key, type in, type out, expression of v with a number k or a letter c, first level)
+    ("+", int, int, "v + k", 1), ("-", int, int, "v - k", 1), ("max", int, int, "max(v, k)", 1), ("min", int, int, "min(v, k)", 1),
+    ("first", list, int, "v[0]", 1), ("last", list, int, "v[-1]", 1), ("*", int, int, "v * k", 2), ("%", int, int, "v % k", 2),
+    ("//", int, int, "v // k", 2), ("len", list, int, "len(v)", 2), ("tail", list, list, "v[1:]", 2), ("init", list, list, "v[:-1]", 2),
+    ("push", list, list, "v + [k]", 2), ("front", list, list, "[k] + v", 2), ("app", str, str, "v + 'c'", 2),
+    ("pre", str, str, "'c' + v", 2), ("rest", str, str, "v[1:]", 2), ("most", str, str, "v[:-1]", 2), ("back", list, list, "v[::-1]", 3),
+    ("top", list, int, "max(v)", 3), ("sort", list, list, "sorted(v)", 3), ("flip", str, str, "v[::-1]", 3),
+    ("up", str, str, "v.upper()", 3), ("two", str, str, "v * 2", 3), ("size", str, int, "len(v)", 3),
+    ("if", int, int, "v - k if v > k else v + k", 3), ("abs", int, int, "abs(v - k)", 4), ("sum", list, int, "sum(v)", 4),
+    ("each", list, list, "[x + k for x in v]", 4), ("even", int, int, "v // 2 if v % 2 == 0 else v + k", 5),
+]
+SAMPLE = {int: lambda rng: rng.randint(0, 9), list: lambda rng: [rng.randint(0, 9) for _ in range(rng.randint(2, 4))],
+          str: lambda rng: "".join(rng.choice("abcdeg") for _ in range(rng.randint(2, 4)))}
+
+
+def values_along(code, value) -> list[tuple]:
+    """[(the expression with its value put in, what it gives)] from the argument on; raises where the program would."""
+    seen = []
+    for expression in code:
+        text = re.sub(r"\bv\b", lambda _, value=value: repr(value), expression)
+        value = eval(text, {})  # our own expression over our own literal
+        seen.append((text, value))
+    return seen
+
+
+def crux(direction: str):
+    """The generator of one direction: "output" asks for the value, "input" for an argument; the answer is the literal alone."""
+    def draft(rng, level):
+        kind, moves, v, last = rng.choice([int, list, str][:2 + (level > 1)]), [], rng.choice("abnstvxy"), rng.choice(["", "r", "v"])
+        sample = SAMPLE[kind]
+        for _ in range(level):
+            moves.append(rng.choice([m for m in MOVES if m[1] is kind and m[4] <= level and m not in moves[-1:]]))
+            kind = moves[-1][2]
+        yield [f"{direction} {key}" for key in pairs([m[0] for m in moves], f"{last} {moves[0][0]} {v}")]
+        code = [re.sub(r"\bk\b", str(rng.randint(2, 5)), m[3].replace("'c'", repr(rng.choice("abcdeg")))) for m in moves]
+        body = [f"v = {e}" for e in code[:-1]] + ([f"{last} = {code[-1]}", f"return {last}"] if last else [f"return {code[-1]}"])
+        source = re.sub(r"\bv\b", v, "\n    ".join(["def f(v):"] + body))
+        argument, *others = (sample(rng) for _ in range(12))
+        try:
+            along = values_along(code, argument)
+            others = [(a, y) for a in others if repr(y := values_along(code, a)[-1][1]) != repr(along[-1][1])]
+        except IndexError:
+            return
+        if not others or max(len(repr(y)) for _, y in along) > 24:
+            return
+        result = along[-1][1]
+        if direction == "output":
+            asked, solution, wrong, trace = f"f({argument!r}) == ?", result, others[0][1], [f"{e} = {y!r}" for e, y in along]
+        else:
+            asked, solution, wrong, trace = f"f(?) == {result!r}", argument, others[0][0], [f"{y!r} = {e}" for e, y in along[::-1]]
+        yield dict(prompt=f"{source}\n\nassert {asked}", solution=repr(solution), wrong=repr(wrong), trace="\n".join(trace),
+                   tests={"source": source, "result": result}, names=("f",))
+    return draft
 
 
 def verify_crux(task, answer):
-    """Output: the literal must be the value, type included. Input: any argument will do that gives the value when run."""
+    """Output: the literal is the value, type included. Input: any literal will do that gives the value when the program runs."""
+    t = task.tests
     try:
-        _, args, value = read_assert(answer)
-    except ValueError:
-        return 0.0
-    if repr(value) != repr(task.tests["result"]) or len(args) != 1:
+        value = ast.literal_eval(code_of(answer).strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return 0.0
     if task.family == "crux_output":
-        return float(repr(args[0]) == repr(task.tests["argument"]))
-    name = re.match(r"def (\w+)", task.tests["source"])[1]
-    return float(all(graded(task.tests["source"], [Call(name, args, task.tests["result"])])))
+        return repr(value) == repr(t["result"])
+    return all(graded(t["source"], [Call(re.match(r"def (\w+)", t["source"])[1], [value], t["result"])]))
 
 
-# ---- math: a formula is right when it equals the solution, however it is written -------------------------------------------
+# ---- math: a formula is right when it equals the solution, however it is written -------------------------------------
 
 WHO, WHAT = ("Ann", "Bob", "Eve", "Max", "Zoe"), ("pens", "cups", "eggs", "keys", "nuts", "maps")
+GAIN, LOSE = ("finds", "buys", "gets"), ("loses", "sells", "eats")
 
 
 def formula(text: str):
-    """A sympy expression from text that nobody trusts: numbers, names, + - * / ** and a few functions; ValueError otherwise."""
-    import sympy  # 0.4 s, so only those who need it wait
-
-    known = {"sin": sympy.sin, "cos": sympy.cos, "exp": sympy.exp, "log": sympy.log, "sqrt": sympy.sqrt}
+    """A sympy expression from text that nobody trusts: integers, one-letter names, + - * / and small powers; ValueError otherwise."""
+    import sympy  # takes 0.4 s, so only those who need it wait
 
     def read(node):
-        if isinstance(node, ast.Constant) and type(node.value) is int and abs(node.value) < 10**9:
-            return sympy.Integer(node.value)
-        if isinstance(node, ast.Name) and node.id.isalpha() and len(node.id) == 1:
-            return sympy.Symbol(node.id)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-            return -read(node.operand) if isinstance(node.op, ast.USub) else read(node.operand)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in known and len(node.args) == 1:
-            return known[node.func.id](read(node.args[0]))
-        if isinstance(node, ast.BinOp):
-            a, b = read(node.left), read(node.right)
-            if isinstance(node.op, ast.Pow):
-                if not (b.is_Integer and abs(b) < 10 and not a.has(sympy.Pow)):
-                    raise ValueError("a power must be a small integer")  # 9**9**9 would never end
-                return a**b
-            for op, value in ((ast.Add, lambda: a + b), (ast.Sub, lambda: a - b), (ast.Mult, lambda: a * b), (ast.Div, lambda: a / b)):
-                if isinstance(node.op, op):
-                    return value()
-        raise ValueError(f"{ast.dump(node)[:60]} is not allowed in a formula")
+        match node:
+            case ast.Constant(value=int(n)) if type(n) is int and abs(n) < 10**9:
+                return sympy.Integer(n)
+            case ast.Name(id=name) if len(name) == 1 and name.isalpha():
+                return sympy.Symbol(name)
+            case ast.UnaryOp(op=ast.USub(), operand=a):
+                return -read(a)
+            case ast.BinOp(left=a, op=ast.Pow(), right=ast.Constant(value=int(n))) if 0 <= n < 10:  # 9**9**9 would never end
+                return read(a) ** n
+            case ast.BinOp(left=a, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div() as op, right=b):
+                a, b = read(a), read(b)
+                return {"Add": a + b, "Sub": a - b, "Mult": a * b}[type(op).__name__] if not isinstance(op, ast.Div) else a / b
+        raise ValueError(f"{type(node).__name__} is not allowed in a formula")
 
     try:
-        return read(ast.parse(text.strip().replace("^", "**"), mode="eval").body) if len(text) < 200 else None
+        return read(ast.parse(text.strip().replace("^", "**")[:300], mode="eval").body)
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"not a formula: {error}") from None
 
 
-def is_expanded(text: str) -> bool:
-    """No product or power of a sum is left to multiply out."""
-    sums = lambda node: isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub))
-    return not any(isinstance(n, ast.BinOp) and isinstance(n.op, (ast.Mult, ast.Pow)) and (sums(n.left) or sums(n.right))
-                   for n in ast.walk(ast.parse(text.strip().replace("^", "**"), mode="eval")))
-
-
-def poly(coefficients) -> str:
+def poly(coefficients, x: str) -> str:
     """[5, 0, 3] -> "3*x**2 + 5"; the lowest power comes first in the list."""
-    terms = [(c, n) for n, c in reversed(list(enumerate(coefficients))) if c]
-    one = lambda c, n: str(c) if n == 0 else ("" if c == 1 else f"{c}*") + ("x" if n == 1 else f"x**{n}")
-    text = "".join((" - " if c < 0 else " + ") + one(abs(c), n) for c, n in terms)
-    return text[3:] if text.startswith(" + ") else "-" + text[3:] if text else "0"
+    text = ""
+    for n, c in reversed(list(enumerate(coefficients))):
+        power = ("", x, f"{x}**{n}")[min(n, 2)]
+        text += (" - " if c < 0 else " + ") + (power if abs(c) == 1 and n else f"{abs(c)}*{power}" if n else str(abs(c))) if c else ""
+    return "-" + text[3:] if text.startswith(" - ") else text[3:] or "0"
 
 
 def word_problem(rng, level):
-    """Things gained and lost: (key, question, answer, wrong, trace, form)."""
-    who, what = rng.choice(WHO), rng.choice(WHAT)
-    verbs = [("finds", 1), ("buys", 1), ("loses", -1), ("sells", -1), ("gets", 1), ("eats", -1)]
-    total, text, trace, used = rng.randint(2, 5 + 4 * level), [], [], []
-    text.append(f"{who} has {total} {what}")
+    """Things gained and lost, `level` times."""
+    who, what, total = rng.choice(WHO), rng.choice(WHAT), rng.randint(2, 2 + 4 * level)
+    verbs, said, trace = [], [f"{who} has {total} {what}"], []
     for _ in range(level):
-        verb, sign = rng.choice([v for v in verbs if v[0] not in used and (v[1] > 0 or total > 2)])
-        n = rng.randint(1, min(total - 1, 9) if sign < 0 else 9)
-        text.append(f"{verb} {n}")
-        trace.append(f"{total} {'-+'[sign > 0]} {n} = {total + sign * n}")
-        used.append(verb)
-        total += sign * n
-    wrong = total + rng.choice([-1, 1, 2])
-    keys = [f"{a} {b}" for a, b in zip(used, used[1:])] or [f"{used[0]} {what}"]
-    return keys, " and ".join([", ".join(text[:-1]), text[-1]]) + ". How many now?", str(total), str(wrong), "\n".join(trace), "number"
+        verbs.append(rng.choice([v for v in GAIN + LOSE if v not in verbs and (v in GAIN or total > 1)]))
+        n = rng.randint(1, 2 + 2 * level) if verbs[-1] in GAIN else -rng.randint(1, min(2 + 2 * level, total - 1))
+        said.append(f"{verbs[-1]} {abs(n)}")
+        trace.append(f"{total} {'-+'[n > 0]} {abs(n)} = {total + n}")
+        total += n
+    question = ", ".join(said[:-1]) + f" and {said[-1]}. How many now?"
+    return pairs(verbs, f"{verbs[0]} {what}"), question, str(total), str(total + rng.choice([-1, 1, 2])), "\n".join(trace)
 
 
 def equation(rng, level):
-    """Solve for a letter: a shift, a multiple, both sides, a quadratic."""
-    x, v = rng.randint(1, 9), rng.choice("nxyz")
-    a, b, c = rng.randint(2, 5), rng.randint(1, 9), 1
-    if level == 1:
-        kind, left, right, trace = "shift", f"{v} + {b}", x + b, f"{v} = {x + b} - {b}"
-    elif level == 2:
-        kind, left, right, trace = "scale", f"{a}*{v} + {b}", a * x + b, f"{a}*{v} = {a * x + b} - {b} = {a * x}\n{v} = {a * x} / {a}"
-    elif level <= 4:
-        c = rng.randint(1, a - 1)
-        kind, left, right = "sides", f"{a}*{v} + {b}", (f"{c}*{v}" if c > 1 else v) + f" + {(a - c) * x + b}"
-        trace = f"{a - c}*{v} = {(a - c) * x + b} - {b} = {(a - c) * x}\n{v} = {(a - c) * x} / {a - c}"
-    else:
-        y = rng.choice([n for n in range(1, 10) if n != x])
-        kind, left, right, trace = "square", f"{v}**2 - {x + y}*{v} + {x * y}", 0, f"{x} + {y} = {x + y}\n{x} * {y} = {x * y}"
-        return [f"{kind} {v} {b}"], f"Solve {left} = 0 for all {v}.", f"{min(x, y)}, {max(x, y)}", f"{x}, {y + 1}", trace, "set"
-    return [f"{kind} {v} {b}"], f"Solve {left} = {right} for {v}.", str(x), str(x + rng.choice([1, 2, a])), trace, "number"
+    """Solve a*x + b = c*x + d: at level 1 a shift, at level 2 a multiple too, from level 3 on x stands on both sides."""
+    x, v, b, a = rng.randint(1, 5 + level), rng.choice("nxyz"), rng.randint(1, 4 + level), rng.randint(2, 3 + level) if level > 1 else 1
+    c = rng.randint(1, a - 1) if level > 2 else 0
+    term = lambda k: v if k == 1 else f"{k}*{v}"
+    d = (a - c) * x + b
+    trace = [f"{term(a - c)} = {d} - {b} = {d - b}"] + [f"{v} = {d - b} / {a - c} = {x}"] * (a - c > 1)
+    question = f"Solve {term(a)} + {b} = {term(c) + ' + ' if c else ''}{d} for {v}."
+    return [f"solve {v} {b} {min(level, 3)}"], question, str(x), str(x + rng.choice([1, 2])), "\n".join(trace)
 
 
-def calculus(rng, level):
-    """Derivatives at level 1 and 2, products to multiply out at 2 and 3, antiderivatives and chains above."""
-    a, b, n, m = rng.randint(2, 5), rng.randint(2, 5), rng.randint(2, 4), rng.randint(1, 9)
-    if level >= 4:
-        inner, outer = f"{a}*x + {b}", rng.choice(["sin", "cos", "exp"])
-        slope = {"sin": f"{a}*cos({inner})", "cos": f"-{a}*sin({inner})", "exp": f"{a}*exp({inner})"}[outer]
-        return [f"chain {outer} {b}"], f"Derive {outer}({inner}).", slope, f"{outer}({inner})", f"the inside gives {a}", "formula"
-    if level >= 2 and rng.random() < 0.5:
-        p, q = ([a, 1], [b, 1]) if level == 2 else ([a, n], [b, -1])
-        product = [p[0] * q[0], p[0] * q[1] + p[1] * q[0], p[1] * q[1]]
-        trace = f"x**2: {product[2]}\nx: {p[0] * q[1]} + {p[1] * q[0]} = {product[1]}\n1: {product[0]}"
-        return [f"expand {a} {b}"], f"Expand ({poly(p)})*({poly(q)}).", poly(product), poly([product[0] + 1] + product[1:]), trace, "expanded"
-    c = [0] * n + [a] if level == 1 else [m, b] + [0] * (n - 2) + [a]
-    slope = [i * x for i, x in enumerate(c)][1:]
-    trace = "\n".join(f"{i} * {x} = {i * x}" for i, x in reversed(list(enumerate(c))) if x and i)
-    return [f"power {n} {a}"], f"Derive {poly(c)}.", poly(slope), poly(c), trace, "formula"
+def polynomial(rng, level):
+    """Derive a polynomial; from level 2 on, or multiply two out."""
+    x = rng.choice("xyztu")
+    if level == 1 or rng.random() < 0.5:
+        n, a = rng.randint(2, 4), rng.randint(2, 5)
+        c = [0] * n + [a] if level == 1 else [rng.randint(1, 9) for _ in range(level)] + [0] * n + [a]
+        slope = [i * k for i, k in enumerate(c)][1:]
+        trace = lines("{} * {} = {}", *zip(*[(i, k, i * k) for i, k in reversed(list(enumerate(c))) if k and i]))
+        return [f"derive {n} {x}"], f"Derive {poly(c, x)}.", poly(slope, x), poly(c, x), trace
+    p, q = ([rng.randint(1, 5) * (rng.choice([-1, 1]) if level > 2 else 1), rng.randint(1, level - 1)] for _ in range(2))
+    c = [p[0] * q[0], p[0] * q[1] + p[1] * q[0], p[1] * q[1]]
+    trace = f"{x}**2: {p[1]} * {q[1]} = {c[2]}\n{x}: {p[0] * q[1]} + {p[1] * q[0]} = {c[1]}\n1: {p[0]} * {q[0]} = {c[0]}"
+    return [f"expand {p[0]} {x}"], f"Expand ({poly(p, x)})*({poly(q, x)}).", poly(c, x), poly([c[0] + 1, *c[1:]], x), trace
 
 
-def math_task(rng, level):
-    """One of the three kinds; the answer is a number, a set of numbers, a formula, or one that must be multiplied out."""
-    keys, question, answer, wrong, trace, form = rng.choice([word_problem, equation, calculus])(rng, level)
+def mathematics(rng, level):
+    """A word problem, an equation or a polynomial. The answer is written out: no sum is left to multiply, no number to work out."""
+    keys, question, answer, wrong, trace = rng.choice([word_problem, equation, polynomial])(rng, level)
     yield keys
-    yield dict(prompt=question, solution=answer, wrong=wrong, trace=trace, tests={"answer": answer, "form": form},
-               names=tuple(n for n in WHO + WHAT if re.search(rf"\b{n}\b", question)))
+    yield dict(prompt=question, solution=answer, wrong=wrong, trace=trace, tests={"answer": answer},
+               names=tuple(name for name in WHO + WHAT if re.search(rf"\b{name}\b", question)))
 
 
 def verify_math(task, answer):
-    """Equal as formulas: the difference expands, or else simplifies, to zero."""
-    import sympy
-
-    form, want = task.tests["form"], task.tests["answer"]
+    """Equal as formulas: the difference expands to zero. Worked out: no parentheses, and no more signs than the solution has."""
     answer = re.sub(r"^\s*[a-z]\s*=", "", answer)
+    signs = lambda text: len(re.findall(r"[-+*/^]+", text.strip().lstrip("-"))) + 99 * ("(" in text)
     try:
-        if form == "number":
-            return float(bool(re.fullmatch(r"\s*-?\d{1,9}(/\d{1,9})?\s*", answer)) and formula(answer) == formula(want))
-        if form == "set":
-            return float(len(answer) < 100 and {formula(t) for t in answer.split(",")} == {formula(t) for t in want.split(",")})
-        if form == "expanded" and not is_expanded(answer):
-            return 0.0
-        difference = sympy.expand(formula(answer) - formula(want))
-        probe = difference.subs({symbol: sympy.Rational(3, 7) for symbol in difference.free_symbols}).evalf()
-        return float(difference == 0 or (abs(complex(probe)) < 1e-9 and sympy.simplify(difference) == 0))  # simplify is slow: rarely asked
-    except (ValueError, SyntaxError, TypeError, ZeroDivisionError, RecursionError):
+        return signs(answer) <= signs(task.tests["answer"]) and (formula(answer) - formula(task.tests["answer"])).expand() == 0
+    except (ValueError, ZeroDivisionError, TypeError):
         return 0.0
 
 
-# ---- sql: the query first, its question second -------------------------------------------------------------------------------
-# The reverse pipeline: a random query, a question made from it, and a reader that must get the same query back from the question.
+# ---- sql: the query first, its question second -----------------------------------------------------------------------
+# The reverse pipeline. Each clause has an SQL form and words; a question is the words of a query's clauses, one after the other. The way
+# back, from the question to the query, reads the same table: a task enters only if the round trip gives the same query.
 
-TABLES = {  # table: (name, category and its values, two numbers)
-    "pets": ("name", "kind", ("cat", "dog", "fish"), "age", "weight"), "books": ("title", "genre", ("poem", "novel", "guide"), "pages", "price"),
-    "songs": ("title", "style", ("rock", "jazz", "folk"), "length", "plays"), "towns": ("name", "country", ("Peru", "Oman", "Fiji"), "people", "area"),
-    "staff": ("name", "team", ("ops", "lab", "art"), "age", "pay"), "cars": ("model", "color", ("red", "blue", "gray"), "year", "speed"),
+TABLES = {  # table: name, category, the category's values, two numbers
+    "pets": ("name", "kind", ("cat", "dog", "fish"), "age", "weight"),
+    "books": ("title", "genre", ("poem", "novel", "guide"), "pages", "price"),
+    "songs": ("title", "style", ("rock", "jazz", "folk"), "length", "plays"),
+    "towns": ("name", "country", ("Peru", "Oman", "Fiji"), "people", "area"),
+    "staff": ("name", "team", ("ops", "lab", "art"), "age", "pay"),
+    "cars": ("model", "color", ("red", "blue", "gray"), "year", "speed"),
 }
-TOTALS = {"number": "COUNT(*)", "highest": "MAX", "lowest": "MIN", "average": "AVG", "total": "SUM"}
+CLAUSES = {  # key: (words, SQL), read back in this order; slots: name, cat, word, num, n, and t for the table
+    "list": ("list the {name} of {t}", "SELECT {name} FROM {t}"), "count": ("count {t}", "SELECT COUNT(*) FROM {t}"),
+    "highest": ("give the highest {num} of {t}", "SELECT MAX({num}) FROM {t}"),
+    "lowest": ("give the lowest {num} of {t}", "SELECT MIN({num}) FROM {t}"),
+    "average": ("give the average {num} of {t}", "SELECT AVG({num}) FROM {t}"),
+    "each": ("for each {cat} count {t}", "SELECT {cat}, COUNT(*) FROM {t}"),
+    "most": ("for each {cat} give the highest {num} of {t}", "SELECT {cat}, MAX({num}) FROM {t}"),
+    "over": (" with {num} over {n}", " WHERE {num} > {n}"), "under": (" with {num} under {n}", " WHERE {num} < {n}"),
+    "is": (" with {cat} '{word}'", " WHERE {cat} = '{word}'"),
+    "mean": (" with {num} over the average of {t}", " WHERE {num} > (SELECT AVG({num}) FROM {t})"),
+    "and over": (" and {num} over {n}", " AND {num} > {n}"), "and under": (" and {num} under {n}", " AND {num} < {n}"),
+    "or is": (" or {cat} '{word}'", " OR {cat} = '{word}'"), "group": (", by {cat}", " GROUP BY {cat}"),
+    "up": (", sorted by {num}", " ORDER BY {num}"), "down": (", highest {num} first", " ORDER BY {num} DESC"),
+    "limit": (", only {n}", " LIMIT {n}"),
+}
+NEAR = {"over": "under", "under": "over", "up": "down", "down": "up", "highest": "lowest", "lowest": "highest", "average": "lowest",
+        "count": "list", "list": "count", "mean": "under", "and over": "and under", "and under": "and over", "or is": "and over"}
+QUERIES = {1: "list over|list under|list is|list up|list down|count over|count is|highest|lowest|average",
+           2: "list over up|list is down|list under down|highest is|average is|lowest over|count under|list is up|list over down",
+           3: "list over and-under|list is and-over|each group|list is up limit|count is and-over|most group|list over down limit",
+           4: "each over group|most is group|list over or-is up|list under and-over down limit|count over or-is|most under group",
+           5: "list mean up|list mean and-under|count mean or-is|list mean or-is down limit|most mean group|each mean group"}
 
 
-def sql_of(q: dict) -> str:
-    """The query that a specification means."""
-    where = [f"{col} {op} {value}" for col, op, value in q["where"]]
-    select = q["column"] if not q["total"] else TOTALS[q["total"]] if q["total"] == "number" else f"{TOTALS[q['total']]}({q['column']})"
-    return (f"SELECT {q['group'] + ', ' if q['group'] else ''}{select} FROM {q['table']}" + (f" WHERE {' AND '.join(where)}" if where else "")
-            + (f" GROUP BY {q['group']}" if q["group"] else "")
-            + (f" ORDER BY {q['order'][0]}{' DESC' * q['order'][1]}" if q["order"] else "") + (f" LIMIT {q['limit']}" if q["limit"] else ""))
-
-
-WHERE = {">": "{0} over {1}", "<": "{0} under {1}", "=": "{0} equal to {1}"}
-AVERAGE = re.compile(r"^\(SELECT AVG\((\w+)\) FROM \w+\)$")
-
-
-def question_of(q: dict) -> str:
-    """The question whose answer the query is. Each part of the specification has its own words, so it can be read back."""
-    what = f"Give the {q['total']} of {q['table'] if q['total'] == 'number' else q['column'] + ' in ' + q['table']}" if q["total"] else \
-        f"List the {q['column']} of {q['table']}"
-    where = [WHERE[op].format(col, "the average" if AVERAGE.match(value) else value) for col, op, value in q["where"]]
-    return (what + (" with " + " and ".join(where) if where else "") + (f" for each {q['group']}" if q["group"] else "")
-            + (f", by {q['order'][0]}{' downward' * q['order'][1]}" if q["order"] else "") + (f", first {q['limit']}" if q["limit"] else "") + ".")
-
-
-def read_question(text: str) -> dict:
-    """The inverse of question_of: the way back of the round trip."""
-    m = re.fullmatch(r"(?:Give the (?P<total>\w+) of|List the) (?:(?P<column>\w+) (?:in|of) )?(?P<table>\w+?)(?: with (?P<where>.+?))?"
-                     r"(?: for each (?P<group>\w+))?(?:, by (?P<by>\w+)(?P<down> downward)?)?(?:, first (?P<limit>\d+))?\.", text)
-    where = []
-    for part in (m["where"] or "").split(" and ") if m["where"] else ():
-        col, word, value = re.fullmatch(r"(\w+) (over|under|equal to) (.+)", part).groups()
-        value = f"(SELECT AVG({col}) FROM {m['table']})" if value == "the average" else value
-        where.append((col, {"over": ">", "under": "<", "equal to": "="}[word], value))
-    return dict(table=m["table"], column=m["column"] or "", total=m["total"] or "", where=where, group=m["group"] or "",
-                order=(m["by"], bool(m["down"])) if m["by"] else None, limit=int(m["limit"] or 0))
-
-
-def sql_spec(rng, level: int) -> tuple[str, dict]:
-    """A random query of this level, with the name of its pattern."""
-    table = rng.choice(sorted(TABLES))
-    name, category, values, *numbers = TABLES[table]
-    q = dict(table=table, column=name, total="", where=[], group="", order=None, limit=0)
-    n = rng.choice(numbers)
-    compare = lambda: rng.choice([(rng.choice(numbers), rng.choice("<>"), str(rng.randint(8, 22))), (category, "=", repr(rng.choice(values)))])
-    pattern = rng.choice({1: ("where", "order", "total"), 2: ("where", "where order", "total where", "order limit"),
-                          3: ("where where", "where order limit", "group", "total where where"),
-                          4: ("group where", "where where order limit", "group order"),
-                          5: ("average", "average order", "average where", "group where order")}[level])
-    for word in pattern.split():
-        if word == "where":
-            q["where"].append(compare())
-        elif word == "average":
-            q["where"].append((n, rng.choice("<>"), f"(SELECT AVG({n}) FROM {table})"))
-        elif word == "order":
-            q["order"] = (q["group"] or n, rng.random() < 0.5)
-        elif word == "limit":
-            q["limit"] = rng.randint(2, 4)
+def read_question(question: str) -> str:
+    """The query a question asks for, clause by clause; ValueError where it says something else."""
+    rest, query = question[0].lower() + question[1:].rstrip("."), ""
+    while rest:
+        for words, sql in CLAUSES.values():
+            pattern = words.replace("{n}", r"(?P<n>\d+)\b").replace("{", "(?P<").replace("}", r">\w+)")
+            if found := re.match(pattern, rest):
+                rest, query = rest[found.end():], query + sql.format(**found.groupdict())
+                break
         else:
-            q["total"] = rng.choice(sorted(TOTALS))
-            q["column"] = "" if q["total"] == "number" else n
-            q["group"] = category if word == "group" else ""
-    return f"{pattern} {q['total'] or q['column']}", q
+            raise ValueError(f"no clause begins with {rest!r}")
+    return query
 
 
-def database(table: str, seed: int) -> sqlite3.Connection:
-    """A small random table in memory. Numbers are distinct in a column, so that an ORDER BY has one answer."""
-    name, category, values, *numbers = TABLES[table]
-    rng = random.Random(f"{table} {seed}")
-    rows = list(zip(rng.sample([a + b for a in "BDKLMR" for b in ("ana", "ilo", "udo")], 9), rng.choices(values, k=9),
-                    rng.sample(range(3, 28), 9), rng.sample(range(3, 28), 9)))
+def database(table: str, seed: int, name: str) -> sqlite3.Connection:
+    """A small random table in memory, called `name`. Numbers are distinct in a column, so that an ORDER BY has one answer."""
+    columns, rng = TABLES[table], random.Random(f"{table} {seed}")
+    rows = zip(rng.sample([a + b for a in "BDKLMR" for b in ("ana", "ilo", "udo")], 9), rng.choices(columns[2], k=9),
+               rng.sample(range(3, 28), 9), rng.sample(range(3, 28), 9))
     db = sqlite3.connect(":memory:")
-    db.execute(f"CREATE TABLE {table} ({name} TEXT, {category} TEXT, {numbers[0]} INTEGER, {numbers[1]} INTEGER)")
-    db.executemany(f"INSERT INTO {table} VALUES (?, ?, ?, ?)", rows)
+    db.execute(f"CREATE TABLE {name} ({columns[0]} TEXT, {columns[1]} TEXT, {columns[3]} INTEGER, {columns[4]} INTEGER)")
+    db.executemany(f"INSERT INTO {name} VALUES (?, ?, ?, ?)", rows)
+    allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
+    db.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY)  # from here on it only reads
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)
     return db
 
 
-def ask(db: sqlite3.Connection, query: str):
+def rows_of(query: str, databases, ordered: bool) -> list:
     """
-    The rows of a query that nobody trusts, or None where it fails.
+    What a query that nobody trusts gives on each database: rows in order, or sorted where the order is free; None where it fails.
 
-    The authorizer lets it read and call functions, nothing else; lengths and steps are bounded, so it can neither fill memory nor run on.
+    The databases let it read and call functions, nothing else; lengths and steps are bounded, so it can neither fill memory nor run on.
     """
-    allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
-    db.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY)
-    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)
-    db.set_progress_handler(lambda: 1, 200_000)  # any query of ours takes a few hundred steps
-    try:
-        return db.execute(query).fetchmany(1000)
-    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError):
-        return None
-    finally:
-        db.set_authorizer(None)
-
-
-def answers(query: str, schema: str, seeds, ordered: bool, name=None) -> list:
-    """What the query gives on each database: rows in order, or as a sorted list where the order is free. `name`: the table's, if not its own."""
     found = []
-    for seed in seeds:
-        db = database(schema, seed)
-        if name not in (None, schema):
-            db.execute(f"ALTER TABLE {schema} RENAME TO {name}")
-        rows = ask(db, query)
-        db.close()
-        found.append(rows if ordered or rows is None else sorted(rows, key=repr))
+    for db in databases:
+        db.set_progress_handler(lambda: 1, 200_000)  # a query of ours takes a few hundred steps
+        try:
+            rows = db.execute(query).fetchmany(1000)
+            found.append(rows if ordered else sorted(rows, key=repr))
+        except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError):
+            found.append(None)
     return found
 
 
 def sql(rng, level):
-    """A query, its question, and two databases on which the query differs from its near misses."""
-    pattern, q = sql_spec(rng, level)
-    yield [f"{pattern} {q['table']}"]
-    query, ordered = sql_of(q), bool(q["order"])
-    if read_question(question_of(q)) != q or len({column for column, *_ in q["where"]}) < len(q["where"]):
-        return
-    near = [dict(q, where=q["where"][1:]), dict(q, where=[(c, {">": "<", "<": ">"}.get(o, o), v) for c, o, v in q["where"]]), dict(q, limit=0),
-            dict(q, order=q["order"] and (q["order"][0], not q["order"][1])), dict(q, column=TABLES[q["table"]][4] if q["column"] else ""),
-            dict(q, total="number" if q["total"] != "number" else "", column=q["column"] or TABLES[q["table"]][0])]
-    near = [sql_of(n) for n in near if sql_of(n) != query]
+    """A query, its question, and three databases on which the query differs from a near miss."""
+    table, plan = rng.choice(list(TABLES)), rng.choice(QUERIES[level].split("|"))
+    name, cat, values, *numbers = TABLES[table]
+    keys = [key.replace("-", " ") for key in plan.split()]
+    slots = [dict(name=name, cat=cat, t=table, num=rng.choice(numbers), word=rng.choice(values), n=rng.randint(8, 22)) for _ in keys]
+    slots[-1]["n"] = rng.randint(2, 4) if keys[-1] == "limit" else slots[-1]["n"]
+    yield [f"{plan} {table} {slots[-1]['num'] if level == 1 else ''}"]
+    said, code = ([CLAUSES[key][part].format(**s) for key, s in zip(keys, slots)] for part in (0, 1))
+    question, query, ordered = sentence("".join(said)), "".join(code), bool({"up", "down"} & set(keys))
+    near = [code[:i] + [CLAUSES[NEAR[key]][1].format(**slots[i])] + code[i + 1:] for i, key in enumerate(keys) if key in NEAR]
     seeds = [rng.randrange(10**6) for _ in range(3)]
-    want = answers(query, q["table"], seeds, ordered)
-    near = [n for n in near if answers(n, q["table"], seeds, ordered) != want]
-    if not near or not all(want):
+    databases = [database(table, seed, table) for seed in seeds]
+    want = rows_of(query, databases, ordered)
+    near = [other for other in map("".join, near + [code[:-1]] * (level > 1)) if rows_of(other, databases, ordered) != want]
+    if read_question(question) != query or not near or not all(want):
         return
-    name, category, values, *numbers = TABLES[q["table"]]
-    yield dict(prompt=f"Table {q['table']}({name}, {category}, {', '.join(numbers)}).\n{question_of(q)}", solution=query + ";",
-               wrong=rng.choice(near) + ";", trace="\n".join(part for part in re.split(r" (?=FROM|WHERE|GROUP|ORDER|LIMIT)", query)),
-               tests={"query": query, "table": q["table"], "schema": list(TABLES).index(q["table"]), "seeds": seeds, "ordered": ordered}, names=(q["table"],))
+    yield dict(prompt=f"Table {table}({name}, {cat}, {', '.join(numbers)}).\n{question}", solution=query + ";",
+               wrong=rng.choice(near) + ";", trace=lines("{}: {}", [t.strip(" ,") for t in said], [t.strip() for t in code]),
+               names=(table,), tests={"query": query, "table": table, "schema": list(TABLES).index(table), "seeds": seeds,
+                                      "ordered": ordered})
 
 
 def verify_sql(task, answer):
     """Execution accuracy: the same rows on every database."""
     t = task.tests
-    mine, gold = (answers(query, list(TABLES)[t["schema"]], t["seeds"], t["ordered"], t["table"])
-                  for query in (code_of(answer).strip().rstrip(";"), t["query"]))
-    return float(mine == gold)
+    databases = [database(list(TABLES)[t["schema"]], seed, t["table"]) for seed in t["seeds"]]
+    return rows_of(code_of(answer).strip().rstrip(";"), databases, t["ordered"]) == rows_of(t["query"], databases, t["ordered"])
 
 
-# ---- edits: search/replace blocks and unified diffs --------------------------------------------------------------------------
+# ---- edit: search/replace blocks and unified diffs -------------------------------------------------------------------
 
 
 def locate(text: list[str], block: list[str], hint: int | None = None) -> int:
@@ -742,24 +626,23 @@ def locate(text: list[str], block: list[str], hint: int | None = None) -> int:
 
 def apply_edit(text: str, answer: str) -> str:
     """The text after the answer's search/replace blocks or unified diff; ValueError where one does not fit."""
-    lines = text.splitlines()
-    answer = "\n".join(line for line in answer.splitlines() if not line.startswith("```"))
+    now, answer = text.splitlines(), "\n".join(line for line in answer.splitlines() if not line.startswith("```"))
     blocks = re.findall(r"^<<<<<<< SEARCH\n(.*?)^=======\n(.*?)^>>>>>>> REPLACE$", answer, re.S | re.M)
-    for search, replace in blocks:
-        at = locate(lines, search.splitlines())
-        lines[at:at + len(search.splitlines())] = replace.splitlines()
-    shift, hunks = 0, re.split(r"^(@@.*)$", answer, flags=re.M)[1:] if not blocks else []
+    edits = [(search.splitlines(), new.splitlines(), None) for search, new in blocks]
+    hunks = re.split(r"^(@@.*)$", answer, flags=re.M)[1:] if not blocks else []
     for head, body in zip(hunks[::2], hunks[1::2]):
-        body = [line for line in body.split("\n") if line[:1] in (" ", "-", "+")]
-        old, new = ([line[1:] for line in body if line[0] in keep] for keep in (" -", " +"))
-        number = re.match(r"@@ -(\d+)(,0)?", head)
-        hint = int(number[1]) - (not number[2]) + shift if number else None
-        at = hint if not old and hint is not None and 0 <= hint <= len(lines) else locate(lines, old, hint)
-        lines[at:at + len(old)] = new
-        shift += len(new) - len(old)
-    if not blocks and not hunks:
+        old, new = ([line[1:] for line in body.split("\n") if line[:1] and line[0] in signs] for signs in (" -", " +"))
+        number = re.match(r"@@ -(\d+)", head)
+        edits.append((old, new, int(number[1]) - bool(old) if number else None))
+    if not edits:
         raise ValueError("the answer holds neither a search/replace block nor a diff hunk")
-    return "\n".join(lines) + "\n" * text.endswith("\n")
+    shift = 0
+    for old, new, hint in edits:
+        hint = None if hint is None else hint + shift
+        at = hint if not old and hint is not None and 0 <= hint <= len(now) else locate(now, old, hint)
+        now[at:at + len(old)] = new
+        shift += len(new) - len(old)
+    return "\n".join(now) + "\n" * text.endswith("\n")
 
 
 def make_edit(old: str, new: str, form: str) -> str:
@@ -769,17 +652,18 @@ def make_edit(old: str, new: str, form: str) -> str:
         if form == "diff":
             answer = "\n".join(line for line in difflib.unified_diff(a, b, n=context, lineterm="") if line[:3] not in ("---", "+++"))
         else:
-            groups = difflib.SequenceMatcher(None, a, b, autojunk=False).get_grouped_opcodes(context)
-            answer = "\n".join("\n".join(["<<<<<<< SEARCH", *a[g[0][1]:g[-1][2]], "=======", *b[g[0][3]:g[-1][4]], ">>>>>>> REPLACE"]) for g in groups)
+            groups = difflib.SequenceMatcher(None, a, b, False).get_grouped_opcodes(context)
+            spans = [(g[0][1], g[-1][2], g[0][3], g[-1][4]) for g in groups]
+            answer = "\n".join("\n".join(["<<<<<<< SEARCH", *a[i:j], "=======", *b[k:m], ">>>>>>> REPLACE"]) for i, j, k, m in spans)
         try:
             if apply_edit(old, answer) == new:
                 return answer
         except ValueError:
             continue
-    raise ValueError("no edit in this form leads from the old text to the new one (is only the last newline different?)")
+    raise ValueError("no edit in this form leads from the old text to the new one; is only the last newline different?")
 
 
-SPOTS = {  # small functions with one spot: (arguments, expression, what may stand in the spot, an input that tells all of them apart)
+SPOTS = {  # small functions with one spot: arguments, expression, what may stand in the spot, an input that tells all of them apart
     "operator": ("a, b", "a {} b", "+ - * // %", (7, 3)), "shift": ("x", "x + {}", "1 2 3 4 5 6 7 8 9", (0,)),
     "scale": ("x", "x * {}", "2 3 4 5 6 7 8 9", (1,)), "reduce": ("xs", "{}(xs)", "max min sum len", ([4, 9, 1],)),
     "index": ("xs", "xs[{}]", "0 1 2 3", ([7, 5, 8, 6],)), "tail": ("xs", "xs[{}:]", "0 1 2 3", ([4, 6, 8, 9],)),
@@ -791,94 +675,77 @@ SPOTS = {  # small functions with one spot: (arguments, expression, what may sta
 FUNCTIONS = ("pick", "step", "mix", "turn", "make", "join", "form", "rate")
 
 
-def like(rng, value):
-    """A random value of the same type: small numbers, lists as long, words as long."""
-    if isinstance(value, list):
-        return [rng.randint(0, 9) for _ in value]
-    return "".join(rng.choice("abcXYZ") for _ in range(3)) if isinstance(value, str) else rng.randint(1, 9)
+@dataclass
+class Spot:
+    """A function `name` with one spot; `shape` 0 has two lines, 1 three."""
+    name: str
+    kind: str
+    shape: int = 0
 
+    def options(self) -> list[str]:
+        return SPOTS[self.kind][2].split()
 
-def spot_function(rng, name: str, spot: str, inside: str, shape: int) -> str:
-    """def name(...): return <expression with `inside` in the spot>, in two or three lines."""
-    arguments, expression, *_ = SPOTS[spot]
-    body = [f"return {expression.format(inside)}"] if shape == 0 else [f"y = {expression.format(inside)}", "return y"]
-    return "\n    ".join([f"def {name}({arguments}):"] + body)
+    def source(self, inside: str) -> str:
+        arguments, expression, *_ = SPOTS[self.kind]
+        body = "return {}" if self.shape == 0 else "y = {}\n    return y"
+        return f"def {self.name}({arguments}):\n    " + body.format(expression.format(inside)) + "\n"
 
+    def answers(self, inside: str, inputs) -> list[str]:
+        return behaviour(self.source(inside), self.name, inputs)
 
-def telling_input(rng, spot: str, sources: list[str], name: str, canonical: bool):
-    """Arguments on which all the given versions differ: the spot's own at level 1, else random ones."""
-    for attempt in range(30):
-        args = SPOTS[spot][3] if canonical or attempt == 29 else tuple(like(rng, v) for v in SPOTS[spot][3])
-        seen = [behaviour(source, name, [args])[0] for source in sources]
-        if len(set(seen)) == len(seen) and not any("Error" in s for s in seen):
-            return args
-    raise AssertionError(f"{spot}: its own input does not tell its versions apart")
+    def inputs(self, rng, n: int) -> list[tuple]:
+        """Its own input, then up to n random ones like it."""
+        like = {list: lambda v: [rng.randint(0, 9) for _ in v], str: lambda v: "".join(rng.choice("abcXYZ") for _ in range(3)),
+                int: lambda v: rng.randint(1, 9)}
+        own = SPOTS[self.kind][3]
+        return [own] + list({repr(x): x for x in (tuple(like[type(v)](v) for v in own) for _ in range(n))}.values())
+
+    def telling(self, rng, options, canonical: bool) -> tuple:
+        """Arguments on which all the given versions differ: its own at the first level, else random ones."""
+        own, *others = self.inputs(rng, 30)
+        differ = lambda args: len({a for o in options for a in self.answers(o, [args]) if "Error" not in a}) == len(options)
+        return own if canonical else next(filter(differ, others), own)
+
+    def calls(self, rng, inside: str, first: tuple, n: int) -> list[tuple]:
+        """Up to n different calls (name, arguments, value), `first` among them, that raise nothing."""
+        inputs = [first] + [x for x in self.inputs(rng, 2 * n) if x != first]
+        function = build(self.source(inside), self.name)
+        return [(self.name, list(x), function(*x)) for x, a in zip(inputs, self.answers(inside, inputs)) if "Error" not in a][:n]
 
 
 def call_text(name: str, args) -> str:
     return f"{name}({', '.join(map(repr, args))})"
 
 
-def spot_calls(rng, spot: str, source: str, name: str, first: tuple, n: int) -> list[tuple]:
-    """Up to n different calls (name, arguments, value) of our source, `first` among them, that raise nothing."""
-    function, found = build(source, name), {}
-    for args in [first] + [tuple(like(rng, v) for v in SPOTS[spot][3]) for _ in range(3 * n)]:
-        if "Error" not in behaviour(source, name, [args])[0]:
-            found.setdefault(repr(args), (name, list(args), function(*args)))
-    return list(found.values())[:n]
-
-
-def spot_edit(rng, level, form, name):
-    """An edit at a spot: level 1 says the expression that is wanted, levels 2 and 3 a call that fails."""
-    spots = rng.sample(sorted(SPOTS), 1 + (level == 3))
-    yield [f"edit {form} {spots[0]} {spots[1] if level == 3 else name}"]
-    right, broken, wrong = rng.sample(SPOTS[spots[0]][2].split(), 3)
-    shape = rng.randrange(2) if level > 1 else 0
-    rest = spot_function(rng, rng.choice([f for f in FUNCTIONS if f != name]), spots[1], SPOTS[spots[1]][2].split()[0], 0) + "\n" if level == 3 else ""
-    old, new, other = (rest + spot_function(rng, name, spots[0], inside, shape) + "\n" for inside in (broken, right, wrong))
-    args = telling_input(rng, spots[0], [old, new, other], name, level == 1)
-    calls = spot_calls(rng, spots[0], new, name, args, 8)
-    expression = SPOTS[spots[0]][1].format
-    ask_for = f"{name} should return {expression(right)}." if level == 1 else f"{call_text(name, args)} should be {calls[0][2]!r}."
-    trace = f"{call_text(name, args)} is {behaviour(old, name, [args])[0]}, must be {calls[0][2]!r}\n" * (level > 1) + f"{expression(broken)} -> {expression(right)}"
-    yield old, new, other, ask_for, calls, trace
-
-
-def chain_edit(rng, level, form):
-    """An edit in a chain of steps into which one AST mutation was planted; the docstring says what it should do."""
-    keys, words, code = chain(rng, level - 2)
-    yield [f"edit {form} {key}" for key in keys]
-    source = ast.unparse(ast.parse(f'def f(xs):\n    """{", then ".join(words)}"""\n' + in_steps(code).split("\n", 1)[1]))
-    core = compose_core(rng, code, source)
-    if core and len(core[2]) == 2:
-        calls = [("f", [xs], y) for xs, y in core[1]]
-        first = [c for c in calls if behaviour(core[2][0], "f", [c[1]]) != [repr(c[2])]]
-        changed = next((line for line in source.splitlines() if line not in core[2][0].splitlines()), "")
-        if first and changed and ast.dump(ast.parse(core[2][0])) != ast.dump(ast.parse(core[2][1])):
-            yield (*(text + "\n" for text in (core[2][0], source, core[2][1])), f"{call_text('f', first[0][1])} should be {first[0][2]!r}.", calls,
-                   f"one line must be{changed.replace('    ', ' ', 1)}")
-
-
 def edit(rng, level):
-    """A short file with a fault, and what to write: a search/replace block or a unified diff."""
-    form, name = rng.choice(["search", "diff"]), rng.choice(FUNCTIONS)
-    draft = spot_edit(rng, level, form, name) if level <= 3 else chain_edit(rng, level, form)
-    yield next(draft)
-    if (parts := next(draft, None)) is None:
-        return
-    old, new, other, ask_for, calls, trace = parts
+    """One to three functions, one (at level 5 two) with a fault. Level 1 says what is wanted, then a failing call must do."""
+    n, form = (1, 1, 2, 3, 3)[level - 1], rng.choice(["search", "diff"])
+    kinds = rng.sample(list(SPOTS)[:8 if level < 3 else None], n)
+    spots = [Spot(name, kind, rng.randrange(2) if level > 1 else 0) for name, kind in zip(rng.sample(FUNCTIONS, n), kinds)]
+    yield pairs([f"{form} {kind}" for kind in kinds], f"{form} {kinds[0]} {spots[0].name}")
+    faulty, order = spots[:1 + (level == 5)], rng.sample(spots, n)
+    chosen = {s.name: rng.sample(s.options(), 3) for s in spots}  # right, broken, another fault
+    old, new, other = ("".join(s.source(chosen[s.name][which if s in faulty else 0]) for s in order) for which in (1, 0, 2))
+    said, calls, trace = [], [], []
+    for s in faulty:
+        args = s.telling(rng, chosen[s.name], level == 1)
+        calls += (mine := s.calls(rng, chosen[s.name][0], args, 8))
+        right, broken, _ = map(SPOTS[s.kind][1].format, chosen[s.name])
+        said.append(f"{s.name} should return {right}." if level == 1 else f"{call_text(s.name, args)} should be {mine[0][2]!r}.")
+        trace += [f"{call_text(s.name, args)} is {s.answers(chosen[s.name][1], [args])[0]}"] * (level > 1) + [f"{broken} -> {right}"]
     wanted = {"search": "a search/replace block", "diff": "a diff"}[form]
-    yield dict(prompt=f"{old}\n{ask_for} Answer with {wanted}.", solution=make_edit(old, new, form), wrong=make_edit(old, other, form),
-               trace=trace, files={"file.py": old}, tests={"calls": calls}, names=(name,) if level <= 3 else ("f", "xs"))
+    yield dict(prompt=f"{old}\n{' '.join(said)} Answer with {wanted}.", solution=make_edit(old, new, form),
+               wrong=make_edit(old, other, form), trace="\n".join(trace), files={"file.py": old}, tests={"calls": calls},
+               names=tuple(s.name for s in spots))
 
 
 def edit_from_commit(message: str, path: str, old: str, new: str, form: str = "search", seed: int = 0) -> Task:
     """An edit task from real history: the file before, the commit's message, and the file after as the only right result."""
-    wrong = make_edit(old, old + ("" if old.endswith("\n") else "\n") + "# done\n", form)
-    wanted = {"search": "search/replace blocks", "diff": "a diff"}[form]
     key = "commit " + hashlib.sha256((path + message + old).encode()).hexdigest()[:12]
-    return Task("edit", 5, seed, split_of([key]), (key,), f"{path}\n{old}\n{message.strip()} Answer with {wanted}.", make_edit(old, new, form), wrong,
-                trace=message.strip(), files={path: old}, tests={"text": new})
+    wanted = {"search": "search/replace blocks", "diff": "a diff"}[form]
+    prompt, right = f"{path}\n{old}\n{message.strip()} Answer with {wanted}.", make_edit(old, new, form)
+    wrong = make_edit(old, old + "\n" * (not old.endswith("\n")) + "# done\n", form)
+    return Task("edit", 5, seed, split_of([key]), (key,), prompt, right, wrong, message.strip(), {"text": new}, {path: old})
 
 
 def verify_edit(task, answer):
@@ -888,108 +755,15 @@ def verify_edit(task, answer):
         new = apply_edit(old, answer)
     except ValueError:
         return 0.0
-    if "text" in task.tests:
-        return float(new == task.tests["text"])
-    return float(all(graded(new, [Call(*call) for call in task.tests["calls"]])))
+    return new == task.tests["text"] if "text" in task.tests else all(graded(new, [Call(*call) for call in task.tests["calls"]]))
 
 
-# ---- swe: a repository with a planted bug, worked on with tools ----------------------------------------------------------------
-# One AST node of one function is replaced by a sibling. Before the first test nothing tells which of k siblings is right, so an
-# edit made blind is right once in k; the failure line `FAIL pick(7, 3)=10 want 4` tells which. Recovery is to read that line.
+# ---- swe: a repository with a planted bug, worked on with tools ------------------------------------------------------
+# One AST node of one function is replaced by a sibling. Before the first test nothing tells which of k siblings is right, so an edit made
+# blind is right once in k; the failure line `FAIL pick(7, 3)=10 want 4` tells which. To recover from an error is to read that line.
 
 MODULES = ("core", "util", "shop", "text", "data", "base")
 SWE_TOOLS = "Tools: view FILE, search WORD, edit FILE LINE TEXT, test, submit."
-
-
-def use_tool(files: dict, call: str) -> tuple[dict, str]:
-    """
-    One view, search or edit call on {path: text}: (the files after it, what the agent sees).
-
-    edit replaces one line and keeps its indentation, so TEXT is written without. A call that cannot be obeyed changes nothing.
-    """
-    tool, _, rest = call.strip().partition(" ")
-    path, _, more = rest.partition(" ")
-    if tool == "search" and rest:
-        hits = [f"{p}:{n} {line.strip()}" for p, text in sorted(files.items()) for n, line in enumerate(text.splitlines(), 1) if rest in line]
-        return files, "\n".join(hits[:4]) or "nothing found"
-    if tool not in ("view", "edit"):
-        return files, "unknown tool"
-    if path not in files:
-        return files, "no such file"
-    lines = files[path].splitlines()
-    if tool == "view":
-        return files, "\n".join(f"{n} {line}" for n, line in enumerate(lines, 1))
-    number, _, text = more.partition(" ")
-    if not number.isdigit() or not 1 <= int(number) <= len(lines):
-        return files, "no such line"
-    old = lines[int(number) - 1]
-    lines[int(number) - 1] = old[:len(old) - len(old.lstrip())] + text.strip()
-    return {**files, path: "\n".join(lines) + "\n"}, "ok"
-
-
-def failure_line(name: str, args, got: str, want) -> str:
-    """What the agent sees of a failing test; `got` is the value's text, or the error's name."""
-    return f"FAIL {call_text(name, args)}={got[:24]} want {want!r}"
-
-
-def swe(rng, level):
-    """k candidate fixes and 1 to 3 files, growing with the level; from level 3 on the failing function only calls the faulty one."""
-    k, n_files = (2, 3, 3, 3, 3)[level - 1], (1, 1, 2, 2, 3)[level - 1]
-    n_functions = 2 * max(1, n_files - 1)
-    able = [s for s in sorted(SPOTS) if len(SPOTS[s][2].split()) > k]
-    spots, names = rng.sample(able, n_functions), rng.sample(FUNCTIONS, n_functions)
-    target = rng.randrange(n_functions)
-    name, spot = names[target], spots[target]
-    yield [f"swe {spot} {name}"] if level == 1 else [f"swe {spot} {other}" for other in spots if other != spot]
-    inside = [rng.choice(SPOTS[s][2].split()[:k + 1]) for s in spots]
-    broken = inside[target]
-    candidates = [a for a in SPOTS[spot][2].split()[:k + 1] if a != broken]
-    right = rng.choice(candidates)
-    modules = [rng.choice(MODULES)] if n_files == 1 else rng.sample(MODULES, n_files - 1)
-    shapes = [0 if level == 1 else rng.randrange(2) for _ in spots]
-    sources = [spot_function(rng, *parts) for parts in zip(names, spots, inside, shapes)]
-    files = {f"{m}.py": "\n".join(sources[2 * i:2 * i + 2]) + "\n" for i, m in enumerate(modules)}
-    path = f"{modules[target // 2]}.py"
-    entry, start = (name, path) if n_files == 1 else ("run", "main.py")
-    if n_files > 1:
-        arguments = SPOTS[spot][0]
-        files["main.py"] = f"from {path[:-3]} import {name}\ndef run({arguments}):\n    return {name}({arguments})\n"
-    versions = {a: spot_function(rng, name, spot, a, shapes[target]) for a in [broken] + candidates}
-    args = telling_input(rng, spot, list(versions.values()), name, level == 1)
-    yield swe_task(rng, level, files, path, start, entry, name, spot, versions, broken, right, args,
-                   [(f"{modules[i // 2]}.py", *parts) for i, parts in enumerate(zip(names, spots, sources)) if i != target])
-
-
-def swe_task(rng, level, files, path, start, entry, name, spot, versions, broken, right, args, others):
-    """The tests (shown, fail-to-pass, pass-to-pass) and the two demonstrations of a planted bug."""
-    was = lambda call: behaviour(versions[broken], name, [call[1]])[0]
-    calls = spot_calls(rng, spot, versions[right], name, args, 14)
-    shown, hidden = calls[0], [c for c in calls[1:]]
-    faults = [c for c in hidden if was(c) != repr(c[2])][:5] or [shown]
-    faults += [shown] * any(all(behaviour(versions[v], name, [c[1]]) == [repr(c[2])] for c in faults) for v in versions if v != right)
-    keep = [(start, entry, c[1], c[2]) for c in hidden if was(c) == repr(c[2])][:3]
-    keep += [(p, *c) for p, n, s, source in others for c in spot_calls(rng, s, source, n, SPOTS[s][3], 2)]
-    lines = {v: [a.strip() for a, b in zip(versions[v].splitlines(), versions[broken].splitlines()) if a != b] for v in versions if v != broken}
-    number = 1 + files[path].splitlines().index(next(a for a, b in zip(versions[broken].splitlines(), versions[right].splitlines()) if a != b))
-    edits = {v: f"edit {path} {number} {line[0]}" for v, line in lines.items()}
-    wrong = rng.choice([v for v in edits if v != right])
-
-    def work(first):  # the demonstration whose first edit is `first`
-        look = ([f"search {entry}"] if level >= 4 else []) + [f"view {p}" for p in dict.fromkeys([start, path])]
-        turns = [t for call in look for t in (("assistant", call), ("tool", use_tool(files, call)[1]))]
-        for v in dict.fromkeys([first, right]):
-            got = behaviour(versions[v], name, [args])[0]
-            turns += [("assistant" if v == right else "mistake", edits[v]), ("tool", "ok"), ("assistant", "test"),
-                      ("tool", "PASS" if v == right else failure_line(entry, args, got, shown[2]))]
-        return tuple(turns + [("assistant", "submit")])
-
-    prompt = f"Fix {entry} in {start}." if level < 4 else f"Fix {entry}."
-    return dict(prompt=f"{prompt}\n{SWE_TOOLS}", solution=edits[right], wrong=edits[wrong], files=files, turns=work(right), detour=work(wrong),
-                trace=f"{call_text(name, args)} must be {shown[2]!r}",
-                tests={"shown": [(start, entry, shown[1], shown[2])], "fail_to_pass": [(start, entry, c[1], c[2]) for c in faults],
-                       "pass_to_pass": keep, "candidates": list(edits.values())}, names=(name, path[:-3]))
-
-
 BUNDLE = """import importlib.abc, importlib.util, sys
 FILES = {files!r}
 class Files(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -1003,21 +777,85 @@ def call(path, function, args):
 """
 
 
+def use_tool(files: dict, call: str) -> tuple[dict, str]:
+    """
+    One view, search or edit call on {path: text}: (the files after it, what the agent sees).
+
+    edit replaces one line and keeps its indentation, so TEXT is written without. A call that cannot be obeyed changes nothing.
+    """
+    tool, _, rest = call.strip().partition(" ")
+    path, _, more = rest.partition(" ")
+    if tool == "search" and rest:
+        hits = [(p, n, line.strip()) for p, text in sorted(files.items()) for n, line in enumerate(text.splitlines(), 1) if rest in line]
+        return files, "\n".join(f"{p}:{n} {line}" for p, n, line in hits[:4]) or "nothing found"
+    if tool not in ("view", "edit"):
+        return files, "unknown tool"
+    if path not in files:
+        return files, "no such file"
+    now = files[path].splitlines()
+    if tool == "view":
+        return files, "\n".join(f"{n} {line}" for n, line in enumerate(now, 1))
+    number, _, text = more.partition(" ")
+    if not number.isdecimal() or not 1 <= int(number) <= len(now):
+        return files, "no such line"
+    old = now[int(number) - 1]
+    now[int(number) - 1] = old[:len(old) - len(old.lstrip())] + text.strip()
+    return {**files, path: "\n".join(now) + "\n"}, "ok"
+
+
+def failure_line(name: str, args, got: str, want) -> str:
+    """What the agent sees of a failing test; `got` is the value's text, or the error's name."""
+    return f"FAIL {call_text(name, args)}={got[:24]} want {want!r}"
+
+
 def outcomes(files: dict, calls) -> list[bool]:
     """Whether each call (path, function, arguments, value) passes on these files; the repository travels as one program."""
     return graded(BUNDLE.format(files=files), [Call("call", [path, name, list(args)], want) for path, name, args, want in calls])
 
 
-def report(files: dict, calls) -> str:
-    """What the `test` tool says: PASS, or the first of these calls that fails. For the agent's eyes; rewards come from outcomes()."""
-    for path, name, args, want in calls:
-        done = run(BUNDLE.format(files=files) + f"print(repr(call({path!r}, {name!r}, {list(args)!r})))", limits=LIMITS)
-        if done.status == "sandbox error":
-            raise RuntimeError("the sandbox broke while it ran a test")
-        got = done.stdout.strip() if done.status == "ok" else (done.stderr.strip().rpartition("\n")[2].split(":")[0] or done.status)
-        if got != repr(want):
-            return failure_line(name, args, got, want)
-    return "PASS"
+def swe(rng, level):
+    """k candidate fixes in one to three files, growing with the level; from level 3 on the failing function only calls the faulty one."""
+    k, n_files = (2, 3, 3, 3, 3)[level - 1], (1, 1, 2, 2, 3)[level - 1]
+    kinds = rng.sample([kind for kind in SPOTS if len(SPOTS[kind][2].split()) > k], 2 * max(1, n_files - 1))
+    spots = [Spot(name, kind, rng.randrange(2) if level > 1 else 0) for name, kind in zip(rng.sample(FUNCTIONS, len(kinds)), kinds)]
+    bug = rng.choice(spots)
+    yield [f"swe {bug.kind} {bug.name}"] if level == 1 else [f"swe {bug.kind} {s.kind}" for s in spots if s is not bug]
+    inside = {s.name: rng.choice(s.options()[:k + 1]) for s in spots}
+    broken = inside[bug.name]
+    fixes = [option for option in bug.options()[:k + 1] if option != broken]
+    right, wrong = rng.sample(fixes, 2)
+    modules = [f"{module}.py" for module in rng.sample(MODULES, max(1, n_files - 1))]
+    home = {s.name: modules[i // 2] for i, s in enumerate(spots)}
+    files = {module: "".join(s.source(inside[s.name]) for s in spots if home[s.name] == module) for module in modules}
+    path, signature = home[bug.name], f"({SPOTS[bug.kind][0]})"
+    start, entry = ("main.py", "run") if n_files > 1 else (path, bug.name)
+    if n_files > 1:
+        files[start] = f"from {path[:-3]} import {bug.name}\ndef run{signature}:\n    return {bug.name}{signature}\n"
+    number = files[path].splitlines().index(f"def {bug.name}{signature}:") + 2
+    edits = {option: f"edit {path} {number} {bug.source(option).splitlines()[1].strip()}" for option in fixes}
+
+    args = bug.telling(rng, [broken] + fixes, level == 1)
+    shown, *calls = bug.calls(rng, right, args, 16)
+    fails = lambda call, option: bug.answers(option, [call[1]]) != [repr(call[2])]
+    hidden = [call for call in calls if fails(call, broken)][:5]
+    hidden += [shown] * (not all(any(fails(call, option) for call in hidden) for option in [broken, *fixes] if option != right))
+    keep = [call for call in calls if not fails(call, broken)][:3]
+    others = [(home[s.name], *call) for s in spots if s is not bug for call in s.calls(rng, inside[s.name], SPOTS[s.kind][3], 2)]
+    at_start = lambda found: [(start, entry, *call[1:]) for call in found]
+    tests = {"shown": at_start([shown]), "fail_to_pass": at_start(hidden), "pass_to_pass": at_start(keep) + others,
+             "candidates": list(edits.values())}
+
+    def work(*tried):  # a demonstration: look, try these fixes, submit
+        look = [f"search {entry}"] * (level >= 4) + [f"view {p}" for p in dict.fromkeys([start, path])]
+        turns = [turn for call in look for turn in (("assistant", call), ("tool", use_tool(files, call)[1]))]
+        for option in tried:
+            said = "PASS" if option == right else failure_line(entry, args, bug.answers(option, [args])[0], shown[2])
+            turns += [("assistant" if option == right else "mistake", edits[option]), ("tool", "ok"), ("assistant", "test"), ("tool", said)]
+        return (*turns, ("assistant", "submit"))
+
+    yield dict(prompt=f"Fix {entry}{f' in {start}' if level < 4 else ''}.\n{SWE_TOOLS}", solution=edits[right], wrong=edits[wrong],
+               trace=f"{call_text(entry, args)} must be {shown[2]!r}", files=files, turns=work(right), detour=work(wrong, right),
+               tests=tests, names=(bug.name, path[:-3]))
 
 
 def verify_swe(task, answer):
@@ -1025,138 +863,127 @@ def verify_swe(task, answer):
     files = dict(task.files)
     for line in code_of(answer).splitlines():
         if line.startswith("edit "):
-            files, seen = use_tool(files, line)
-            if seen != "ok":
-                return 0.0
-    tests = task.tests["fail_to_pass"] + task.tests["pass_to_pass"]
-    return float(all(outcomes(files, tests)))
+            files, _ = use_tool(files, line)
+    return all(outcomes(files, task.tests["fail_to_pass"] + task.tests["pass_to_pass"]))
 
 
-# ---- terminal: commands, and what the disk holds afterwards -------------------------------------------------------------------
+# ---- terminal: commands, and what the disk holds afterwards ----------------------------------------------------------
 
-WORDS = ("red", "sun", "oak", "tea", "fog", "ink")
-COMMANDS = {  # key: (words, command, effect on {path: text}); a, b are files, d a folder, new and w fresh names and words, k a number
-    "mkdir": ("make the folder {new}", "mkdir {new}", lambda s, v: s.update({v["new"] + "/": ""})),
-    "touch": ("make the empty file {new}.txt", "touch {new}.txt", lambda s, v: s.update({v["new"] + ".txt": ""})),
-    "rm": ("delete {a}", "rm {a}", lambda s, v: s.pop(v["a"])),
-    "rename": ("rename {a} to {new}.txt", "mv {a} {new}.txt", lambda s, v: s.update({v["new"] + ".txt": s.pop(v["a"])})),
-    "copy": ("copy {a} to {new}.txt", "cp {a} {new}.txt", lambda s, v: s.update({v["new"] + ".txt": s[v["a"]]})),
-    "move": ("move {a} into {d}", "mv {a} {d}", lambda s, v: s.update({f"{v['d']}/{v['a']}": s.pop(v["a"])})),
-    "write": ("write {w} to {new}.txt", "echo {w} > {new}.txt", lambda s, v: s.update({v["new"] + ".txt": v["w"] + "\n"})),
-    "append": ("append {w} to {a}", "echo {w} >> {a}", lambda s, v: s.update({v["a"]: s[v["a"]] + v["w"] + "\n"})),
-    "sort": ("sort {a} into {new}.txt", "sort {a} > {new}.txt", lambda s, v: s.update({v["new"] + ".txt": "".join(sorted(s[v["a"]].splitlines(True)))})),
-    "head": ("put the first {k} lines of {a} in {new}.txt", "head -n {k} {a} > {new}.txt",
-             lambda s, v: s.update({v["new"] + ".txt": "".join(s[v["a"]].splitlines(True)[:v["k"]])})),
-    "count": ("put the number of lines of {a} in {new}.txt", "wc -l < {a} > {new}.txt",
-              lambda s, v: s.update({v["new"] + ".txt": f"{s[v['a']].count(chr(10))}\n"})),
-    "grep": ("put the lines of {a} with {w} in {new}.txt", "grep {w} {a} > {new}.txt",
-             lambda s, v: s.update({v["new"] + ".txt": "".join(t for t in s[v["a"]].splitlines(True) if v["w"] in t)})),
+WORDS, ANIMALS = ("red", "sun", "oak", "tea", "fog", "ink"), ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "jay", "owl")
+COMMANDS = {  # key: (words, command, the file it writes, what it writes, whether {a} goes); {a} a file, {d} a folder, {b} a new name
+    "mkdir": ("make the folder {b}", "mkdir {b}", "{b}/", lambda text, v: "", False),
+    "touch": ("make the empty file {b}.txt", "touch {b}.txt", "{b}.txt", lambda text, v: "", False),
+    "rm": ("delete {a}", "rm {a}", "", None, True),
+    "rename": ("rename {a} to {b}.txt", "mv {a} {b}.txt", "{b}.txt", lambda text, v: text, True),
+    "copy": ("copy {a} to {b}.txt", "cp {a} {b}.txt", "{b}.txt", lambda text, v: text, False),
+    "move": ("move {a} into {d}", "mv {a} {d}", "{d}/{a}", lambda text, v: text, True),
+    "write": ("write {w} to {b}.txt", "echo {w} > {b}.txt", "{b}.txt", lambda text, v: v["w"] + "\n", False),
+    "append": ("append {w} to {a}", "echo {w} >> {a}", "{a}", lambda text, v: text + v["w"] + "\n", False),
+    "sort": ("sort {a} into {b}.txt", "sort {a} > {b}.txt", "{b}.txt", lambda text, v: "".join(sorted(text.splitlines(True))), False),
+    "head": ("put the first {k} lines of {a} in {b}.txt", "head -n {k} {a} > {b}.txt", "{b}.txt",
+             lambda text, v: "".join(text.splitlines(True)[:v["k"]]), False),
+    "count": ("count the lines of {a} in {b}.txt", "wc -l < {a} > {b}.txt", "{b}.txt",
+              lambda text, v: f"{len(text.splitlines())}\n", False),
+    "grep": ("put the lines of {a} with {w} in {b}.txt", "grep {w} {a} > {b}.txt", "{b}.txt",
+             lambda text, v: "".join(line for line in text.splitlines(True) if v["w"] in line), False),
 }
 
 
 def terminal(rng, level):
-    """Two files and a folder, and `level` things to do with them."""
-    kinds = rng.sample(sorted(COMMANDS), level)
-    names = rng.sample(("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "jay", "owl"), 3 + level)
+    """Two files and a folder, and `level` things to do with them. The state that is wanted is computed here, not by a shell."""
+    kinds, names = rng.sample(list(COMMANDS), level), rng.sample(ANIMALS, 3 + level)
     files = {f"{name}.txt": "".join(rng.choice(WORDS) + "\n" for _ in range(4)) for name in names[:2]} | {f"{names[2]}/keep.txt": ""}
-    yield [f"{x} {y}" for x, y in zip(kinds, kinds[1:])] or [f"{kinds[0]} {names[0]}"]
-    state, words, commands, wrong = dict(files), [], [], []
-    for kind, new in zip(kinds, names[3:]):
+    yield pairs(kinds, f"{kinds[0]} {names[0]}")
+    state, said, commands, wrong = dict(files), [], [], []
+    for kind, b in zip(kinds, names[3:]):
         usable = sorted(path for path in state if path.endswith(".txt") and "/" not in path and state[path])
         if not usable:
             return
-        v = {"a": rng.choice(usable), "d": names[2], "new": new, "k": rng.randint(1, 3)}
+        v = {"a": rng.choice(usable), "b": b, "d": names[2], "k": rng.randint(1, 3)}
         v["w"] = rng.choice(sorted(set(state[v["a"]].split())) if kind == "grep" else WORDS)
-        text, command, effect = COMMANDS[kind]
-        words.append(text.format(**v))
+        words, command, path, effect, goes = COMMANDS[kind]
+        said.append(words.format(**v))
         commands.append(command.format(**v))
-        wrong.append(command.format(**{**v, "new": new + "s", "a": f"{names[2]}/keep.txt", "w": v["w"] + "s"}))
-        effect(state, v)
+        wrong.append(command.format(**v | {"a": f"{names[2]}/keep.txt", "b": b + "s", "w": v["w"] + "s"}))
+        text = state.pop(v["a"]) if goes else state[v["a"]]
+        state |= {path.format(**v): effect(text, v)} if path else {}
     spot = rng.randrange(level)
-    said = ", then ".join(words)
-    yield dict(prompt=f"Files: {', '.join(sorted(files))}.\n{said[0].upper() + said[1:]}.", solution="\n".join(commands),
-               wrong="\n".join(commands[:spot] + [wrong[spot]] + commands[spot + 1:]), trace="\n".join(f"{w}: {c.split()[0]}" for w, c in zip(words, commands)),
-               files=files, tests={"state": state}, names=tuple(names))
-
-
-def shell(files: dict, script: str) -> dict:
-    """{path: text} after a shell script in a copy of the files; a folder with nothing in it counts as "name/"."""
-    with Workspace(files, LIMITS) as place:
-        if place.exec(script).status == "sandbox error":
-            raise RuntimeError("the sandbox broke while it ran commands")
-        found = {path: data.decode("utf-8", "replace") for path, (mode, data) in place.tree.items() if stat.S_ISREG(mode)}
-        folders = {path + "/": "" for path, (mode, _) in place.tree.items() if stat.S_ISDIR(mode)}
-    return found | {path: "" for path in folders if not any(f.startswith(path) for f in [*found, *folders] if f != path)}
+    yield dict(prompt=f"Files: {', '.join(sorted(files))}.\n{sentence(*said)}", solution="\n".join(commands), files=files,
+               wrong="\n".join([*commands[:spot], wrong[spot], *commands[spot + 1:]]), trace=lines("{}: {}", said, kinds),
+               tests={"state": state}, names=tuple(names))
 
 
 def verify_terminal(task, answer):
-    """The commands run in a copy of the folder; afterwards it must hold exactly the expected files and folders."""
-    return float(shell(task.files, code_of(answer)) == task.tests["state"])
+    """The commands run in a copy of the folder; afterwards it must hold exactly the right files, and folders where they are empty."""
+    with Workspace(task.files, LIMITS) as place:
+        if place.exec(code_of(answer)).status == "sandbox error":
+            raise RuntimeError("the sandbox broke while it ran commands")
+        found = {path + "/" * stat.S_ISDIR(mode): data.decode("utf-8", "replace") for path, (mode, data) in place.tree.items()}
+    full = {path for path in found if path.endswith("/") and any(other.startswith(path) and other != path for other in found)}
+    return {path: text for path, text in found.items() if path not in full} == task.tests["state"]
 
 
-# ---- tools: calls as JSON against small typed interfaces ----------------------------------------------------------------------
+# ---- tools: calls as JSON against small typed interfaces -------------------------------------------------------------
 
 APIS = {  # domain: {function: (parameters, words, effect on the state)}
     "stock": {"add": ({"item": "str", "count": "int"}, "add {count} {item}", lambda s, item, count: s.update({item: s[item] + count})),
               "take": ({"item": "str", "count": "int"}, "take {count} {item}", lambda s, item, count: s.update({item: s[item] - count})),
               "clear": ({"item": "str"}, "remove all {item}", lambda s, item: s.update({item: 0})),
               "stock": ({"item": "str"}, "", lambda s, item: s[item])},
-    "home": {"light": ({"room": "str", "on": "bool"}, "turn the light in the {room} {on}", lambda s, room, on: s.update({room + " light": on})),
-             "heat": ({"room": "str", "degrees": "int"}, "heat the {room} to {degrees}", lambda s, room, degrees: s.update({room + " heat": degrees})),
+    "home": {"light": ({"room": "str", "on": "bool"}, "turn the {room} light {on}", lambda s, room, on: s.update({room + " light": on})),
+             "heat": ({"room": "str", "warmth": "int"}, "heat the {room} to {warmth}", lambda s, room, warmth: s.update({room: warmth})),
              "lock": ({"room": "str"}, "lock the {room}", lambda s, room: s.update({room + " locked": True}))},
     "plan": {"book": ({"day": "str", "hour": "int"}, "book {day} at {hour}", lambda s, day, hour: s.update({day: hour})),
              "free": ({"day": "str"}, "free {day}", lambda s, day: s.update({day: 0})),
              "invite": ({"day": "str", "who": "str"}, "invite {who} for {day}", lambda s, day, who: s.update({day + " guest": who}))},
 }
-VALUES = {"item": WHAT, "count": range(2, 10), "room": ("hall", "attic", "cellar", "kitchen"), "on": (True, False), "degrees": range(15, 25),
-          "day": ("Monday", "Tuesday", "Friday", "Sunday"), "hour": range(8, 19), "who": WHO}
-TYPES = {"str": str, "int": int, "bool": bool}
+VALUES = {"item": WHAT, "count": range(2, 10), "room": ("hall", "attic", "cellar", "kitchen"), "on": (True, False),
+          "warmth": range(15, 25), "day": ("Monday", "Tuesday", "Friday", "Sunday"), "hour": range(8, 19), "who": WHO}
 
 
 def run_calls(domain: str, state: dict, text: str) -> tuple[dict, list]:
-    """The state after the calls, one JSON object a line, and what each gave back. "$2" is the result of call 2. ValueError if one is not well-typed."""
+    """
+    The state after the calls, one JSON object a line, and what each gave back. ValueError where a call is not well-typed.
+
+    An argument "$2" stands for what call 2 gave back.
+    """
     state, results = dict(state), []
     for line in filter(str.strip, text.splitlines()):
         call = json.loads(line)
-        if not isinstance(call, dict) or set(call) != {"name", "arguments"} or call["name"] not in APIS[domain] or not isinstance(call["arguments"], dict):
+        if not isinstance(call, dict) or set(call) != {"name", "arguments"} or call["name"] not in APIS[domain]:
             raise ValueError(f"not a call of a known function: {line}")
         parameters, _, effect = APIS[domain][call["name"]]
-        given = {k: results[int(v[1:]) - 1] if isinstance(v, str) and re.fullmatch(r"\$[1-9]", v) else v for k, v in call["arguments"].items()}
-        if set(given) != set(parameters) or any(type(v) is not TYPES[parameters[k]] for k, v in given.items()):
+        given = {k: results[int(v[1:]) - 1] if re.fullmatch(r"\$[1-9]", str(v)) else v for k, v in call["arguments"].items()}
+        if {k: type(v).__name__ for k, v in given.items()} != parameters:
             raise ValueError(f"{call['name']} takes {parameters}, got {given}")
         results.append(effect(state, **given))
     return state, results
 
 
-def call_json(name: str, **arguments) -> str:
-    return json.dumps({"name": name, "arguments": arguments})
-
-
 def tools(rng, level):
-    """`level` calls in one domain; from level 3 on a call may need what an earlier one gave back."""
-    domain = rng.choice(sorted(APIS))
-    kinds = [rng.choice([f for f, (_, words, _) in APIS[domain].items() if words]) for _ in range(level)]
+    """`level` calls in one domain; from level 3 on the last may need what another call gives back."""
+    domain = rng.choice(list(APIS))
+    kinds = rng.choices([f for f, (_, words, _) in APIS[domain].items() if words], k=level)
     given = [{k: rng.choice(VALUES[k]) for k in APIS[domain][f][0]} for f in kinds]
-    first = [next(iter(g.values())) for g in given]
-    yield [f"{a} {x} {b}" for a, x, b in zip(kinds, first, kinds[1:])] or [f"{kinds[0]} {first[0]}"]
-    state = {item: n for n, item in enumerate(WHAT, 11)} if domain == "stock" else {}
-    said = [APIS[domain][f][1].format(**{k: {True: "on", False: "off"}.get(v, v) if type(v) is bool else v for k, v in g.items()}) for f, g in zip(kinds, given)]
-    calls = [call_json(f, **g) for f, g in zip(kinds, given)]
-    trace = [f"{w}: {f}" for w, f in zip(said, kinds)]
-    if level >= 3 and domain == "stock":  # the last thing to do becomes: as many as there are of another item
+    firsts = [f"{f} {next(iter(g.values()))}" for f, g in zip(kinds, given)]
+    yield pairs(firsts, firsts[0])
+    write = lambda name, **arguments: json.dumps({"name": name, "arguments": arguments})
+    spoken = [{k: {True: "on", False: "off"}[v] if type(v) is bool else v for k, v in g.items()} for g in given]
+    said, calls = [APIS[domain][f][1].format(**g) for f, g in zip(kinds, spoken)], [write(f, **g) for f, g in zip(kinds, given)]
+    if level >= 3 and domain == "stock":
         one, other = rng.sample(WHAT, 2)
-        said[-1], trace[-1] = f"add as many {one} as there are {other}", f"the {other}: stock gives ${level}\nthen add {one}"
-        calls[-1:] = [call_json("stock", item=other), call_json("add", item=one, count=f"${level}")]
+        said[-1], kinds[-1] = f"add as many {one} as there are {other}", f"stock gives ${level}, add"
+        calls[-1:] = [write("stock", item=other), write("add", item=one, count=f"${level}")]
+    state = {item: n for n, item in enumerate(WHAT, 11)} if domain == "stock" else {}
     goal, results = run_calls(domain, state, "\n".join(calls))
-    swapped = {k: rng.choice([x for x in VALUES[k] if x != v]) for k, v in given[0].items()}
-    wrong = "\n".join([call_json(kinds[0], **swapped)] + calls[1:])
+    wrong = "\n".join([write(kinds[0], **{k: rng.choice([x for x in VALUES[k] if x != v]) for k, v in given[0].items()}), *calls[1:]])
     if goal == state or run_calls(domain, state, wrong)[0] == goal:
         return
-    signatures = ", ".join(f"{f}({', '.join(f'{k}: {t}' for k, t in p.items())})" for f, (p, _, _) in APIS[domain].items())
-    turns = [turn for c, r in zip(calls, results) for turn in (("assistant", c), ("tool", "ok" if r is None else json.dumps(r)))]
-    yield dict(prompt=f"Tools: {signatures}.\n{', then '.join(said).capitalize()}." if domain != "plan" else f"Tools: {signatures}.\n{', then '.join(said)}.",
-               solution="\n".join(calls), wrong=wrong, trace="\n".join(trace), tests={"domain": domain, "state": state, "goal": goal, "most": len(calls) + 1},
-               turns=tuple(turns + [("assistant", "done")]))
+    signatures = ", ".join(f"{f}({', '.join(f'{k}: {t}' for k, t in parameters.items())})" for f, (parameters, *_) in APIS[domain].items())
+    turns = [turn for call, r in zip(calls, results) for turn in (("assistant", call), ("tool", "ok" if r is None else json.dumps(r)))]
+    yield dict(prompt=f"Tools: {signatures}.\n{sentence(*said)}", solution="\n".join(calls), wrong=wrong,
+               trace=lines("{}: {}", said, kinds), turns=(*turns, ("assistant", "done")),
+               tests={"domain": domain, "state": state, "goal": goal, "most": len(calls) + 1})
 
 
 def verify_tools(task, answer):
@@ -1164,14 +991,14 @@ def verify_tools(task, answer):
     t = task.tests
     try:
         state, results = run_calls(t["domain"], t["state"], code_of(answer))
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return 0.0
-    return float(state == t["goal"] and len(results) <= t["most"])
+    return state == t["goal"] and len(results) <= t["most"]
 
 
-# ---- web: a small WSGI application over SQLite ---------------------------------------------------------------------------------
-# The answer is a handler (at level 5 the whole application). It runs in the sandbox behind this frame, which makes the requests and
-# hands back plain statuses and documents; what they should have been is compared outside.
+# ---- web: a small WSGI application over SQLite -----------------------------------------------------------------------
+# The answer is the handlers of an application. They run in the sandbox behind this frame, which makes the requests and hands back plain
+# statuses and documents; what they should have been is compared outside.
 
 WEB = '''
 import io, sqlite3
@@ -1180,228 +1007,190 @@ from html.parser import HTMLParser
 from urllib.parse import parse_qsl, urlencode
 from wsgiref.util import setup_testing_defaults
 def app(environ, start_response):
-    length = int(environ.get("CONTENT_LENGTH") or 0)
-    form = dict(parse_qsl(environ["QUERY_STRING"] + "&" + environ["wsgi.input"].read(length).decode()))
-    handler = globals().get(environ["REQUEST_METHOD"].lower())
+    form = dict(parse_qsl(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])).decode()))
+    handler = globals().get(environ["PATH_INFO"][1:])
     start_response("200 OK" if handler else "404 Not Found", [("Content-Type", "text/html")])
     return [handler(db, form).encode()] if handler else [b""]
 def document(html):
     seen, parser = [], HTMLParser()
-    parser.handle_starttag = lambda tag, attrs: seen.append("<" + tag + ">")
+    parser.handle_starttag = lambda tag, attributes: seen.append("<" + tag + ">")
     parser.handle_endtag = lambda tag: seen.append("</" + tag + ">")
-    parser.handle_data = lambda text: seen.append(text)
+    parser.handle_data = seen.append
     parser.feed(html)
     parser.close()
     return seen
-def visit(tables, requests):
+def visit(create, insert, rows, requests):
     global db
     db = sqlite3.connect(":memory:")
-    for create, insert, rows in tables:
-        db.execute(create)
-        db.executemany(insert, rows)
+    db.execute(create)
+    db.executemany(insert, rows)
     pages = []
-    for method, form in requests:
-        query, status = urlencode(form), []
-        environ = {"REQUEST_METHOD": method, "QUERY_STRING": query if method == "GET" else "", "CONTENT_LENGTH": str(len(query)) if method == "POST" else "0",
-                   "wsgi.input": io.BytesIO(query.encode())}
+    for path, form in requests:
+        sent, status = urlencode(form).encode(), []
+        environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/" + path, "CONTENT_LENGTH": str(len(sent)), "wsgi.input": io.BytesIO(sent)}
         setup_testing_defaults(environ)
         body = b"".join(app(environ, lambda line, headers: status.append(line)))
         pages.append([status[0], document(body.decode())])
     return pages
 '''
+HANDLERS = {  # function: (what it returns, its body)
+    "show": ("a <ul> with one escaped <li> per {name}, sorted", """rows = db.execute("SELECT {name} FROM {t} ORDER BY {name}")
+    return "<ul>" + "".join(f"<li>{{escape(r[0])}}</li>" for r in rows) + "</ul>\""""),
+    "count": ("a <p> with the number of {t}", """r = db.execute("SELECT COUNT(*) FROM {t}").fetchone()
+    return f"<p>{{r[0]}}</p>\""""),
+    "top": ("a <b> with the highest {num}", """r = db.execute("SELECT MAX({num}) FROM {t}").fetchone()
+    return f"<b>{{r[0]}}</b>\""""),
+    "find": ("an <i> with the number of {t} of form's {cat}", """cat = [form["{cat}"]]
+    r = db.execute("SELECT COUNT(*) FROM {t} WHERE {cat} = ?", cat).fetchone()
+    return f"<i>{{r[0]}}</i>\""""),
+    "add": ("<p>ok</p>, stores form's {name} and {cat}", """row = [form["{name}"], form["{cat}"]]
+    db.execute("INSERT INTO {t} ({name}, {cat}) VALUES (?, ?)", row)
+    return "<p>ok</p>\""""),
+}
 
 
 def web(rng, level):
-    """Level 1 a page, 2 a page for a chosen category, 3 also a form that adds a row, 4 with escaped text, 5 the application itself."""
-    table, kind = rng.choice(sorted(TABLES)), rng.choice(("list", "count", "top"))
-    name, category, values, *numbers = TABLES[table]
-    number = rng.choice(numbers)
-    kind = "list" if level >= 4 else kind
-    yield [f"web {kind} {table} {number if kind == 'top' else name}" + f" {min(level, 3)}" * (kind != "top")]
-    tag, what, words = {"list": ("li", name, f"a <ul> with one <li> per {name}, sorted"), "count": ("p", "COUNT(*)", "a <p> with the number of rows"),
-                        "top": ("b", f"MAX({number})", f"a <b> with the highest {number}")}[kind]
-    query = f'db.execute("SELECT {what} FROM {table}' + f" WHERE {category} = ?" * (level >= 2) + f" ORDER BY {name}" * (kind == "list") + '"'
-    query += f', [form["{category}"]])' if level >= 2 else ")"
-    cell = "{escape(r[0])}" if level >= 4 else "{r[0]}"
-    if kind == "list":
-        page = f'''rows = {query}\n    return "<ul>" + "".join(f"<li>{cell}</li>" for r in rows) + "</ul>"'''
-    else:
-        page = f'r = {query}.fetchone()\n    return f"<{tag}>{cell}</{tag}>"'
-    code, said = f"def get(db, form):\n    {page}", f"get(db, form) returns {words}" + f", where {category} is form's" * (level >= 2)
-    if level in (3, 4):
-        code += (f'\ndef post(db, form):\n    db.execute("INSERT INTO {table} ({name}, {category}) VALUES (?, ?)", [form["{name}"], form["{category}"]])'
-                 '\n    return "<p>ok</p>"')
-        said += f"; post(db, form) adds {name} and {category} and returns <p>ok</p>"
-    if level == 5:
-        code = code.replace("def get(db, form):", 'def app(environ, start_response):\n    form = dict(parse_qsl(environ["QUERY_STRING"]))')
-        code = code.replace("    return ", '    start_response("200 OK", [("Content-Type", "text/html")])\n    page = ') + "\n    return [page.encode()]"
-        said = said.replace("get(db, form) returns", "app(environ, start_response) answers GET with").replace("form's", "the query's")
-    rows = [[n + "<i>" * (level >= 4), rng.choice(values), *rng.sample(range(1, 30), 2)] for n in rng.sample(["Ada", "Bo", "Cy", "Di", "Ed", "Flo"], 5)]
-    tables = [[f"CREATE TABLE {table} ({name}, {category}, {numbers[0]}, {numbers[1]})", f"INSERT INTO {table} VALUES (?, ?, ?, ?)", rows]]
-    gets = [["GET", {category: v}] for v in (*values, "x' OR 1=1 --")] if level >= 2 else [["GET", {}]]
-    requests = gets + [["POST", {name: "Zed", category: values[0]}], gets[0]] * (level in (3, 4))
-    other = tag.translate(str.maketrans("lpb", "tbp"))
-    broken = code.replace(f"<{tag}>", f"<{other}>") if rng.random() < 0.5 or kind != "list" else code.replace(f"ORDER BY {name}", f"ORDER BY {name} DESC")
-    space = {}
-    exec(WEB + code, space)  # our own solution: what it answers is what is expected
-    yield dict(prompt=f"SQLite table {table}({name}, {category}, {', '.join(numbers)}).\nWrite Python: {said}.", solution=fenced(code), wrong=fenced(broken),
-               trace=f"{query}\n<{tag}>", tests={"tables": tables, "requests": requests, "pages": space["visit"](tables, requests)}, names=(table,))
+    """`level` handlers over one table. Names hold markup and the requests an SQL injection, so what is not escaped or bound fails."""
+    t, kinds = rng.choice(list(TABLES)), rng.sample(list(HANDLERS), level)
+    name, cat, values, *numbers = TABLES[t]
+    v = {"t": t, "name": name, "cat": cat, "num": rng.choice(numbers)}
+    yield pairs([f"{kind} {t}" for kind in kinds], f"{kinds[0]} {t} {v['num']}")
+    said = [f"{kind}(db, form) returns " + HANDLERS[kind][0].format(**v) for kind in kinds]
+    code = "\n".join(f"def {kind}(db, form):\n    " + HANDLERS[kind][1].format(**v) for kind in kinds)
+    rows = [[n, rng.choice(values), *rng.sample(range(1, 30), 2)] for n in rng.sample(["Ada", "Bo", "Cy", "<i>Di", "Ed", "Flo & Co"], 5)]
+    forms = [{name: "<b>Zed", cat: values[0]}, {name: "x", cat: "x' OR 1=1 --"}]
+    visit = [f"CREATE TABLE {t} ({name}, {cat}, {numbers[0]}, {numbers[1]})", f"INSERT INTO {t} VALUES (?, ?, ?, ?)", rows,
+             [[kind, form] for form in forms for kind in kinds] + [["nothing", {}]]]
+    spoiled = [re.sub("<(p|b|i|li)>", "<td>", code), code.replace("SELECT ", "SELECT 1+")]
+    yield dict(prompt=f"SQLite table {t}({name}, {cat}, {', '.join(numbers)}).\nWrite Python: {'; '.join(said)}.", solution=fenced(code),
+               wrong=fenced(spoiled[rng.random() < 0.5 and "SELECT " in code]), trace="\n".join(said),
+               tests={"visit": visit, "pages": build(WEB + code, "visit")(*visit)}, names=(t,))
 
 
 def verify_web(task, answer):
     """Every request gets the right status and the right document."""
-    t = task.tests
-    return float(all(graded(WEB + code_of(answer), [Call("visit", [t["tables"], t["requests"]], t["pages"])])))
+    return all(graded(WEB + code_of(answer), [Call("visit", task.tests["visit"], task.tests["pages"])]))
 
 
-# ---- gui: choose an element and an action; a state machine read from the page --------------------------------------------------
+# ---- gui: choose an element and an action; a state machine read from the pages ---------------------------------------
 
-FIELDS = {"input": ("name", "email", "city", "phone"), "checkbox": ("news", "dark", "sound", "beta"), "select": ("color", "size", "lang")}
-OPTIONS = {"color": ("red", "blue", "gray"), "size": ("small", "large"), "lang": ("en", "fr", "de")}
-PAGES = ("home", "prefs", "help", "cart")
+FIELDS = {"input": ("name", "email", "city", "phone"), "checkbox": ("news", "dark", "sound", "beta")}
+PLACES = ("home", "prefs", "cart", "team")
+HTML = {"input": "<input id={}>", "checkbox": "<input type=checkbox id={}>", "a": "<a id={0} href={0}>", "button": "<button id={}>"}
+ACTS = {"input": ("enter {1} as {0}", "type {0} {1}"), "checkbox": ("tick {0}", "click {0}")}
 
 
 class Screen(HTMLParser):
     """
-    Pages of a small application and the state that actions change: the open page, the values, and what was saved.
+    A small application of HTML pages {path: html}, and the state that actions change: the open page, the fields' values, what was saved.
 
-    <section id> is a page, the first one is open; <input id> takes text, <input type=checkbox id> toggles, <select id> takes one of
-    its options, <a id href=#page> opens a page, <button id=save> stores the values of its page, <button id=clear> empties them.
+    <input> takes text, <input type=checkbox> toggles, <a href> opens a page, <button id=save> stores the values of its page and any
+    other button empties them.
     """
-
-    def __init__(self, html: str):
+    def __init__(self, pages: dict):
         super().__init__()
-        self.elements, self.values, self.saved, self.page, here = {}, {}, {}, None, None
-        self.feed(html)
+        self.pages, self.values, self.saved = pages, {}, {}
+        self.open(next(iter(pages)))
 
-    def handle_starttag(self, tag, attrs):
-        a = dict(attrs)
-        if tag == "section":
-            self.here = a["id"]
-            self.page = self.page or a["id"]
-        elif tag == "option":
-            self.elements[self.last]["options"].append(a["value"])
-        else:
-            self.last = a["id"]
-            self.elements[a["id"]] = {"tag": a.get("type", tag), "page": self.here, "href": a.get("href", "")[1:], "options": []}
+    def open(self, page: str) -> None:
+        self.page, self.elements = page, {}
+        self.feed(self.pages[page])
 
-    def act(self, line: str) -> str:
-        """One action: `click ID`, `type ID TEXT` or `select ID OPTION`. Returns what is seen; ValueError where it cannot be done."""
-        verb, _, rest = line.strip().partition(" ")
-        name, _, text = rest.partition(" ")
-        element = self.elements.get(name)
-        if element is None or element["page"] != self.page:
-            raise ValueError(f"no {name!r} on this page")
-        here = [n for n, e in self.elements.items() if e["page"] == self.page]
-        match verb, element["tag"]:
-            case "type", "input" if text:
+    def handle_starttag(self, tag, attributes):
+        a = dict(attributes)
+        self.elements[a["id"]] = a.get("type", tag)
+
+    def act(self, line: str) -> None:
+        """One action, `click ID` or `type ID TEXT`; ValueError where it cannot be done on this page."""
+        verb, name, text = (line.split(" ", 2) + ["", ""])[:3]
+        here = {n: v for n, v in self.values.items() if n in self.elements}
+        match verb, self.elements.get(name), bool(text):
+            case "type", "input", True:
                 self.values[name] = text
-            case "select", "select" if text in element["options"]:
-                self.values[name] = text
-            case "click", "checkbox":
+            case "click", "checkbox", False:
                 self.values[name] = not self.values.get(name, False)
-            case "click", "a":
-                self.page = element["href"]
-            case "click", "button" if name.startswith("save"):
-                self.saved.update({n: self.values[n] for n in here if n in self.values})
-            case "click", "button":
-                self.values = {n: v for n, v in self.values.items() if n not in here}
+            case "click", "a", False:
+                self.open(name)
+            case "click", "button", False:
+                self.saved |= here if name == "save" else {}
+                self.values = {n: v for n, v in self.values.items() if name == "save" or n not in here}
             case _:
-                raise ValueError(f"cannot {verb} {name!r}")
-        return self.page
+                raise ValueError(f"cannot {line!r} on page {self.page}")
 
-    def state(self):
-        return [self.page, dict(sorted(self.values.items())), dict(sorted(self.saved.items()))]
-
-
-def gui_page(rng, page: str, fields, links) -> str:
-    """One page's HTML: its fields, its links to other pages, and a save and a clear button of its own."""
-    make = {"input": '<input id="{0}">', "checkbox": '<input type="checkbox" id="{0}">'}
-    body = [make[kind].format(name) if kind in make else
-            f'<select id="{name}">' + "".join(f'<option value="{o}">' for o in OPTIONS[name]) + "</select>" for kind, name in fields]
-    body += [f'<a id="go-{link}" href="#{link}">' for link in links] + [f'<button id="save-{page}">', f'<button id="clear-{page}">']
-    return f'<section id="{page}">' + "".join(body) + "</section>"
+    def state(self) -> list:
+        return [self.page, self.values, self.saved]
 
 
 def gui(rng, level):
-    """Level 1 one action, 2 and 3 fields that must be saved, 4 and 5 on another page."""
-    home, other = rng.sample(PAGES, 2)
-    fields = [(kind, name) for kind, names in FIELDS.items() for name in names]
-    fields = rng.sample(fields, min(2 + level, 5))
-    todo = fields[:(1, 1, 2, 2, 3)[level - 1]]
-    told = {"input": lambda n: rng.choice(WHO), "select": lambda n: rng.choice(OPTIONS[n]), "checkbox": lambda n: ""}
-    given = [(kind, name, told[kind](name)) for kind, name in todo]
-    yield [f"{a[1]} {b[1]}" for a, b in zip(given, given[1:])] or [f"{level} {given[0][1]} {given[0][2] or home}"]
-    target = other if level >= 4 else home
-    shown = rng.sample(fields, len(fields))
-    html = gui_page(rng, home, shown, [other]) if level < 4 else gui_page(rng, home, [], [other]) + gui_page(rng, other, shown, [home])
-    phrase = {"input": "enter {1} as {0}", "select": "choose {1} as {0}", "checkbox": "tick {0}"}
-    action = {"input": "type {0} {1}", "select": "select {0} {1}", "checkbox": "click {0}"}
-    said, acts = ([table[kind].format(name, text) for kind, name, text in given] for table in (phrase, action))
-    if level >= 2:
-        said, acts = said + ["save"], acts + [f"click save-{target}"]
-    if level >= 4:
-        said, acts = [f"on {other}: " + said[0]] + said[1:], [f"click go-{other}"] + acts
-    screen, turns = Screen(html), []
+    """Level 1 one action, 2 and 3 fields that must be saved, 4 and 5 the same on another page."""
+    home, other = rng.sample(PLACES, 2)
+    fields = rng.sample([(kind, name) for kind, names in FIELDS.items() for name in names], min(2 + level, 5))
+    todo = [(kind, name, rng.choice(WHO) if kind == "input" else "") for kind, name in fields[:(1, 1, 2, 2, 3)[level - 1]]]
+    yield pairs([name for _, name, _ in todo], f"{todo[0][1]} {todo[0][2] or home} {min(level, 2)}")
+    elements = rng.sample(fields, len(fields)) + [("button", "save"), ("button", "clear")]
+    page = lambda parts: "".join(HTML[kind].format(name) for kind, name in parts)
+    pages = {home: page([*elements, ("a", other)]), other: page([("a", home)])} if level < 4 else \
+        {home: page([("a", other)]), other: page([*elements, ("a", home)])}
+    said, acts = ([ACTS[kind][part].format(name, text) for kind, name, text in todo] for part in (0, 1))
+    said = [f"open {other}"] * (level >= 4) + said + ["save"] * (level >= 2)
+    acts = [f"click {other}"] * (level >= 4) + acts + ["click save"] * (level >= 2)
+    screen, turns = Screen(pages), []
     for act in acts:
-        turns += [("assistant", act), ("tool", f"page {screen.act(act)}")]
-    wrong = acts[:-1] + [rng.choice([f"click go-{other}", f"click clear-{home}"]) if level < 4 else f"click clear-{other}"]
-    yield dict(prompt=f"{html}\n{', '.join(said).capitalize() if level < 4 and given[0][0] == 'checkbox' else ', '.join(said)}.", solution="\n".join(acts),
-               wrong="\n".join(wrong), trace="\n".join(f"{s}: {a}" for s, a in zip(said, acts)), files={"page.html": html},
-               tests={"state": screen.state(), "most": len(acts) + 1}, turns=tuple(turns + [("assistant", "done")]), names=(home, other))
+        screen.act(act)
+        turns += [("assistant", act), ("tool", f"page {screen.page}")]
+    wrong = [*acts[:-1], rng.choice(["click clear", f"click {other if level < 4 else home}"])]
+    html = lines("{}: {}", *zip(*list(pages.items())[:1 + (level >= 4)]))
+    yield dict(prompt=f"{html}\n{sentence(*said)}", solution="\n".join(acts), wrong="\n".join(wrong), trace=lines("{}: {}", said, acts),
+               files=pages, turns=(*turns, ("assistant", "done")), tests={"state": screen.state(), "most": len(acts) + 1},
+               names=(home, other))
 
 
 def verify_gui(task, answer):
     """All actions can be done, and leave the page, the values and what was saved as they should be."""
-    screen, acts = Screen(task.files["page.html"]), code_of(answer).splitlines()
+    screen, acts = Screen(task.files), code_of(answer).splitlines()
     try:
         for act in acts:
             screen.act(act)
     except ValueError:
         return 0.0
-    return float(screen.state() == task.tests["state"] and len(acts) <= task.tests["most"])
+    return screen.state() == task.tests["state"] and len(acts) <= task.tests["most"]
 
 
-# ---- the table -----------------------------------------------------------------------------------------------------------------
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Family:
     generate: object          # generator(rng, level): yields the keys, then a dict with the rest of a Task
     verify: object            # (task, answer without its thinking) -> share that is right
-    guess: object = lambda task, other: other.solution  # an answer drawn at random: another task's, fitted to this one's form
-
-
-def fill(task, value) -> str:
-    """The assertion of a code reasoning task with a value in the place of the question mark."""
-    return task.prompt.splitlines()[-1].replace("?", repr(value))
+    guess: object = lambda task, other: other.solution  # an answer that knows the form only: another task's, fitted to this one
 
 
 FAMILIES = {
-    "compose": Family(compose, verify_calls),
-    "stdin": Family(stdin, verify_io),
-    "crux_output": Family(crux("output"), verify_crux, lambda task, other: fill(task, other.tests["result"])),
-    "crux_input": Family(crux("input"), verify_crux, lambda task, other: fill(task, other.tests["argument"])),
-    "math": Family(math_task, verify_math),
+    "compose": Family(competitive("compose"), verify_tests),
+    "stdin": Family(competitive("stdin"), verify_tests),
+    "crux_output": Family(crux("output"), verify_crux),
+    "crux_input": Family(crux("input"), verify_crux),
+    "math": Family(mathematics, verify_math),
     "sql": Family(sql, verify_sql, lambda task, other: other.solution.replace(other.names[0], task.names[0])),
     "edit": Family(edit, verify_edit),
+    "swe": Family(swe, verify_swe, lambda task, other: task.tests["candidates"][other.seed % len(task.tests["candidates"])]),
     "terminal": Family(terminal, verify_terminal),
     "tools": Family(tools, verify_tools),
     "web": Family(web, verify_web),
     "gui": Family(gui, verify_gui),
-    "swe": Family(swe, verify_swe, lambda task, other: task.tests["candidates"][other.seed % len(task.tests["candidates"])]),
 }
 
 
 def chance(family: str, difficulty: int = 1, n: int = 100, split: str = "test") -> float:
     """
-    The random-answer baseline: the share of tasks solved by an answer in the right form that knows nothing of its task.
+    The random-answer baseline: the share of tasks solved by an answer that has the right form and knows nothing else.
 
-    Such an answer is that of another random task of the family and level, fitted to the form (a value put into this task's assertion,
-    a query on this task's table). For swe it is one of the k candidate fixes: what an agent gets that edits before it tests.
+    It is the answer of another random task of the family and level, fitted to the form (its value put into this task's assertion, its
+    query asked of this task's table). For swe it is one of the k candidate fixes: what an agent gets that edits before it tests.
     """
     tasks = [generate(family, difficulty, seed, split) for seed in range(n)]
-    return sum(verify(t, FAMILIES[family].guess(t, tasks[i - 1 - i % 7])) == 1.0 for i, t in enumerate(tasks)) / n
+    return sum(verify(task, FAMILIES[family].guess(task, tasks[i - 1 - i % 7])) == 1.0 for i, task in enumerate(tasks)) / n
 
 
 FRESH = ("alpha", "gamma", "delta", "omega", "sigma", "kappa", "theta", "zeta")
@@ -1411,28 +1200,29 @@ NOISE = ("", "Please help. ", "This is urgent. ", "Take care. ", "One more: ", "
 def perturb(task: Task, seed: int) -> Task:
     """The same problem in other clothes: its names replaced everywhere, and a remark that does not matter. The template stays."""
     rng = random.Random(f"perturb {seed} {task.prompt}")
-    fresh = dict(zip(task.names, rng.sample(FRESH, len(task.names)))) if len(task.names) <= len(FRESH) else {}
-    pattern = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, fresh)) + r")(?!\w)") if fresh else None
+    fresh = dict(zip(task.names, rng.sample(FRESH, len(task.names))))
+    pattern = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, fresh)) + r")(?!\w)")
 
     def renamed(value):
         if isinstance(value, str):
-            return pattern.sub(lambda m: fresh[m[1]], value) if pattern else value
+            return pattern.sub(lambda m: fresh[m[1]], value) if fresh else value
         if isinstance(value, dict):
             return {renamed(k): renamed(v) for k, v in value.items()}
         return type(value)(map(renamed, value)) if isinstance(value, (list, tuple)) else value
 
-    changed = {name: renamed(getattr(task, name)) for name in ("prompt", "solution", "wrong", "trace", "tests", "files", "turns", "detour", "names")}
-    return replace(task, **{**changed, "prompt": rng.choice(NOISE) + changed["prompt"]})
+    changed = {name: renamed(getattr(task, name)) for name in Task.__dataclass_fields__ if name not in ("family", "split", "keys")}
+    return replace(task, **changed | {"prompt": rng.choice(NOISE) + changed["prompt"]})
 
 
-# ---- what a model reads and learns ------------------------------------------------------------------------------------------
+# ---- what a model reads and learns -----------------------------------------------------------------------------------
 # A sample in parts is [(text, is it a special token, is it in the loss)]. Only what the assistant says is learned, its end token too.
 
 
 def turn_parts(role: str, text: str, learned: bool) -> list[tuple[str, bool, bool]]:
     """One turn of a chat. A "mistake" is an assistant's turn that is shown and not imitated."""
     role = "assistant" if role == "mistake" else role
-    return [("<|im_start|>", True, False), (f"{role}\n", False, False), (text, False, learned), ("<|im_end|>", True, learned), ("\n", False, False)]
+    return [("<|im_start|>", True, False), (f"{role}\n", False, False), (text, False, learned), ("<|im_end|>", True, learned),
+            ("\n", False, False)]
 
 
 def prompt_parts(task: Task) -> list[tuple[str, bool, bool]]:
@@ -1455,7 +1245,7 @@ def trajectory_parts(task: Task, detour: bool = False) -> list[tuple[str, bool, 
     return turn_parts("user", task.prompt, False) + [part for role, text in turns for part in turn_parts(role, text, role == "assistant")]
 
 
-# ---- metrics -------------------------------------------------------------------------------------------------------------------
+# ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -1476,9 +1266,9 @@ def beyond(cost: float | None, references) -> float:
         (max - clip(cost, min, max)) / (max - min)      and 0 where the answer is wrong (cost None). The mean over problems is the score.
     """
     low, high = min(references), max(references)
-    if cost is None:
-        return 0.0
-    return 1.0 if high == low else (high - min(max(cost, low), high)) / (high - low)
+    if cost is None or high == low:
+        return float(cost is not None)
+    return (high - min(max(cost, low), high)) / (high - low)
 
 
 COUNTER = """
@@ -1506,12 +1296,15 @@ def instructions(source: str, name: str, inputs) -> int:
 
 def efficiency(task: Task, answer: str) -> float:
     """Beyond of an answer to a compose task, against the same chain step by step and written out in loops."""
-    source = code_of(final_answer(answer))
-    cost = lambda text: instructions(text, task.tests["calls"][0][0], [args for _, args, _ in task.tests["calls"]])
-    return beyond(cost(source) if verify(task, answer) == 1.0 else None, [cost(text) for text in task.tests["references"]])
+    name, inputs = task.tests["calls"][0][0], [args for _, args, _ in task.tests["calls"]]
+    right = verify(task, answer) == 1.0
+    return beyond(instructions(code_of(final_answer(answer)), name, inputs) if right else None,
+                  [instructions(source, name, inputs) for source in task.tests["references"]])
 
 
-# ---- the gate: only samples with zero errors, and nothing that an evaluation asks -----------------------------------------------
+# ---- the gate: only samples with zero errors, and nothing that an evaluation asks ------------------------------------
+
+MULTIPLY, PLUS = np.random.default_rng(7).integers(1, 2**63, (2, 128), dtype=np.uint64) | np.uint64(1)
 
 
 def pieces(text: str, n: int) -> set:
@@ -1520,41 +1313,36 @@ def pieces(text: str, n: int) -> set:
     return {zlib.crc32(" ".join(words[i:i + n]).encode()) for i in range(len(words) - n + 1)}
 
 
-MULTIPLY, PLUS = np.random.default_rng(7).integers(1, 2**63, (2, 128), dtype=np.uint64) | np.uint64(1)
-
-
 def minhash(shingles: set) -> np.ndarray:
     """128 minima of 128 hash functions; the share of equal ones estimates the Jaccard similarity of two sets."""
-    h = np.fromiter(shingles, np.uint64)[:, None]
-    return ((h * MULTIPLY + PLUS) >> np.uint64(32)).min(0) if len(h) else np.zeros(128, np.uint64)
+    return ((np.fromiter(shingles, np.uint64)[:, None] * MULTIPLY + PLUS) >> np.uint64(32)).min(0)
 
 
 class Contamination:
     """
     Does a text hold something of an evaluation set? By whole text, by 13-gram (GPT-3's length) and by MinHash over 5-grams.
 
-    Pieces that three or more different evaluation texts share are a frame ("Answer with a diff."), not a problem: they do not count.
+    Pieces that three or more evaluation texts share are a frame ("Answer with a diff."), not a problem: they do not count.
     """
     def __init__(self, evaluation_texts: dict, n: int = 13, threshold: float = 0.7):
         self.n, self.threshold = n, threshold
-        texts = [(name, text) for name, many in evaluation_texts.items() for text in dict.fromkeys(many)]
-        self.whole = {" ".join(text.split()): name for name, text in texts}
-        often = {length: Counter(p for _, text in texts for p in pieces(text, length)) for length in (5, n)}
-        self.frame = {p for p, count in often[5].items() if count >= 3}
-        self.grams = {p: name for name, text in texts for p in pieces(text, n) if often[n][p] < 3}
-        kept = [(name, pieces(text, 5) - self.frame) for name, text in texts]
-        self.names = [name for name, shingles in kept if len(shingles) >= 8]
-        self.signatures = np.array([minhash(shingles) for _, shingles in kept if len(shingles) >= 8], np.uint64).reshape(-1, 128)
+        texts = {" ".join(text.split()): name for name, many in evaluation_texts.items() for text in many}
+        often = Counter(piece for text in texts for length in (5, n) for piece in pieces(text, length))
+        self.frame = {piece for piece, count in often.items() if count >= 3}
+        self.whole, self.grams = texts, {piece: name for text, name in texts.items() for piece in pieces(text, n) - self.frame}
+        near = [(minhash(own), name) for text, name in texts.items() if len(own := pieces(text, 5) - self.frame) >= 8]
+        self.signatures, self.names = np.array([s for s, _ in near]), [name for _, name in near]
 
     def of(self, text: str) -> str:
         """ "" for a clean text, else how it is known and from which set."""
         if (name := self.whole.get(" ".join(text.split()))) is not None:
             return f"text of {name}"
-        if hit := next((p for p in pieces(text, self.n) if p in self.grams), None):
-            return f"{self.n}-gram of {self.grams[hit]}"
-        shingles = pieces(text, 5) - self.frame
-        near = (self.signatures == minhash(shingles)).mean(1) if len(shingles) >= 8 and len(self.names) else np.zeros(1)
-        return f"near {self.names[int(near.argmax())]}" if near.max() >= self.threshold else ""
+        if hits := pieces(text, self.n) & self.grams.keys():
+            return f"{self.n}-gram of {self.grams[min(hits)]}"
+        if self.names and len(own := pieces(text, 5) - self.frame) >= 8:
+            alike = (self.signatures == minhash(own)).mean(1)
+            return f"near {self.names[int(alike.argmax())]}" if alike.max() >= self.threshold else ""
+        return ""
 
 
 def sample_text(task: Task, answer: str | None = None) -> str:
@@ -1572,18 +1360,19 @@ def admit(samples, evaluation_texts: dict) -> tuple[list, Counter]:
     contaminated, kept, seen, table = Contamination(evaluation_texts), [], set(), Counter()
     for task, answer in samples:
         text = sample_text(task, answer)
+        reason = "test template" if task.split == "test" else "duplicate" if text in seen else ""
+        reason = reason or contaminated.of(text) or contaminated.of(task.prompt)
         try:
-            reason = "test template" if task.split == "test" else "duplicate" if text in seen else contaminated.of(text) or contaminated.of(task.prompt)
             reason = reason or ("" if verify(task, answer) == 1.0 else "does not verify")
         except RuntimeError:
             reason = "machinery broke"
         seen.add(text)
         table[reason or "admitted"] += 1
-        kept += [(task, answer)] if not reason else []
+        kept += [] if reason else [(task, answer)]
     return kept, table
 
 
-# ---- the teacher: an endpoint, a checkpoint of ours, or the program ----------------------------------------------------------
+# ---- the teacher: an endpoint, a checkpoint of ours, or the program --------------------------------------------------
 # An author is a function (task, n) -> up to n answers. A checkpoint's author is made where checkpoints are known; all are treated alike.
 
 
@@ -1595,9 +1384,9 @@ class Teacher:
     """
     An OpenAI-compatible endpoint. Every answer is kept on disk, so a run that is stopped asks nothing twice; the budget counts the
     tokens of all answers in the cache, earlier runs' too. 429, 5xx and lost connections are tried again, after 1, 2, 4, ... seconds
-    or as long as the server says.
+    or as long as the server says. The key comes from the environment, OPENAI_API_KEY.
     """
-    def __init__(self, url: str, model: str, cache, budget: int = 1_000_000, retries: int = 6, wait_s: float = 1.0, timeout_s: float = 120.0):
+    def __init__(self, url: str, model: str, cache, budget: int = 1_000_000, retries: int = 6, wait_s: float = 1.0, timeout_s: float = 120):
         self.url, self.model, self.cache, self.budget = url.rstrip("/"), model, Path(cache), budget
         self.retries, self.wait_s, self.timeout_s = retries, wait_s, timeout_s
         self.cache.mkdir(parents=True, exist_ok=True)
@@ -1610,22 +1399,19 @@ class Teacher:
         if path.exists():
             return json.loads(path.read_text())["texts"]
         if self.spent >= self.budget:
-            raise BudgetSpent(f"{self.spent} of {self.budget} tokens are spent")
+            raise BudgetSpent(f"{self.spent} of {self.budget} tokens are spent; --budget sets another limit")
         reply = self.post(request)
         texts = [choice["message"]["content"] or "" for choice in reply["choices"]]
         tokens = reply.get("usage", {}).get("total_tokens") or sum(map(len, [prompt, *texts])) // 3
         self.spent += tokens
-        draft = path.with_suffix(".part")
-        draft.write_text(json.dumps({"texts": texts, "tokens": tokens}))
-        os.replace(draft, path)
+        write_whole(path, json.dumps({"texts": texts, "tokens": tokens}))
         return texts
 
     def post(self, request: dict) -> dict:
         """One request, patiently."""
         import requests
 
-        key = os.environ.get("OPENAI_API_KEY")
-        trouble = ""
+        key, trouble = os.environ.get("OPENAI_API_KEY"), ""
         for attempt in range(self.retries):
             pause = self.wait_s * 2**attempt
             try:
@@ -1640,7 +1426,14 @@ class Teacher:
             except (requests.ConnectionError, requests.Timeout) as error:
                 trouble = str(error)
             time.sleep(pause)
-        raise OSError(f"the teacher at {self.url} does not answer ({trouble}); check --teacher, the model's name and OPENAI_API_KEY")
+        raise OSError(f"the teacher at {self.url} does not answer ({trouble}); check --teacher, --model and OPENAI_API_KEY")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of the text or nothing: written under another name, then renamed."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text)
+    os.replace(draft, path)
 
 
 def program(task: Task, n: int, thinking: bool = False) -> list[str]:
@@ -1659,15 +1452,11 @@ def write_samples(tasks, author, path, n: int = 1, evaluation_texts: dict | None
 
     Resumable: the file gets one line a task, with its admitted answers, and tasks that have their line are not asked again.
     """
-    path, table, done = Path(path), Counter(), {}
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):  # a line cut by a crash is asked again
-                done[tuple(json.loads(line)["id"])] = line
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text("".join(done.values()))
-    os.replace(draft, path)
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    write_whole(path, "".join(whole))  # a line cut by a crash is gone, its task is asked again
+    done, table = {tuple(json.loads(line)["id"]) for line in whole}, Counter()
     with path.open("a") as out:
         for task in tasks:
             identity = (task.family, task.difficulty, task.seed, task.split)
@@ -1679,7 +1468,7 @@ def write_samples(tasks, author, path, n: int = 1, evaluation_texts: dict | None
     return table
 
 
-# ---- debate: for what no program can judge -----------------------------------------------------------------------------------
+# ---- debate: for what no program can judge ---------------------------------------------------------------------------
 
 
 def scored(reply: str) -> float | None:
@@ -1690,7 +1479,7 @@ def scored(reply: str) -> float | None:
 
 def debate(question: str, answer: str, judges, weights=None) -> tuple[float, list]:
     """
-    How good is an answer that no program can judge? (value in [0, 1], the log of both rounds)
+    How good is an answer that no program can judge? (value in [0, 1], the replies of both rounds)
 
     judges are functions text -> text. First each scores alone; then each reads all reviews, unnamed, and may change its mind. The
     final scores s in [-1, 1] are added with the judges' weights, which are log odds of being right: value = sigmoid(sum w s).
@@ -1699,12 +1488,12 @@ def debate(question: str, answer: str, judges, weights=None) -> tuple[float, lis
     first = [judge(brief) for judge in judges]
     reviews = "\n".join(f"- {reply.strip()}" for reply in sorted(first))  # sorted, so that the order gives no name away
     second = [judge(f"{brief}\n\nThe reviews so far:\n{reviews}\n\nKeep your score or change it.") for judge in judges]
-    scores = [scored(b) if scored(b) is not None else scored(a) for a, b in zip(first, second)]
+    scores = [scored(a) if scored(b) is None else scored(b) for a, b in zip(first, second)]
     total = sum(w * s for w, s in zip(weights or [1.0] * len(scores), scores) if s is not None)
     return 1 / (1 + math.exp(-total)), [first, second]
 
 
-def calibrate(judges, pairs) -> list[float]:
+def calibrate(judges, labelled) -> list[float]:
     """
     Each judge's weight from labelled pairs (question, better answer, worse answer): the log odds of ranking a pair rightly.
 
@@ -1713,24 +1502,23 @@ def calibrate(judges, pairs) -> list[float]:
     """
     weights = []
     for judge in judges:
-        marks = [(debate(question, good, [judge])[0], debate(question, bad, [judge])[0]) for question, good, bad in pairs]
-        right = sum(a > b for a, b in marks) + 0.5 * sum(a == b for a, b in marks)
-        p = (right + 1) / (len(pairs) + 2)
+        marks = [[debate(question, answer, [judge])[0] for answer in (good, bad)] for question, good, bad in labelled]
+        p = (sum(a > b for a, b in marks) + sum(a == b for a, b in marks) / 2 + 1) / (len(labelled) + 2)
         weights.append(max(0.0, math.log(p / (1 - p))))
     return weights
 
 
-# ---- command line --------------------------------------------------------------------------------------------------------------
+# ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def show(family: str, difficulty: int, seed: int, split: str) -> None:
+def show(task: Task) -> None:
     """Print one task, and what the verifier says of three answers to it."""
-    task = generate(family, difficulty, seed, split)
-    print(f"==== {family} · difficulty {difficulty} · {split} · {' | '.join(task.keys)}\n{task.prompt}\n---- thinking\n{task.trace}\n---- solution\n{task.solution}")
+    print(f"==== {task.family} · difficulty {task.difficulty} · {task.split} · {' | '.join(task.keys)}\n{task.prompt}")
+    print(f"---- thinking\n{task.trace}\n---- solution\n{task.solution}")
     for role, text in task.detour or task.turns:
         print(f"  {role:>9} | " + text.replace("\n", "\n            | "))
-    marks = [f"{name} {verify(task, text):.2f}" for name, text in (("solution", task.solution), ("wrong answer", task.wrong), ("empty answer", ""))]
-    print("---- verified: " + " · ".join(marks) + "\n")
+    answers = {"solution": task.solution, "wrong answer": task.wrong, "empty answer": ""}
+    print("---- verified: " + " · ".join(f"{name} {verify(task, text):.2f}" for name, text in answers.items()) + "\n")
 
 
 def faults(family: str, seeds) -> list[str]:
@@ -1738,83 +1526,78 @@ def faults(family: str, seeds) -> list[str]:
     found = []
     for seed in seeds:
         task = generate(family, 1 + seed % 5, seed, ("train", "test")[seed // 5 % 2])
-        for what, text, good in (("solution", task.solution, True), ("solution after thinking", answer_text(task, True), True),
-                                 ("empty answer", "", False), ("thought without end", "<think>\n" + task.solution, False), ("wrong answer", task.wrong, False)):
-            if (verify(task, text) == 1.0) != good:
-                found.append(f"{family} {task.difficulty} {task.split} seed {seed}: the {what} {'fails' if good else 'passes'}")
+        good = {"solution": task.solution, "solution after thinking": answer_text(task, True)}
+        bad = {"empty answer": "", "wrong answer": task.wrong, "thought without end": "<think>\n" + task.solution}
+        found += [f"{family} {task.difficulty} {task.split} seed {seed}: the {what} is judged wrongly"
+                  for what, answer in (good | bad).items() if (verify(task, answer) == 1.0) != (what in good)]
     return found
 
 
-def produced(family: str, seeds) -> int:
+def made(family: str, seeds) -> int:
     """How many of these seeds give a task whose solution verifies."""
-    return sum(verify(task, task.solution) == 1.0 for task in (generate(family, 1 + seed % 5, seed) for seed in seeds))
+    tasks = [generate(family, 1 + seed % 5, seed) for seed in seeds]
+    return sum(verify(task, task.solution) == 1.0 for task in tasks)
 
 
 def kill_rates(n: int) -> tuple[float, float]:
-    """The share of all mutants that 20 chosen and 20 random inputs kill, over n compose tasks; mutants that no input kills do not count."""
-    chosen_killed = random_killed = total = 0
+    """The share of mutants that 20 chosen and 20 random inputs kill, over n chains; mutants that none of 200 inputs kills do not count."""
+    killed, total = np.zeros(2), 0
     for seed in range(n):
         rng = random.Random(f"kill {seed}")
-        source, inputs = in_steps(chain(rng, 1 + seed % 5)[2]), lists(rng, 200)
+        source = in_steps(chain(rng, 1 + seed % 5)[2])
+        inputs = [([rng.randint(-9, 9) for _ in range(rng.randint(0, 8))],) for _ in range(200)]
         chosen, trees = select_tests(source, "f", inputs)
         table = kill_table(source, "f", inputs, trees)
-        chosen_killed += table[:, chosen].any(1).sum()
-        random_killed += table[:, rng.sample(range(len(inputs)), 20)].any(1).sum()
+        killed += table[:, chosen].any(1).sum(), table[:, rng.sample(range(200), 20)].any(1).sum()
         total += len(table)
-    return chosen_killed / total, random_killed / total
+    return tuple(killed / total)
 
 
-def bench(families, processes: int = 2) -> None:
-    """Speed on two processes, what the choice of tests is worth, and the random-answer baseline of every family."""
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(produced, families, [range(2)] * len(families)))  # warm: sympy, the sandbox
-        print(f"{'family':<12} {'tasks/min':>10} {'chance, level 1':>16}")
-        total, start = 0, time.perf_counter()
-        rates = {}
-        for family in families:
-            began = time.perf_counter()
-            made = sum(pool.map(produced, [family] * processes, [range(k, 60, processes) for k in range(processes)]))
-            rates[family] = made / (time.perf_counter() - began) * 60
-            total += made
-        overall = total / (time.perf_counter() - start) * 60
-        for family, luck in zip(families, pool.map(chance, families)):
-            print(f"{family:<12} {rates[family]:>10.0f} {luck:>16.2f}")
-    chosen, at_random = kill_rates(100)
-    print(f"verified tasks a minute, all families alike: {overall:.0f} on {processes} processes")
-    print(f"mutants killed by 20 tests: chosen {chosen:.1%}, random {at_random:.1%}")
+def bench(pool, families, processes: int) -> None:
+    """Speed on all processes, what the choice of tests is worth, and the random-answer baseline of every family."""
+    list(pool.map(made, families, [range(2)] * len(families)))  # warm: sympy, the sandbox
+    seconds, luck = {}, pool.map(chance, families)
+    print(f"{'family':<12} {'tasks/min':>10} {'chance, level 1':>16}")
+    for family, lucky in zip(families, list(luck)):
+        start = time.perf_counter()
+        assert sum(pool.map(made, [family] * processes, [range(k, 60, processes) for k in range(processes)])) == 60
+        seconds[family] = time.perf_counter() - start
+        print(f"{family:<12} {3600 / seconds[family]:>10.0f} {lucky:>16.2f}")
+    print(f"verified tasks a minute, all families alike: {3600 * len(families) / sum(seconds.values()):.0f} on {processes} processes")
+    print("mutants killed by 20 tests: chosen {:.1%}, random {:.1%}".format(*kill_rates(100)))
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Print a task of each family with its verification; or check, measure or write tasks. A task is a "
-                                     "prompt with a solution, a verifier that runs answers, and a dial; see the head of this file.")
+    parser = argparse.ArgumentParser(description="Print a task of each family with its verification; or check, measure or write tasks. "
+                                     "A task is a prompt with a solution, a verifier that runs answers, and a dial for its difficulty.")
     parser.add_argument("--family", choices=list(FAMILIES), help="only this family (default: all)")
     parser.add_argument("--difficulty", type=int, default=1, choices=LEVELS, help="1 to 5 (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="which task (default 0)")
-    parser.add_argument("--split", default="train", choices=("train", "test"), help="templates to train on, or the held-out ones (default train)")
+    parser.add_argument("--split", default="train", choices=("train", "test"), help="templates to learn, or held-out ones (default train)")
     parser.add_argument("--check", type=int, metavar="N", help="on N seeds a family: solutions verify, empty and wrong answers do not")
-    parser.add_argument("--bench", action="store_true", help="verified tasks a minute on two processes, mutants killed, chance by family")
+    parser.add_argument("--bench", action="store_true", help="verified tasks a minute, mutants killed by chosen tests, chance by family")
+    parser.add_argument("--processes", type=int, default=2, help="for --check and --bench (default 2)")
     parser.add_argument("--write", metavar="FILE", help="write verified samples of N seeds a family as JSON lines (see --n)")
     parser.add_argument("--n", type=int, default=100, help="seeds a family for --write (default 100)")
     parser.add_argument("--teacher", metavar="URL", help="with --write: an OpenAI-compatible endpoint answers instead of the program")
     parser.add_argument("--model", default="default", help="the teacher's model name (default: default)")
-    parser.add_argument("--budget", type=int, default=1_000_000, help="tokens the teacher may use, earlier runs included (default 1,000,000)")
+    parser.add_argument("--budget", type=int, default=1_000_000, help="tokens of the teacher, earlier runs included (default 1000000)")
     args = parser.parse_args(argv)
     families = [args.family] if args.family else list(FAMILIES)
-    if args.check is not None:
-        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    if args.bench or args.check is not None:
+        with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+            if args.bench:
+                return bench(pool, families, args.processes) or 0
             found = [fault for some in pool.map(faults, families, [range(args.check)] * len(families)) for fault in some]
-        print("\n".join(found) or f"{len(families)} families x {args.check} seeds: every solution verifies; no empty, unfinished or wrong answer does")
+        print("\n".join(found) or f"{len(families)} families x {args.check} seeds: solutions verify; empty, cut, wrong answers do not")
         return int(bool(found))
-    if args.bench:
-        bench(families)
-    elif args.write:
-        teacher = Teacher(args.teacher, args.model, args.write + ".cache", args.budget) if args.teacher else None
-        todo = (generate(family, args.difficulty, seed, args.split) for seed in range(args.n) for family in families)
-        table = write_samples(todo, from_teacher(teacher) if teacher else program, args.write)
-        print("\n".join(f"{count:6d} {reason}" for reason, count in table.most_common()))
+    tasks = (generate(family, args.difficulty, seed, args.split) for family in families for seed in range(args.seed, args.seed + args.n))
+    if args.write:
+        author = from_teacher(Teacher(args.teacher, args.model, args.write + ".cache", args.budget)) if args.teacher else program
+        print("\n".join(f"{count:6d} {reason}" for reason, count in write_samples(tasks, author, args.write).most_common()))
     else:
         for family in families:
-            show(family, args.difficulty, args.seed, args.split)
+            show(generate(family, args.difficulty, args.seed, args.split))
     return 0
 
 
