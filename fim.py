@@ -52,7 +52,10 @@ SHARES = {"char": 0.30, "line": 0.20, "expression": 0.15, "statement": 0.20, "fu
 FIM_RATE = 0.5        # of the file-level and of the repository-level documents: the report
 SPM_RATE = 0.0        # of the FIM examples written suffix first; the report shows prefix first only. 0.1 is a common choice
 LARGEST_SHARE = 0.30  # a middle above the char level is at most this share of its file: what is left must say what is missing
-HUGE = 2_000_000      # characters; longer files are not parsed (generated tables, bundles), their levels fall back to lines
+TRIES = {"expression": 100, "statement": 100}  # random nodes to look at before all are listed; a function is too rare among them
+HUGE = 500_000        # characters; longer files are not parsed (generated tables, bundles): their levels fall back to lines
+DEEPEST = 400         # open brackets, or columns of indentation; error recovery takes minutes on what nests deeper
+WRONG = 0.2           # nor are the levels of the tree used where errors cover more of the file; C with macros has a few nearly always
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
            "<|repo_name|>", "<|file_sep|>")
 FILE_SPECIALS = 4     # special tokens that file_parts() adds to the three texts
@@ -70,78 +73,68 @@ LANGUAGES = {
     "c++": ("tree_sitter_cpp", "language", (".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx")),
 }
 
-# language -> node types by level. Names, literals and plain attribute access are left out of the expressions: they would be most of the
-# nodes, and guessing `self.x` teaches little. Anonymous functions count as functions only where they are the usual way to write one.
+# language -> level -> node types of its grammar; "if-" at the level statement stands for if_statement. Names, literals and plain attribute
+# access are not among the expressions: they would be most of the nodes, and guessing `self.x` teaches little. Anonymous functions count
+# as functions only where they are the usual way to write one.
 _C = {
-    "expression": """call_expression binary_expression unary_expression update_expression conditional_expression assignment_expression
-        subscript_expression pointer_expression cast_expression sizeof_expression compound_literal_expression""",
-    "statement": """declaration expression_statement if_statement for_statement while_statement do_statement switch_statement return_statement
-        break_statement continue_statement goto_statement labeled_statement""",
+    "expression": "call- binary- unary- update- conditional- assignment- subscript- pointer- cast- sizeof- compound_literal-",
+    "statement": "declaration expression- if- for- while- do- switch- return- break- continue- goto- labeled-",
     "function": "function_definition",
 }
 _JAVASCRIPT = {
-    "expression": """call_expression new_expression binary_expression unary_expression update_expression ternary_expression
-        assignment_expression augmented_assignment_expression await_expression yield_expression subscript_expression array object
+    "expression": """call- new- binary- unary- update- ternary- assignment- augmented_assignment- await- yield- subscript- array object
         template_string""",
-    "statement": """expression_statement lexical_declaration variable_declaration if_statement for_statement for_in_statement while_statement
-        do_statement switch_statement try_statement return_statement throw_statement break_statement continue_statement import_statement""",
-    "function": "function_declaration generator_function_declaration function_expression generator_function method_definition arrow_function",
+    "statement": """expression- lexical_declaration variable_declaration if- for- for_in- while- do- switch- try- return- throw- break-
+        continue- import-""",
+    "function": """function_declaration function_expression generator_function_declaration generator_function method_definition
+        arrow_function""",
 }
 NODES = {
     "python": {
-        "expression": """call binary_operator unary_operator boolean_operator not_operator comparison_operator conditional_expression lambda
-            subscript list tuple set dictionary list_comprehension set_comprehension dictionary_comprehension generator_expression await""",
-        "statement": """expression_statement if_statement for_statement while_statement with_statement try_statement match_statement
-            return_statement raise_statement assert_statement delete_statement import_statement import_from_statement
-            future_import_statement global_statement nonlocal_statement pass_statement break_statement continue_statement""",
+        "expression": """call binary_operator unary_operator boolean_operator not_operator comparison_operator conditional- lambda subscript
+            list tuple set dictionary list_comprehension set_comprehension dictionary_comprehension generator- await""",
+        "statement": """expression- if- for- while- with- try- match- return- raise- assert- delete- import- import_from- future_import-
+            global- nonlocal- pass- break- continue-""",
         "function": "function_definition",
     },
     "java": {
-        "expression": """method_invocation object_creation_expression array_creation_expression binary_expression unary_expression
-            update_expression ternary_expression assignment_expression cast_expression instanceof_expression lambda_expression
-            method_reference array_access switch_expression""",
-        "statement": """local_variable_declaration expression_statement if_statement for_statement enhanced_for_statement while_statement
-            do_statement try_statement try_with_resources_statement synchronized_statement labeled_statement return_statement throw_statement
-            assert_statement break_statement continue_statement yield_statement""",
+        "expression": """method_invocation method_reference array_access object_creation- array_creation- binary- unary- update- ternary-
+            assignment- cast- instanceof- lambda- switch-""",
+        "statement": """local_variable_declaration expression- if- for- enhanced_for- while- do- try- try_with_resources- synchronized-
+            labeled- return- throw- assert- break- continue- yield-""",
         "function": "method_declaration constructor_declaration compact_constructor_declaration",
     },
     "javascript": _JAVASCRIPT,
-    "typescript": _JAVASCRIPT | {"expression": _JAVASCRIPT["expression"] + " as_expression satisfies_expression non_null_expression"},
+    "typescript": _JAVASCRIPT | {"expression": _JAVASCRIPT["expression"] + " as- satisfies- non_null-"},
     "c#": {
-        "expression": """invocation_expression object_creation_expression implicit_object_creation_expression array_creation_expression
-            binary_expression prefix_unary_expression postfix_unary_expression conditional_expression assignment_expression cast_expression
-            as_expression is_expression is_pattern_expression await_expression lambda_expression element_access_expression
-            conditional_access_expression switch_expression query_expression interpolated_string_expression""",
-        "statement": """local_declaration_statement expression_statement if_statement for_statement foreach_statement while_statement
-            do_statement switch_statement try_statement using_statement lock_statement return_statement throw_statement yield_statement
-            break_statement continue_statement goto_statement""",
+        "expression": """invocation- object_creation- implicit_object_creation- array_creation- binary- prefix_unary- postfix_unary-
+            conditional- assignment- cast- as- is- is_pattern- await- lambda- element_access- conditional_access- switch- query-
+            interpolated_string-""",
+        "statement": """local_declaration- expression- if- for- foreach- while- do- switch- try- using- lock- return- throw- yield- break-
+            continue- goto-""",
         "function": "method_declaration constructor_declaration destructor_declaration operator_declaration local_function_statement",
     },
     "go": {
-        "expression": """call_expression binary_expression unary_expression composite_literal index_expression slice_expression
-            type_assertion_expression type_conversion_expression""",
-        "statement": """short_var_declaration assignment_statement inc_statement dec_statement expression_statement send_statement
-            var_declaration const_declaration if_statement for_statement expression_switch_statement type_switch_statement select_statement
-            return_statement go_statement defer_statement break_statement continue_statement goto_statement labeled_statement""",
+        "expression": "call- binary- unary- composite_literal index- slice- type_assertion- type_conversion-",
+        "statement": """short_var_declaration var_declaration const_declaration assignment- inc- dec- expression- send- if- for-
+            expression_switch- type_switch- select- return- go- defer- break- continue- goto- labeled-""",
         "function": "function_declaration method_declaration func_literal",
     },
     "rust": {
-        "expression": """call_expression macro_invocation binary_expression unary_expression reference_expression index_expression
-            type_cast_expression try_expression await_expression closure_expression struct_expression array_expression tuple_expression
-            range_expression if_expression match_expression assignment_expression compound_assignment_expr""",
-        "statement": "let_declaration expression_statement use_declaration",
+        "expression": """call- macro_invocation binary- unary- reference- index- type_cast- try- await- closure- struct- array- tuple-
+            range- if- match- assignment- compound_assignment_expr""",
+        "statement": "let_declaration expression- use_declaration",
         "function": "function_item",
     },
     "c": _C,
     "c++": {
-        "expression": _C["expression"] + " new_expression delete_expression lambda_expression fold_expression",
-        "statement": _C["statement"] + " for_range_loop try_statement throw_statement co_return_statement static_assert_declaration",
+        "expression": _C["expression"] + " new- delete- lambda- fold-",
+        "statement": _C["statement"] + " for_range_loop try- throw- co_return- static_assert_declaration",
         "function": "function_definition",
     },
 }
 
 # ---------------------------------------------------------------------- parsers
-
 
 def language_of(path) -> str | None:
     """The language of a path by its ending, or None. A header .h counts as C."""
@@ -165,9 +158,19 @@ def parser(language: str) -> Parser:
 
 
 @functools.cache
-def node_query(language: str, level: str) -> Query:
-    """The query that captures every node of a level, as `node`: the walk over the tree happens inside tree-sitter."""
-    return Query(grammar(language), "[" + " ".join(f"({kind})" for kind in NODES[language][level].split()) + "] @node")
+def kinds(language: str, level: str) -> frozenset[str]:
+    """The node types of a level, in full."""
+    return frozenset(NODES[language][level].replace("-", f"_{level}").split())
+
+
+@functools.cache
+def query(language: str, patterns: tuple[str, ...]) -> Query:
+    return Query(grammar(language), f"[{' '.join(patterns)}] @node")
+
+
+def matches(root, language: str, patterns) -> list:
+    """Every node below root that is one of the patterns, in order: the walk over the tree happens inside tree-sitter."""
+    return QueryCursor(query(language, tuple(sorted(patterns)))).captures(root).get("node", [])
 
 
 def parses(code: str, language: str) -> bool:
@@ -176,18 +179,12 @@ def parses(code: str, language: str) -> bool:
 
 
 def faults(code: str, language: str) -> int:
-    """How many places of the syntax tree are wrong or made up (ERROR and MISSING nodes)."""
+    """In how many places the syntax tree is wrong or made up."""
     root = parser(language).parse(to_bytes(code)).root_node
-    return len(QueryCursor(fault_query(language)).captures(root).get("fault", [])) if root.has_error else 0
-
-
-@functools.cache
-def fault_query(language: str) -> Query:
-    return Query(grammar(language), "[(ERROR) (MISSING)] @fault")
+    return len(matches(root, language, ["(ERROR)", "(MISSING)"])) if root.has_error else 0
 
 
 # ---------------------------------------------------------------------- one file, cut in three
-
 
 class Split(NamedTuple):
     """prefix + middle + suffix is the whole (normalised) file."""
@@ -210,18 +207,8 @@ def to_bytes(code: str) -> bytes:
     return code.encode("utf-8", "surrogatepass")
 
 
-def to_text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogatepass")
-
-
-TORN = re.compile("|".join(map(re.escape, SPECIAL)))
-REACH = max(map(len, SPECIAL)) - 1
-
-
-def torn(left: str, right: str) -> bool:
-    """True where the seam between left and right runs through a text that spells a special token."""
-    left, right = left[-REACH:], right[:REACH]
-    return any(found.start() < len(left) < found.end() for found in TORN.finditer(left + right))
+SPELLED = re.compile("|".join(map(re.escape, SPECIAL)))  # file text that looks like a special token: it stays text, and it stays whole
+REACH = max(map(len, SPECIAL))
 
 
 class Source:
@@ -235,85 +222,100 @@ class Source:
     def __init__(self, code: str, language: str | None = None):
         self.code = normalise(code)
         self.language = language
-        self.found = {}  # level -> candidates, filled on demand
+        self.listed = {}  # level -> all its nodes, where they had to be listed
         if language is not None:
             grammar(language)  # an unknown language is an error here, not a silent fall-back
         if not self.code:
             raise ValueError("cannot split an empty file: leave it out")
 
     @cached_property
-    def data(self) -> bytes:
-        return to_bytes(self.code)
+    def root(self):
+        """The root of the syntax tree, or None where there is none to trust."""
+        if self.language is None or len(self.code) > HUGE or nesting(self.code) > DEEPEST:
+            return None
+        root = parser(self.language).parse(to_bytes(self.code)).root_node
+        wrong = matches(root, self.language, ["(ERROR)"]) if root.has_error else []
+        return None if sum(node.end_byte - node.start_byte for node in wrong) > WRONG * root.end_byte else root
 
     @cached_property
-    def root(self):
-        return parser(self.language).parse(self.data).root_node
+    def lines(self) -> list[tuple[int, int]]:
+        """Each line that is not blank, from its first visible character to before its newline."""
+        return [found.span() for found in re.finditer(r"\S[^\n]*", self.code)]
+
+    @cached_property
+    def char_at(self):
+        """Byte offset, which tree-sitter speaks, -> character offset."""
+        if self.code.isascii():
+            return range(len(self.code) + 1)
+        first_bytes = np.frombuffer(to_bytes(self.code), np.uint8) & 0xC0 != 0x80
+        return [0, *np.cumsum(first_bytes).tolist()]
 
     def split(self, level: str, rng: random.Random, max_middle: int | None = None) -> Split:
         """One random split at this level, or at the next lower level that has one. max_middle: longest middle, in characters."""
         if level not in LEVELS:
             raise ValueError(f"no level {level!r}: choose one of {', '.join(LEVELS)}")
-        longest = min(len(self.code), max_middle or len(self.code))
+        code, longest = self.code, min(len(self.code), max_middle or len(self.code))
         for lower in LEVELS[LEVELS.index(level) :: -1]:
-            if lower == "char":
-                return self.split_chars(rng, longest)._replace(asked=level)
-            for split in self.shuffled(lower, rng, longest):
-                return split._replace(asked=level)
+            limit = longest if lower == "char" else min(longest, int(LARGEST_SHARE * len(code)))
+            for start, end, node in self.places(lower, rng, limit):
+                if 0 < end - start <= limit and not self.torn(start) and not self.torn(end):
+                    return Split(code[:start], code[start:end], code[end:], node, lower, level)
+        raise ValueError(f"no place to cut {len(code)} characters into a middle of at most {longest} without cutting a special string")
 
-    def split_chars(self, rng, longest: int) -> Split:
-        """Two different places, every pair at most `longest` apart equally likely."""
-        size = len(self.code)
-        for _ in range(1000):
-            start, length = rng.randrange(size), rng.randint(1, longest)
-            if start + length > size:
-                continue
-            split = Split(self.code[:start], self.code[start : start + length], self.code[start + length :], "char", "char")
-            if self.whole(split):
-                return split
-        raise ValueError(f"no place to cut {size} characters into a middle of at most {longest} without cutting a special string")
+    def torn(self, cut: int) -> bool:
+        """True where a cut here runs through a text that spells a special token."""
+        return any(found.start() < cut < found.end() for found in SPELLED.finditer(self.code, max(0, cut - REACH), cut + REACH))
 
-    def shuffled(self, level: str, rng, longest: int):
-        """The splits of a level in random order; the size limits and the tree's errors are checked as each comes up."""
-        candidates = list(self.lines() if level == "line" else self.nodes(level))
-        longest = min(longest, int(LARGEST_SHARE * (len(self.code) if level == "line" else len(self.data))))
-        while candidates:
-            i = rng.randrange(len(candidates))
-            candidate, candidates[i] = candidates[i], candidates[-1]
-            candidates.pop()
-            split = self.at_line(candidate, longest) if level == "line" else self.at_node(candidate, longest, level)
-            if split and self.whole(split):
-                yield split
+    def places(self, level: str, rng, limit: int):
+        """(start, end, what it is) of the places of a level in random order, in characters; only "char" heeds the limit."""
+        if level == "char":  # two different places, every pair at most `limit` apart equally likely
+            for _ in range(1000):
+                start, length = rng.randrange(len(self.code)), rng.randint(1, limit)
+                if start + length <= len(self.code):
+                    yield start, start + length, "char"
+            yield 0, len(self.code), "char"  # a file that is one special string, say
+        elif level == "line":
+            for start, end in shuffled(self.lines, rng):
+                yield start, end, "line"
+        elif self.root is not None:
+            for node in self.nodes(level, rng):
+                if not (self.root.has_error and in_error(node)):
+                    yield self.char_at[node.start_byte], self.char_at[node.end_byte], node.type
 
-    def lines(self) -> list[tuple[int, int]]:
-        """Each line that is not blank, from its first visible character to before its newline."""
-        if "line" not in self.found:
-            self.found["line"] = [found.span() for found in re.finditer(r"\S[^\n]*", self.code)]
-        return self.found["line"]
+    def nodes(self, level: str, rng):
+        """
+        The nodes of a level in random order.
 
-    def at_line(self, span, longest: int) -> Split | None:
-        start, end = span
-        return Split(self.code[:start], self.code[start:end], self.code[end:], "line", "line") if end - start <= longest else None
+        To list them all costs a walk over the tree. For the common levels it is cheaper to look at random nodes of any type until one
+        fits: uniform over the nodes of the level, as the list is, which follows for the files where none was met.
+        """
+        if level not in self.listed:
+            cursor, count, wanted = self.root.walk(), self.root.descendant_count, kinds(self.language, level)
+            for _ in range(TRIES.get(level, 0)):
+                cursor.goto_descendant(rng.randrange(count))
+                if cursor.node.type in wanted and cursor.node.is_named:  # the keyword `lambda` is of type "lambda" too
+                    yield cursor.node
+            self.listed[level] = matches(self.root, self.language, [f"({kind})" for kind in wanted])
+        yield from shuffled(self.listed[level], rng)
 
-    def nodes(self, level: str) -> list:
-        """Every node of a level, whatever its size."""
-        if level not in self.found:
-            usable = self.language is not None and len(self.code) <= HUGE
-            self.found[level] = QueryCursor(node_query(self.language, level)).captures(self.root).get("node", []) if usable else []
-        return self.found[level]
 
-    def at_node(self, node, longest: int, level: str) -> Split | None:
-        """Cut around a node. Its offsets are bytes; decoding the three pieces is all the bookkeeping that needs."""
-        start, end = node.start_byte, node.end_byte
-        if not 0 < end - start <= longest or (self.root.has_error and in_error(node)):
-            return None
-        return Split(to_text(self.data[:start]), to_text(self.data[start:end]), to_text(self.data[end:]), node.type, level)
+BRACKET = np.zeros(256, np.int8)
+BRACKET[list(b"([{")], BRACKET[list(b")]}")] = 1, -1
 
-    def whole(self, split: Split) -> bool:
-        """No seam runs through the spelling of a special token."""
-        if "<|" not in self.code:
-            return True
-        near = split.middle + split.suffix[:REACH]
-        return not torn(split.prefix, near[:REACH]) and not torn(split.prefix[-REACH:] + split.middle, split.suffix[:REACH])
+
+def nesting(code: str) -> int:
+    """The most brackets open at once, or the deepest indentation in columns: a bound on the depth of the tree, strings included."""
+    opened = np.cumsum(BRACKET[np.frombuffer(to_bytes(code), np.uint8)], dtype=np.int32).max(initial=0)
+    return max(int(opened), DEEPEST + 1 if re.search(rf"^[ \t]{{{DEEPEST + 1}}}", code, re.M) else 0)
+
+
+def shuffled(items: list, rng):
+    """The items in random order, drawn one by one: whoever needs only the first pays only for that."""
+    left = list(items)
+    while left:
+        i = rng.randrange(len(left))
+        left[i], left[-1] = left[-1], left[i]
+        yield left.pop()
 
 
 def in_error(node) -> bool:
@@ -356,13 +358,8 @@ def plan(count: int, rng: random.Random, rate: float = FIM_RATE, shares: dict = 
 # A part is (text, is_special, in_loss). Only a part of its own can be a special token: text from a file never is, whatever it spells.
 # Every part is in the loss, as in the FIM paper: the prefix and the suffix are code too.
 
-
-def special(token: str) -> tuple[str, bool, bool]:
-    return (token, True, True)
-
-
-def plain(text: str) -> tuple[str, bool, bool]:
-    return (text, False, True)
+special = lambda token: (token, True, True)
+plain = lambda text: (text, False, True)
 
 
 def prompt_parts(prefix: str, suffix: str) -> list[tuple[str, bool, bool]]:
@@ -392,8 +389,7 @@ def repo_parts(repo_name: str, context_files, path: str, split: Split, spm: bool
     return context_parts(repo_name, context_files) + [special("<|file_sep|>"), plain(f"{path}\n")] + file_parts(split, spm)
 
 
-def join(parts) -> str:
-    return "".join(part[0] for part in parts)
+join = lambda parts: "".join(text for text, _, _ in parts)
 
 
 def file_example(split: Split, spm: bool = False) -> str:
@@ -409,20 +405,13 @@ def repo_example(repo_name: str, context_files, path: str, split: Split, spm: bo
 # ---------------------------------------------------------------------- too long: trim the far ends, never the middle
 # `measure` says how long a text is: len for characters, or lambda text: len(tokenizer.encode(text)) for tokens.
 
-
-def keep_end(text: str, room: int, measure=len) -> str:
-    """The longest end of a text that measures at most `room` (nearly the longest, where the measure is not len)."""
-    text = text[max(0, len(text) - 16 * max(room, 0)) :]  # nothing has tokens of 16 characters on average: measure no more than that
+def shorten(text: str, room: int, measure=len, end: bool = False) -> str:
+    """The longest start (or end) of a text that measures at most `room`; nearly the longest where the measure is not len."""
+    piece = lambda size: text[len(text) - size :] if end else text[:size]
+    room = max(room, 0)
+    text = piece(min(len(text), 16 * room))  # no tokenizer averages 16 characters a token: no need to measure more than that
     while text and (size := measure(text)) > room:
-        text = text[len(text) - min(len(text) - 1, len(text) * max(room, 0) // size) :]
-    return text
-
-
-def keep_start(text: str, room: int, measure=len) -> str:
-    """The longest start of a text that measures at most `room` (nearly the longest, where the measure is not len)."""
-    text = text[: 16 * max(room, 0)]
-    while text and (size := measure(text)) > room:
-        text = text[: min(len(text) - 1, len(text) * max(room, 0) // size)]
+        text = piece(min(len(text) - 1, len(text) * room // size))
     return text
 
 
@@ -434,13 +423,13 @@ def trim(split: Split, limit: int, measure=len) -> Split:
     """
     room = limit - measure(split.middle)
     if room < 0:
-        raise ValueError(f"a middle of length {limit - room} does not fit in {limit}: split with a smaller max_middle")
-    prefix, suffix = keep_end(split.prefix, room, measure), keep_start(split.suffix, room, measure)
+        raise ValueError(f"a middle of length {limit - room} does not fit in the {limit} that are left for it: allow more, or split with a "
+                         f"smaller max_middle")
+    prefix, suffix = shorten(split.prefix, room, measure, end=True), shorten(split.suffix, room, measure)
     before, after = measure(prefix), measure(suffix)
     if before + after > room:
-        half = room // 2
-        prefix = keep_end(prefix, max(half, room - after), measure)
-        suffix = keep_start(suffix, max(room - half, room - before), measure)
+        prefix = shorten(prefix, max(room // 2, room - after), measure, end=True)
+        suffix = shorten(suffix, max(room - room // 2, room - before), measure)
     return split._replace(prefix=prefix, suffix=suffix)
 
 
@@ -452,18 +441,15 @@ def trim_repo(repo_name: str, context_files, path: str, split: Split, limit: int
     that is cut keeps its start.
     """
     size = lambda parts: sum(1 if is_special else measure(content) for content, is_special, _ in parts)
-    context_files = list(context_files.items() if isinstance(context_files, dict) else context_files)
+    pairs = list(context_files.items() if isinstance(context_files, dict) else context_files)
+    costs = [1 + measure(f"{name}\n{content}\n") for name, content in pairs]
     room = limit - size(repo_parts(repo_name, [], path, Split("", "", "", "")))
-    costs = [1 + measure(f"{name}\n{content}\n") for name, content in context_files]
-    for_target = max(room - min(sum(costs), room // 2), measure(split.middle))
-    if for_target > room:
-        raise ValueError(f"a middle of length {for_target} does not fit in {limit} with its header: split with a smaller max_middle")
-    split = trim(split, for_target, measure)
-    left = room - sum(measure(piece) for piece in split[:3])
+    split = trim(split, max(room - min(sum(costs), room // 2), min(room, measure(split.middle))), measure)
+    left = room - sum(map(measure, split[:3]))
     kept = []
-    for (name, content), cost in zip(reversed(context_files), reversed(costs)):
+    for (name, content), cost in zip(reversed(pairs), reversed(costs)):
         if cost > left:
-            content = keep_start(content, left - 1 - measure(f"{name}\n\n") - 1, measure)  # one to spare: pieces may not add up exactly
+            content = shorten(content, left - measure(f"{name}\n\n") - 2, measure)  # 2: <|file_sep|>, and one where pieces do not add up
             cost = 1 + measure(f"{name}\n{content}\n")
         if cost > left or not content:
             break
@@ -595,48 +581,41 @@ def endings(path: str) -> list[str]:
 
 
 def rust_module(path: str) -> str:
-    """The module path that a Rust file is: src/a/b.rs and src/a/b/mod.rs are both src/a/b; lib.rs and main.rs are their folder."""
+    """The module that a Rust file is: src/a/b.rs and src/a/b/mod.rs are both src/a/b; lib.rs and main.rs are their folder."""
     stem = posixpath.splitext(path)[0]
     return posixpath.dirname(stem) if posixpath.basename(stem) in ("mod", "lib", "main") else stem
 
 
 def provides(path: str, content: str, language: str, paths) -> list[str]:
     """The names under which other files of the repository may import this one."""
-    stem, folder = posixpath.splitext(path)[0], posixpath.dirname(path)
+    folder, name = posixpath.split(posixpath.splitext(path)[0])
+    stem = posixpath.join(folder, name)
     if language == "python":
-        stem = folder if stem.endswith("__init__") else stem
-        root = folder  # climb while the folder is a package: the name starts below the last one that is not
-        while root and f"{root}/__init__.py" in paths:
+        stem, root = folder if name == "__init__" else stem, folder
+        while root and f"{root}/__init__.py" in paths:  # the importable name starts below the first folder that is no package
             root = posixpath.dirname(root)
         return [stem.replace("/", "."), stem[len(root) :].strip("/").replace("/", ".")]
     if language in PACKAGE:
-        packages = PACKAGE[language].findall(content)
-        return packages + [f"{package}.{posixpath.basename(stem)}" for package in packages]
+        return [full for package in PACKAGE[language].findall(content) for full in (package, f"{package}.{name}")]
     if language in ("javascript", "typescript"):
-        return [path, stem] + ([folder] if posixpath.basename(stem) == "index" else [])
-    if language == "go":
-        return [folder]
-    if language == "rust":
-        return [rust_module(path)]
-    return endings(path)
+        return [path, stem, folder] if name == "index" else [path, stem]
+    return [folder] if language == "go" else [rust_module(path)] if language == "rust" else endings(path)
 
 
 def needs(path: str, content: str, language: str) -> list[list[str]]:
     """What a file imports: for each import the names it may mean, the best first."""
-    folder, found = posixpath.dirname(path), NEEDS[language].findall(content)
+    found, beside = NEEDS[language].findall(content), functools.partial(posixpath.join, posixpath.dirname(path))
     if language == "python":
-        return [need for match in found for need in python_needs(folder, *match)]
+        return [need for match in found for need in python_needs(posixpath.dirname(path), *match)]
     if language == "java":
         return [[name] if star else [name, name.rpartition(".")[0]] for name, star in found]
     if language in ("javascript", "typescript"):
-        return [[at, posixpath.splitext(at)[0]] for at in (posixpath.normpath(posixpath.join(folder, name)) for name in found)]
-    if language == "go":
-        return [endings(name) for name in found]
-    if language == "rust":
-        return [need for match in found for need in rust_needs(path, *match)]
+        return [[at, posixpath.splitext(at)[0]] for at in map(posixpath.normpath, map(beside, found))]
     if language in ("c", "c++"):
-        return [[posixpath.normpath(posixpath.join(folder, name)), posixpath.normpath(name)] for name in found]
-    return [[name] for name in found]
+        return [[posixpath.normpath(beside(name)), posixpath.normpath(name)] for name in found]
+    if language == "rust":
+        return [rust_need(path, *match) for match in found]
+    return [endings(name) if language == "go" else [name] for name in found]
 
 
 def python_needs(folder: str, source: str, names: str, modules: str) -> list[list[str]]:
@@ -644,42 +623,38 @@ def python_needs(folder: str, source: str, names: str, modules: str) -> list[lis
     first_words = lambda listing: [item.split()[0] for item in listing.strip("() \t\n").split(",") if item.split()]
     if modules:
         return [[name] for name in first_words(modules)]
-    dots = len(source) - len(source.lstrip("."))
-    if dots:
-        base = folder.split("/")[: len(folder.split("/")) - dots + 1] if folder else []
-        source = ".".join([*base, *filter(None, [source.lstrip(".")])])
+    module = source.lstrip(".")
+    if dots := len(source) - len(module):
+        above = folder.split("/")[: folder.count("/") + 2 - dots] if folder else []
+        source = ".".join([*above, module]).strip(".")
     return [[f"{source}.{name}".strip("."), source] for name in first_words(re.sub(r"#[^\n]*", "", names))]
 
 
-def rust_needs(path: str, mod: str, child: str, use: str) -> list[list[str]]:
+def rust_need(path: str, mod: str, child: str, use: str) -> list[str]:
     """`mod x;` is a file below this module; `use crate::a::B` is the longest of a/B and a that is a file."""
-    here = rust_module(path)
-    if mod:
-        return [[f"{here}/{child}".lstrip("/")]]
-    first, *rest = use.split("::")
-    if first == "crate":
-        at = path[: path.find("src/") + 3] if "src/" in path else ""
-    else:
-        at = here if first == "self" else posixpath.dirname(here)
-    while rest and rest[0] == "super":
-        at, rest = posixpath.dirname(at), rest[1:]
-    return [["/".join(filter(None, [at, *rest[:n]])) for n in range(len(rest), 0, -1)]] if rest else []
+    at, words = rust_module(path), [child] if mod else use.split("::")
+    if words[0] == "crate":
+        at = path[: path.rfind("src/") + 3] if "src/" in path else ""
+    while words and words[0] in ("crate", "self", "super"):
+        at = posixpath.dirname(at) if words[0] == "super" else at
+        words = words[1:]
+    return ["/".join(filter(None, [at, *words[:n]])) for n in range(len(words), 0, -1)]
 
 
 def imports(files: dict[str, str]) -> dict[str, set[str]]:
     """{path: the other files of the repository that it imports}"""
-    provided = {}  # (language, name) -> paths; C and C++ share their headers, JavaScript and TypeScript their modules
-    family = {"c++": "c", "typescript": "javascript"}
-    languages = {path: language_of(path) for path in files}
-    for path in sorted(files):
-        if language := languages[path]:
-            for name in set(provides(path, files[path], language, files)):
-                provided.setdefault((family.get(language, language), name), []).append(path)
+    family = {"c++": "c", "typescript": "javascript"}  # they share their headers, their modules
+    languages = {path: language for path in sorted(files) if (language := language_of(path))}
+    provided = {}
+    for path, language in languages.items():
+        for name in set(provides(path, files[path], language, files)):
+            provided.setdefault((family.get(language, language), name), []).append(path)
     edges = {path: set() for path in files}
     for path, language in languages.items():
-        for alternatives in needs(path, files[path], language) if language else []:
-            found = next((f for name in alternatives if (f := provided.get((family.get(language, language), name)))), [])
-            edges[path].update(other for other in found if other != path)
+        for names in needs(path, files[path], language):
+            keys = [(family.get(language, language), name) for name in names]
+            edges[path].update(next((provided[key] for key in keys if key in provided), ()))
+        edges[path].discard(path)
     return edges
 
 
@@ -723,7 +698,6 @@ def dependency_order(files: dict[str, str]) -> list[str]:
 
 # ---------------------------------------------------------------------- filling a hole: token healing, stop, repeated suffix
 
-
 class Vocabulary:
     """The ordinary tokens of a tokenizer as text. Tokens that are a part of a character have none, and are never forced."""
 
@@ -740,7 +714,7 @@ class Vocabulary:
 
     def forced(self, must: str) -> list[int]:
         """The tokens that may come next where the text has to go on with `must`: they start with it, or it starts with them."""
-        shorter = [self.id[must[:n]] for n in range(1, len(must)) if must[:n] in self.id]
+        shorter = [self.id[must[:n]] for n in range(1, len(must)) if must[:n] in self.id and must[n:].isascii()]  # ASCII has tokens
         return [i for _, i in self.starting_with(must)] + shorter
 
     def tail(self, ids: list[int]) -> int:
@@ -765,38 +739,27 @@ vocabulary_of = functools.lru_cache(maxsize=2)(Vocabulary)  # decoding every tok
 
 def choose(logits, temperature: float, generator=None) -> int:
     """Sample an id from logits (V,); temperature 0 takes the most likely."""
-    import torch
-
-    if temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator))
+    return int(logits.argmax() if temperature == 0 else (logits.float() / temperature).softmax(-1).multinomial(1, generator=generator))
 
 
-def force(model, ids: list[int], must: str, vocabulary: Vocabulary, temperature: float, device, generator=None) -> list[int]:
-    """Generate until the text `must` is written: the model chooses among the tokens that do not contradict it."""
-    import torch
-
+def force(model, row, ids: list[int], must: str, vocabulary: Vocabulary, temperature: float, generator=None) -> list[int]:
+    """New ids that write the text `must`, and perhaps go on: the model chooses among the tokens that do not contradict it."""
     new = []
     while must:
-        allowed = torch.tensor(vocabulary.forced(must), device=device)
-        logits, _ = model(torch.tensor([ids + new], device=device))  # (1, T, V), or (1, 1, V)
-        new.append(int(allowed[choose(logits[0, -1, allowed], temperature, generator)]))
-        must = must[len(vocabulary.word[new[-1]]) :]  # empty where the token went beyond it
+        allowed = vocabulary.forced(must)
+        logits, _ = model(row(ids + new))  # (1, T, V), or (1, 1, V)
+        new.append(allowed[choose(logits[0, -1][allowed], temperature, generator)])
+        must = must[len(vocabulary.word[new[-1]]) :]  # empty where the token goes beyond it
     return new
 
 
-def extend(model, ids: list[int], count: int, stop_ids, temperature: float, device, generator=None) -> list[int]:
-    """At most `count` new ids, with the model's own generate() where it has one."""
-    import torch
-
-    if hasattr(model, "generate"):
-        settings = {"temperature": temperature} if temperature > 0 else {"temperature": 1.0, "top_k": 1}
-        row = model.generate(torch.tensor([ids], device=device), count, stop_ids=tuple(stop_ids), generator=generator, **settings)[0]
-        return row[len(ids) :].tolist()
+def extend(model, row, ids: list[int], count: int, stops: set[int], temperature: float, generator=None) -> list[int]:
+    """At most `count` new ids, up to the first stop, with the model's own generate() where it has one."""
+    if count > 0 and hasattr(model, "generate"):
+        return model.generate(row(ids), count, temperature, stop_ids=tuple(stops), generator=generator)[0, len(ids) :].tolist()
     new = []
-    while len(new) < count and not (new and new[-1] in stop_ids):
-        logits, _ = model(torch.tensor([ids + new], device=device))
-        new.append(choose(logits[0, -1], temperature, generator))
+    while len(new) < count and not (new and new[-1] in stops):
+        new.append(choose(model(row(ids + new))[0][0, -1], temperature, generator))
     return new
 
 
@@ -808,36 +771,33 @@ def complete(model, prefix: str, suffix: str, tokenizer, *, repo_name: str | Non
 
     model       model(input_ids (1, T)) -> (logits (1, T or 1, V), loss); its generate() is used where it has one
     tokenizer   .encode(text), .decode(ids), .encode_parts(parts), .special {token: id}, .vocab_size
-    repo_name   with context_files and path: the repository form. context: tokens, the new ones included; more text is trimmed
-    heal        take back the last tokens of the prefix and let the model write them again (a cursor is rarely where a token ends)
+    repo_name   with context_files and path: the repository form
+    context     tokens, the new ones included; what does not fit is trimmed
+    heal        take back the last tokens of the prefix and let the model write them again: a cursor is rarely where a token ends
 
     It stops at <|im_end|> (or any special token). Where the completion ends with what already stands behind the cursor on the same
-    line, that repetition is dropped if the result has fewer faults without it.
+    line, drop_repeat() decides, with the parser of `language` if it is given.
     """
-    import torch
+    import torch  # here and not above: cutting files needs none of it, and starts ten times faster without
 
+    device = next(model.parameters()).device if hasattr(model, "parameters") else "cpu"
+    row = lambda ids: torch.tensor([ids], device=device)
     measure = lambda text: len(tokenizer.encode(text))
     prefix, suffix = normalise(prefix), normalise(suffix)
-    hole, room = Split(prefix, "", suffix, "cursor"), context - max_new_tokens
-    before = [special("<|fim_prefix|>")]
+    hole, room, before = Split(prefix, "", suffix, "cursor"), context - max_new_tokens, []
     if repo_name is None:
         hole = trim(hole, room - FILE_SPECIALS, measure)
     else:
         context_files, hole = trim_repo(repo_name, context_files, path, hole, room, measure)
-        before = [*context_parts(repo_name, context_files), special("<|file_sep|>"), plain(f"{path}\n"), *before]
-    device = next(model.parameters()).device if hasattr(model, "parameters") else "cpu"
-    vocabulary = vocabulary_of(tokenizer)
-    prefix_ids = tokenizer.encode(hole.prefix)
-    back = vocabulary.tail(prefix_ids) if heal else 0
-    tail = tokenizer.decode(prefix_ids[len(prefix_ids) - back :])
-    head_ids, _ = tokenizer.encode_parts(before)
-    rest_ids, _ = tokenizer.encode_parts(prompt_parts("", hole.suffix)[2:])
-    ids = head_ids + prefix_ids[: len(prefix_ids) - back] + rest_ids
+        before = [*context_parts(repo_name, context_files), special("<|file_sep|>"), plain(f"{path}\n")]
+    vocabulary, stops, prefix_ids = vocabulary_of(tokenizer), set(tokenizer.special.values()), tokenizer.encode(hole.prefix)
+    kept = len(prefix_ids) - (vocabulary.tail(prefix_ids) if heal else 0)
+    tail = tokenizer.decode(prefix_ids[kept:])
+    start, _, *rest = prompt_parts(hole.prefix, hole.suffix)
+    ids = tokenizer.encode_parts([*before, start])[0] + prefix_ids[:kept] + tokenizer.encode_parts(rest)[0]
     with torch.no_grad():
-        new = force(model, ids, tail, vocabulary, temperature, device, generator)
-        stops = set(tokenizer.special.values())
-        if len(new) < max_new_tokens:
-            new += extend(model, ids + new, max_new_tokens - len(new), stops, temperature, device, generator)
+        new = force(model, row, ids, tail, vocabulary, temperature, generator)
+        new += extend(model, row, ids + new, max_new_tokens - len(new), stops, temperature, generator)
     end = next((n for n, i in enumerate(new) if i in stops), len(new))
     completion = tokenizer.decode(new[:end]).rstrip("\ufffd")[len(tail) :]
     return drop_repeat(prefix, completion, suffix, language)
@@ -856,18 +816,18 @@ def drop_repeat(prefix: str, completion: str, suffix: str, language: str | None 
     Only a parser can tell repetition from need ( f(g(x|)  wants the same  ) ), so it is dropped where the text has fewer faults without
     it. Where neither is better a long repetition (8 characters up) goes and a short one stays.
     """
-    rest = suffix.split("\n", 1)[0].strip()
-    shorter = completion.rstrip()
-    if not rest or not shorter.endswith(rest):
+    line, written = suffix.split("\n", 1)[0], completion.rstrip()
+    rest = line.strip()
+    if not rest or not written.endswith(rest):
         return completion
-    shorter = shorter[: len(shorter) - len(rest)]
+    shorter = written[: len(written) - len(rest)]
+    shorter = shorter.rstrip(" \t") if line[0].isspace() else shorter
     count = functools.partial(faults, language=language) if language else imbalance
     with_it, without = count(prefix + completion + suffix), count(prefix + shorter + suffix)
     return shorter if without < with_it or (without == with_it and len(rest) >= 8) else completion
 
 
 # ---------------------------------------------------------------------- the metrics
-
 
 def levenshtein_table(a: str, b: str) -> int:
     """The fewest insertions, deletions and replacements of a character that turn a into b: the textbook table, row by row."""
@@ -982,7 +942,6 @@ def table(rows: list[dict]) -> str:
 
 # ---------------------------------------------------------------------- command line
 
-
 def read_source(path: Path) -> str:
     """A source file as text: UTF-8, or what a Python file says of itself."""
     try:
@@ -1013,33 +972,29 @@ def read_repository(folder: Path) -> dict[str, str]:
 
 def show(split: Split, around: int = 3) -> str:
     """The last lines of the prefix, the middle between marks, the first lines of the suffix."""
-    above, below = split.prefix.split("\n")[-around:], split.suffix.split("\n")[:around]
+    above, below = "\n".join(split.prefix.split("\n")[-around:]), "\n".join(split.suffix.split("\n")[:around])
     note = "" if split.level == split.asked else f", for want of a {split.asked} that fits"
-    rule = f"-- {split.level} ({split.node}){note}: {len(split.prefix):,} + {len(split.middle):,} + {len(split.suffix):,} characters "
-    return f"{rule:-<100}\n" + "\n".join(above) + f"\u27e6{split.middle}\u27e7" + "\n".join(below) + "\n"
+    title = f"-- {split.level} ({split.node}){note}: {len(split.prefix):,} + {len(split.middle):,} + {len(split.suffix):,} characters "
+    return f"{title:-<100}\n{above}\u27e6{split.middle}\u27e7{below}\n"
 
 
 def show_file(path: Path, language: str | None, options) -> None:
-    """The examples of one file, and how often a level had to fall back."""
-    rng, source = random.Random(options.seed), Source(read_source(path), language)
-    index, target = None, path.name
+    """The examples of one file, and how many had to fall back."""
+    rng, source, fell_back = random.Random(options.seed), Source(read_source(path), language), 0
+    index, repo, target = None, "", path.name
     if options.repo:
-        index = Index(read_repository(options.repo))
-        if path.resolve().is_relative_to(options.repo.resolve()):
-            target = path.resolve().relative_to(options.repo.resolve()).as_posix()
-    found = Counter()
-    for level in options.levels.split(","):
-        for _ in range(options.n):
-            cut = source.split(level, rng, options.max_middle)
-            found[cut.asked, cut.level] += 1
-            context = similar_files(index, target, cut) if index else []
-            if options.string:
-                example = repo_example(options.repo.resolve().name, context, target, cut, options.spm) if index else file_example(cut, options.spm)
-                print(example, end="\n\n")
-            else:
-                print(show(cut), *[f"   in front: {name}, {len(snippet):,} characters" for name, snippet in context], sep="\n")
-    moved = {f"{a} to {b}": n for (a, b), n in found.items() if a != b}
-    print(f"{found.total()} examples of {path} ({language or 'no grammar'}), {sum(moved.values())} fell back", moved or "", file=sys.stderr)
+        root, index = options.repo.resolve(), Index(read_repository(options.repo))
+        repo, target = root.name, os.path.relpath(path.resolve(), root)
+    levels = [level for level in options.levels.split(",") for _ in range(options.n)]
+    for level in levels:
+        cut = source.split(level, rng, options.max_middle)
+        fell_back += cut.level != cut.asked
+        context = similar_files(index, target, cut) if index else []
+        if options.string:
+            print(repo_example(repo, context, target, cut, options.spm) if index else file_example(cut, options.spm))
+        else:
+            print(show(cut), *[f"   in front: {name}, {len(snippet):,} characters\n" for name, snippet in context], sep="")
+    print(f"{len(levels)} examples of {path} ({language or 'no grammar'}), {fell_back} fell back to a lower level", file=sys.stderr)
 
 
 def bench(seconds: float) -> None:
@@ -1047,39 +1002,38 @@ def bench(seconds: float) -> None:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [p for p in sorted(root.rglob("*.py")) if not {"site-packages", "test", "tests"} & set(p.parts) and p.stat().st_size]
     random.Random(0).shuffle(paths)
-    files = [read_source(path) for path in paths]
-    size = sum(len(to_bytes(code)) for code in files) / len(files)
+    files = {path.relative_to(root).as_posix(): read_source(path) for path in paths}
+    size = sum(len(to_bytes(code)) for code in files.values()) / len(files)
     print(f"{len(files)} files, {size / 1e3:.1f} kB each, one process; one example a file unless said otherwise")
 
     def rate(work, per_file=1):
         rng, done, start = random.Random(0), 0, time.perf_counter()
         while time.perf_counter() - start < seconds:
-            work(files[done % len(files)], rng)
+            path = names[done % len(names)]
+            work(path, files[path], rng)
             done += 1
         return done * per_file / (time.perf_counter() - start)
 
-    bare = rate(lambda code, rng: parser("python").parse(to_bytes(code)))
-    print(f"{'tree-sitter alone':<24}{bare:>10,.0f} files/s {bare * size / 1e6:>8.1f} MB/s")
-    for level in LEVELS:
-        speed = rate(lambda code, rng: file_example(split(code, "python", level, rng)))
-        print(f"{level:<24}{speed:>10,.0f} examples/s" + (f" {speed / bare:>8.2f} of the bare parse" if level in NODES["python"] else ""))
-
-    def many(code, rng):
+    def ten(path, code, rng):
         source = Source(code, "python")
         for n in range(10):
-            file_example(source.split(LEVELS[n % 5], rng))
+            join(file_parts(source.split(LEVELS[n % 5], rng)))
 
-    print(f"{'ten of a file, all levels':<24}{rate(many, 10):>10,.0f} examples/s")
-    repository = {path.relative_to(root).as_posix(): code for path, code in zip(paths, files)}
+    names = list(files)
+    bare = rate(lambda path, code, rng: parser("python").parse(to_bytes(code)))
+    print(f"{'tree-sitter alone':<26}{bare:>9,.0f} files/s {bare * size / 1e6:>11.1f} MB/s")
+    for level in LEVELS:
+        speed = rate(lambda path, code, rng, level=level: file_example(split(code, "python", level, rng)))
+        print(f"{level:<26}{speed:>9,.0f} examples/s {speed / bare:>8.2f} of the files/s above")
+    print(f"{'ten of a file, all levels':<26}{rate(ten, 10):>9,.0f} examples/s")
     start = time.perf_counter()
-    index = Index(repository)
-    print(f"{'index of the repository':<24}{time.perf_counter() - start:>10.2f} s for {len(index.snippets):,} snippets")
-    path_of = {code: path for path, code in repository.items()}
-    speed = rate(lambda code, rng: similar_files(index, path_of[code], split(code, "python", "line", rng)))
-    print(f"{'line with similar files':<24}{speed:>10,.0f} examples/s")
+    index = Index(files)
+    print(f"{'index of the repository':<26}{time.perf_counter() - start:>9.2f} s for {len(index.snippets):,} snippets")
+    speed = rate(lambda path, code, rng: similar_files(index, path, split(code, "python", "line", rng)))
+    print(f"{'line with similar files':<26}{speed:>9,.0f} examples/s")
     start = time.perf_counter()
-    dependency_order(repository)
-    print(f"{'dependency order':<24}{time.perf_counter() - start:>10.2f} s for {len(repository):,} files")
+    dependency_order(files)
+    print(f"{'dependency order':<26}{time.perf_counter() - start:>9.2f} s for {len(files):,} files")
 
 
 def main(argv=None) -> None:
@@ -1107,6 +1061,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(print(f"fim.py: {error}", file=sys.stderr) or 2)
+        print(f"fim.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
