@@ -1,7 +1,8 @@
 """
 The code-flow pipeline: one loop that runs every stage of the report's Figure 2, and the table that says how the stages differ.
 
-    pretrain -> anneal -> mid1 (32k) -> mid2 (128k)
+    pretrain -> anneal -> mid1 (32k) -> mid2 (128k) -> sft_instruct
+                                                    -> sft_thinking
 
 A stage is a row of STAGES: where it starts from, how long its rows are, what it reads and in which shares, and the shape of its
 learning rate. A *preset* scales the whole chain to a machine: `nano` takes minutes on two CPU cores, with contexts at the ratios of the
@@ -24,6 +25,7 @@ numbers are ours. Where we differ: one node; a category of the mixture that has 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gzip
 import json
 import lzma
@@ -31,6 +33,8 @@ import math
 import os
 import sys
 import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +43,7 @@ import torch
 import torch.distributed as dist
 
 import data
+import tasks
 from model import LoopCoder, LoopCoderConfig, flops_per_token, matmul_peak, parameter_count
 
 # ---------------------------------------------------------------------------------------------- the stages
@@ -55,12 +60,16 @@ class Stage:
     hold: float  # share of the steps spent at `end`: the extended low-rate phase
     mixture: dict[str, float]  # category of data.py -> share of the tokens
     rope_theta: float | None = None  # the base of the rotary embedding from this stage on
+    sft: str | None = None  # "instruct" or "thinking": the samples come from tasks.py by the curriculum, the mixture is the replay
 
 
 # The report's Table 2 in billions of tokens, by category of data.py: reasoning QA, agent trajectories, commits, file-level and
 # repository-level code (half of it fill-in-the-middle), and a down-sampled share of the first stage.
 MID1 = {"reasoning": 175, "agent": 10, "commit": 5, "file": 35, "repo": 5, "code": 70}
 MID2 = {"reasoning": 65, "agent": 110, "commit": 35, "file": 5, "repo": 35, "code": 50}
+
+# Fine-tuning replays a little of what came before, half of it fill-in-the-middle, so that neither is forgotten (shares of all tokens).
+REPLAY = {"quality": 0.05, "file": 0.05}
 
 STAGES = {
     stage.name: stage
@@ -69,6 +78,8 @@ STAGES = {
         Stage("anneal", "pretrain", 0, 0.15, peak=0.5, end=0.05, hold=0.1, mixture={"quality": 0.5, "code": 0.5}),
         Stage("mid1", "anneal", 1, 0.075, peak=0.3, end=0.03, hold=0.1, mixture=MID1),
         Stage("mid2", "mid1", 2, 0.075, peak=0.3, end=0.03, hold=0.1, mixture=MID2, rope_theta=500_000.0),
+        Stage("sft_instruct", "mid2", 1, 0.3, peak=0.4, end=0.02, hold=0.3, mixture=REPLAY, sft="instruct"),
+        Stage("sft_thinking", "mid2", 1, 0.3, peak=0.4, end=0.02, hold=0.3, mixture=REPLAY, sft="thinking"),
     )
 }
 
@@ -76,7 +87,7 @@ STAGES = {
 @dataclass(frozen=True)
 class Preset:
     contexts: tuple[int, int, int]  # row lengths of pre-training, mid1, mid2
-    tokens: float  # token budget of the chain up to mid2
+    tokens: float  # token budget of the chain up to mid2; fine-tuning comes on top
     batch_tokens: int  # tokens of one optimizer step
     lr: float  # peak learning rate of pre-training
     vocab_size: int
@@ -226,9 +237,17 @@ def start_world(cfg: TrainConfig) -> World:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    fast_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32, "auto": torch.bfloat16 if fast_bf16 else torch.float32}[cfg.dtype]
-    return World(rank, size, device, dtype, compiled=cfg.compile != "off")
+    return World(rank, size, device, number_format(cfg.dtype, device), compiled=cfg.compile != "off")
+
+
+def number_format(name: str, device) -> torch.dtype:
+    """bfloat16 on a GPU. On a CPU what a matrix product measures as faster: some have bfloat16 instructions that run at half speed."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16
+    choice = [matmul_peak(device, dtype, size=1024) for dtype in (torch.float32, torch.bfloat16)]
+    return torch.bfloat16 if choice[1] > 1.25 * choice[0] else torch.float32
 
 
 class Loss(torch.nn.Module):
@@ -456,6 +475,193 @@ def corrupt(x, fault, element, bit, run=64) -> bool:
     return not torch.equal(words, was)
 
 
+# ---------------------------------------------------------------------------------------------- supervised fine-tuning
+
+# (share of the steps, levels, perturbed): format and basics; knowledge, sampled by measured difficulty; frontier and adversarial.
+PHASES = ((0.2, (1,), False), (0.5, (1, 2, 3), False), (0.3, (2, 3, 4), True))
+
+
+class Samples:
+    """Token sequences in memory, with the face of a TokenFile, so that Mixture reads them. They are never cut."""
+
+    cut = False
+
+    def __init__(self, name, samples):
+        self.name, self.samples = name, samples
+        self.lengths = np.array([len(ids) for ids, _ in samples])
+
+    def ids(self, i):
+        return np.asarray(self.samples[i][0])
+
+    def in_loss(self, i):
+        return np.asarray(self.samples[i][1])
+
+
+@functools.cache  # the two fine-tuning stages share most of their tasks
+def verified_task(family, level, number, perturbed):
+    """A task whose own solution passed, or None: only samples with zero errors enter."""
+    task = tasks.generate(family, level, number)
+    task = tasks.perturb(task, number) if perturbed and number % 2 else task
+    return task if tasks.verify(task, task.solution) == 1.0 else None
+
+
+def task_samples(tokenizer, family, levels, weights, n, seed, thinking, perturbed) -> list:
+    """n samples of one family: levels drawn by weight; agent families as whole episodes, their observations not learned."""
+    rng = np.random.default_rng([seed, *family.encode()])
+    drawn_levels = rng.choice(levels, n, p=np.array(weights) / sum(weights))
+    drawn = [(family, int(level), int(number), perturbed) for level, number in zip(drawn_levels, rng.integers(0, 1 << 30, n))]
+    with ThreadPoolExecutor(4) as pool:  # the programs of the samples run in the sandbox's processes
+        verified = list(pool.map(lambda key: verified_task(*key), drawn))
+    samples = []
+    for task in filter(None, verified):
+        episode = task.turns and not thinking
+        parts = tasks.trajectory_parts(task, detour=task.seed % 4 == 0) if episode else tasks.task_parts(task, thinking)
+        samples.append(tokenizer.encode_parts(parts))
+    return samples
+
+
+@torch.no_grad()
+def solve_rates(model, tokenizer, cells, n_tasks, n_samples, split="test", thinking=False, seed=0, max_new_tokens=160) -> dict:
+    """{(family, level): list of (right answers, n_samples) by task}: what the model itself can do, measured by running its answers."""
+    problems = [tasks.generate(family, level, 10_000 + k, split) for family, level in cells for k in range(n_tasks)]
+    prompts = [tokenizer.encode_parts(tasks.prompt_parts(task))[0] for task in problems]
+    limit, stop = model.config.max_position_embeddings, tokenizer.special["<|im_end|>"]
+    generator, answers = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed), []
+    rows = [prompt[-(limit - max_new_tokens) :] for prompt in prompts for _ in range(n_samples)]
+    for start in range(0, len(rows), 64):
+        batch = rows[start : start + 64]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(model.lm_head.weight.device)
+        out = model.generate(ids, max_new_tokens, temperature=1.0, stop_ids=(stop,), generator=generator, lengths=[len(r) for r in batch])
+        for row, prompt in zip(out.tolist(), batch):
+            new = row[len(prompt) : len(prompt) + max_new_tokens]
+            answers.append(tokenizer.decode(new[: new.index(stop)] if stop in new else new))
+
+    def right(i):
+        try:
+            return tasks.verify(problems[i // n_samples], answers[i]) == 1.0
+        except RuntimeError:  # the sandbox broke: says nothing about the answer
+            return None
+
+    with ThreadPoolExecutor(2) as pool:
+        verdicts = list(pool.map(right, range(len(answers))))
+    rates = defaultdict(list)
+    for i, task in enumerate(problems):
+        known = [v for v in verdicts[i * n_samples : (i + 1) * n_samples] if v is not None]
+        if known:
+            rates[task.family, task.difficulty].append((sum(known), len(known)))
+    return dict(rates)
+
+
+def adjust(weights: dict, base: dict, history: dict) -> dict:
+    """
+    One move of the dynamic mixture: a family whose held-out loss stands more than 1 % above its best gets 1.25 times its weight, one
+    that moved less than 0.1 % an evaluation over the last three gets 0.9 times; between half and twice the base; normalised to 1.
+    history: {family: [loss, ...]}.
+    """
+    moved = {}
+    for name, weight in weights.items():
+        losses = history[name]
+        if losses[-1] > 1.01 * min(losses):
+            weight *= 1.25
+        elif len(losses) >= 3 and abs(losses[-1] - losses[-3]) / 2 < 0.001 * losses[-3]:
+            weight *= 0.9
+        moved[name] = min(max(weight, 0.5 * base[name]), 2 * base[name])
+    total = sum(moved.values())
+    return {name: weight / total for name, weight in moved.items()}
+
+
+class Curriculum:
+    """
+    The data of a fine-tuning stage, with the face of data.Mixture: three phases by *measured* difficulty, replay, dynamic shares.
+
+    Phase 1 shows every family at level 1. Then the model is asked: its pass rate p by family and level (8 answers a task) sets how
+    often a level is drawn in phases 2 and 3, with weight p (1 - p) + 0.1: what it half knows teaches most. Every few steps the
+    held-out loss by family moves the families' shares (adjust). All of it depends on the seed and on the recorded rates alone.
+    """
+
+    def __init__(self, model, tokenizer, stage, replay, shares, context, rows, steps, seed, world):
+        self.model, self.tokenizer, self.stage, self.context, self.rows, self.seed = model, tokenizer, stage, context, rows, seed
+        self.replay, self.replay_shares, self.world, self.steps = replay, shares, world, steps
+        self.ends, self.every = [round(end * steps) for end in np.cumsum([share for share, _, _ in PHASES])], max(1, steps // 8)
+        self.base = {family: 1 / len(tasks.FAMILIES) for family in tasks.FAMILIES}
+        self.step, self.phase, self.weights, self.rates, self.history = 0, -1, dict(self.base), {}, {f: [] for f in self.base}
+        self.given, self.phase_given = defaultdict(int), {}
+        self.heldout = {family: self.samples(family, (1, 2), (1, 1), 6, seed + 99, False) for family in self.base}
+
+    @property
+    def thinking(self):
+        return self.stage.sft == "thinking"
+
+    def samples(self, family, levels, weights, n, seed, perturbed):
+        """Samples that fit the context; there must be some, or the family cannot be taught here."""
+        made = task_samples(self.tokenizer, family, levels, weights, n, seed, self.thinking, perturbed)
+        kept = [(ids, in_loss) for ids, in_loss in made if len(ids) <= self.context]
+        if not kept:
+            raise ValueError(f"{self.stage.name}: no sample of {family} fits a context of {self.context} tokens; use a longer one")
+        return kept
+
+    def shares(self):
+        left = 1 - sum(self.replay_shares.values())
+        return {**self.replay_shares, **{family: left * weight for family, weight in self.weights.items()}}
+
+    def enter(self, phase):
+        """Make the samples of a phase and the mixture that deals them."""
+        share, levels, perturbed = PHASES[phase]
+        pool = 4 + int(share * self.steps * self.rows * self.context / len(self.base) / 60)  # samples of 60 tokens: each about once
+        if phase == 1 and not self.rates:
+            self.model.eval()
+            cells = [(family, level) for family in self.base for level in (1, 2, 3, 4)]
+            found = solve_rates(self.model, self.tokenizer, cells, 1, 8, split="train", thinking=self.thinking, seed=self.seed)
+            self.rates = {f"{family}/{level}": sum(c for c, _ in row) / sum(n for _, n in row) for (family, level), row in found.items()}
+            self.model.train()
+            easy = {family: self.rates.get(f"{family}/1", 0.0) for family in self.base}
+            found = ", ".join(f"{family} {100 * p:.0f}%" for family, p in easy.items())
+            print(f"{self.stage.name}: measured pass rates at level 1: {found}", flush=True)
+        self.phase, files = phase, dict(self.replay)
+        for family in self.base:
+            rates = [self.rates.get(f"{family}/{level}", 0.0) for level in levels]
+            weights = [p * (1 - p) + 0.1 for p in rates]
+            files[family] = Samples(family, self.samples(family, levels, weights, min(pool, 400), self.seed + phase, perturbed))
+        self.mixture = data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase)
+
+    def next(self):
+        phase = next((k for k, end in enumerate(self.ends) if self.step < end), len(self.ends) - 1)
+        if phase != self.phase:
+            self.phase_given = dict(self.given)
+            self.enter(phase)
+        elif self.step % self.every == 0:
+            self.reweigh()
+        self.step += 1
+        batch = self.mixture.next()
+        self.given = defaultdict(int, {n: self.phase_given.get(n, 0) + k for n, k in self.mixture.given.items()})
+        return batch
+
+    @torch.no_grad()
+    def reweigh(self):
+        """Held-out loss by family, then one move of the shares; the quota starts afresh, so that the past is not made up for."""
+        for family, samples in self.heldout.items():
+            ids, targets, segments = map(torch.from_numpy, data.pack(samples, self.context))
+            loss = self.model.loss(ids.to(self.world.device), targets.to(self.world.device), segments.to(self.world.device))
+            self.history[family].append(float(loss))
+        self.weights = adjust(self.weights, self.base, self.history)
+        self.mixture.shares, self.mixture.drawn = self.shares(), dict.fromkeys(self.mixture.drawn, 0)
+
+    def realised(self):
+        total = max(1, sum(self.given.values()))
+        return {name: count / total for name, count in self.given.items()}
+
+    def state(self):
+        kept = ("step", "phase", "weights", "rates", "history", "phase_given")
+        return {name: getattr(self, name) for name in kept} | {"given": dict(self.given), "mixture": self.mixture.state()}
+
+    def load_state(self, state):
+        for name in ("step", "weights", "rates", "history", "phase_given"):
+            setattr(self, name, state[name])
+        self.given = defaultdict(int, state["given"])
+        self.enter(state["phase"])
+        self.mixture.load_state(state["mixture"])
+
+
 # ---------------------------------------------------------------------------------------------- the loop
 
 
@@ -573,8 +779,16 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     peak = cfg.lr or preset.lr
     optimizer = Optimizer(model, cfg.optimizer, cfg.weight_decay)
     files = token_files(Path(cfg.out) / "data" / "train")
-    shares, absent = share_out(stage.mixture, files)
-    mixture = data.Mixture({n: files[n] for n in shares}, shares, context, rows, seed=cfg.seed + list(STAGES).index(stage.name))
+    seed = cfg.seed + list(STAGES).index(stage.name)
+    if stage.sft:
+        shares = {name: share for name, share in stage.mixture.items() if name in files}
+        absent = {name: share for name, share in stage.mixture.items() if name not in files}
+        replay = {name: files[name] for name in shares}
+        mixture = Curriculum(model, tokenizer, stage, replay, shares, context, rows, steps, cfg.seed, world)
+        shares = mixture.shares()
+    else:
+        shares, absent = share_out(stage.mixture, files)
+        mixture = data.Mixture({n: files[n] for n in shares}, shares, context, rows, seed=seed)
 
     first, seconds, snapshot = 0, 0.0, folder / "state.pt"
     if cfg.resume and snapshot.exists():
@@ -588,10 +802,9 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     if world.main:
         parts = ", ".join(f"{n} {100 * s:.1f}%" for n, s in shares.items())
         missing = "; absent: " + ", ".join(f"{n} {100 * s:.1f}%" for n, s in absent.items()) if absent else ""
-        print(
-            f"{stage.name}: {parameter_count(model.config)[0] / 1e6:.2f}M parameters, rows of {context} tokens, {rows * context} tokens a step, "
-            f"{steps} steps{f' from step {first}' if first else ''}\n{stage.name}: {parts}{missing}"
-        )
+        size, rest = parameter_count(model.config)[0] / 1e6, f" from step {first}" if first else ""
+        print(f"{stage.name}: {size:.2f}M parameters, rows of {context} tokens, {rows * context} tokens a step, {steps} steps{rest}")
+        print(f"{stage.name}: {parts}{missing}", flush=True)
     loss_fn = loss_function(model, world)
     checked = cfg.check == "on" or cfg.check == "auto" and world.size > 1 or cfg.inject
     guard = Guard(model, optimizer, world, cfg.recheck_every, Inject.parse(cfg.inject) if cfg.inject else None) if checked else None

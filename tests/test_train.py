@@ -36,8 +36,8 @@ def toy(monkeypatch):
 
 
 def add_toy(setitem):
-    setitem(model.PRESETS, "toy", model.shape(32, 64, 2, 4, 2, 600, 256))
-    setitem(train.PRESETS, "toy", train.Preset((64, 128, 256), 40_000, 1024, 3e-3, 600, 1.2, "seconds"))
+    setitem(model.PRESETS, "toy", model.shape(32, 64, 2, 4, 2, 600, 1024))
+    setitem(train.PRESETS, "toy", train.Preset((64, 512, 1024), 40_000, 1024, 3e-3, 600, 1.2, "seconds"))
 
 
 def config(out, **changes):
@@ -64,7 +64,7 @@ def test_the_chain_leaves_a_loadable_checkpoint_a_stage_and_learns(corpus, toy, 
         records = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
         assert records[-1]["bits_per_byte"]["python"] < 8
         assert not (out / name / "state.pt").exists()
-        assert model.LoopCoder.from_pretrained(out / name).config.max_position_embeddings == (64, 128, 256)[train.STAGES[name].context]
+        assert model.LoopCoder.from_pretrained(out / name).config.max_position_embeddings == (64, 512, 1024)[train.STAGES[name].context]
     losses = [json.loads(line)["loss"] for line in (out / "pretrain" / "log.jsonl").read_text().splitlines()[:-1]]
     assert losses[-1] < losses[0] - 0.5
 
@@ -222,7 +222,8 @@ def hunt(rank, size, port, trials, path):
     lab, rng, results = Lab(rank, size, port), np.random.default_rng(7), []
     names = [n for n, _ in lab.net.named_parameters()]
     for t in range(trials):
-        spec = {"site": ("weight", "optimizer", "gradient", "reduced", "update")[t % 5], "step": int(rng.integers(1, 3)), "rank": int(rng.integers(size))}
+        site = ("weight", "optimizer", "gradient", "reduced", "update")[t % 5]
+        spec = {"site": site, "step": int(rng.integers(1, 3)), "rank": int(rng.integers(size))}
         spec |= {"tensor": names[rng.integers(len(names))], "element": int(rng.integers(1 << 20)), "bit": int(rng.integers(32))}
         spec |= {"fault": ("flip", "pair", "swap", "zero", "roll", "stuck")[rng.integers(6)], "persistent": int(rng.integers(2))}
         inject = train.Inject(**spec)
