@@ -270,6 +270,31 @@ def loop_attention(q, k_global, v_global, k_local, v_local, gate_weight, gate_bi
     return mix(q, o_global, o_local, gate_weight, gate_bias)
 
 
+# ---- one new token against what was kept -----------------------------------------------------------------------------
+
+
+def attention_step(q, k, v, mask=None):
+    """One query a row: q (B, H, D) on keys (B, KV, S, D), mask (B, 1, 1, S) or None. The heads of a group act as its queries."""
+    B, H, D = q.shape
+    return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask).view(B, H, D)
+
+
+def loop_attention_step(q, k_global, v_global, k_ring, v_ring, gate_weight, gate_bias, lengths, global_mask=None, ring_mask=None):
+    """
+    Loop attention of one new token a row against its caches: q (B, H, D) -> (B, H, D); no gradient.
+
+    k_global, v_global (B, KV, S, D) hold pass 1 of all positions, the new one included; k_ring, v_ring (B, KV, W, D) hold the last W
+    of this pass, in any order: rotary angles are already in the keys, and softmax does not ask for order. lengths (B,) says how many
+    positions each row has; the masks (B, 1, 1, S or W), 0 or -inf, say the same and are None where all rows are full.
+    """
+    if q.is_cuda:
+        from kernels import fused_gated_decode
+        return fused_gated_decode(q[:, :, None], k_global, v_global, k_ring, v_ring, gate_weight, gate_bias, lengths)[:, :, 0]
+    o_global, o_local = attention_step(q, k_global, v_global, global_mask), attention_step(q, k_ring, v_ring, ring_mask)
+    g = torch.sigmoid((q * gate_weight).sum(-1, keepdim=True) + gate_bias[:, None])
+    return torch.lerp(o_local, o_global, g)
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 

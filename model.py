@@ -23,13 +23,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from loop_attention import causal_attention, loop_attention
+from loop_attention import attention_step, causal_attention, loop_attention, loop_attention_step
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -319,8 +320,8 @@ class Cache:
 
     A layer keeps pass 1 for every position (`capacity` of them), and each later pass for the last W only: position p lies in slot
     p mod W, so a step writes one slot and moves nothing. Memory is taken once, here. lengths (rows,) says how far each row is.
-    A row is a slot that can be emptied (reset) and filled again while the others go on, and keep() drops rows for good.
-    A cache belongs to the weights it was made with: after an optimizer step make a new one.
+    A row is a slot that can be emptied (reset) and filled again while the others go on; copy() doubles a row, keep() drops rows for
+    good. A cache belongs to the weights it was made with: after an optimizer step make a new one.
     """
 
     def __init__(self, config, rows, capacity, device="cpu", dtype=torch.float32):
@@ -332,10 +333,16 @@ class Cache:
         self.later = [[torch.zeros(rows, 2 * KV, W, D, device=device, dtype=dtype) for _ in range(L)] for _ in range(config.loop_num - 1)]
         shifted = config.loop_num - 1 if config.loop_input == "shift" else 0
         self.last_hidden = [torch.zeros(rows, 1, config.hidden_size, device=device, dtype=dtype) for _ in range(shifted)]
+        self.packed = None                                                       # the weights as decode() wants them, made at its first step
 
     def reset(self, row):
         """Empty one row (or a list of rows). What it held is overwritten by the next prompt; only its length counts."""
         self.lengths[row] = 0
+
+    def copy(self, row, others):
+        """Give other rows what this one holds: one prompt, several answers."""
+        for x in [self.lengths, *self.first, *(x for xs in self.later for x in xs), *self.last_hidden]:
+            x[others] = x[row].clone()
 
     def keep(self, rows):
         """Keep these rows only, in this order."""
@@ -410,6 +417,55 @@ class CachedAttention:
         later[self.rows] = torch.where(self.renewed[:, None], new.gather(2, index), held)
         g = torch.sigmoid(torch.einsum("bhtd,hd->bht", q.float(), gate.weight.float()) + gate.bias.float()[:, None])[..., None]
         return (o_local + g * (o_global - o_local)).to(q.dtype)
+
+
+class PackedWeights:
+    """The weights of a model for one-token steps: q, k, v in one matrix, gate and up in one, each times the gain of the norm before it."""
+
+    def __init__(self, model):
+        dtype = model.compute_dtype or model.lm_head.weight.dtype
+        self.layers = []
+        for i, layer in enumerate(model.model.layers):
+            a, m, loop = layer.self_attn, layer.mlp, model.config.loop_num > 1
+            gate = model.model.gate_projections[i] if loop else None
+            qkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) * layer.input_layernorm.weight
+            gate_up = torch.cat([m.gate_proj.weight, m.up_proj.weight]) * layer.post_attention_layernorm.weight
+            self.layers.append(SimpleNamespace(
+                qkv=qkv.to(dtype), o=a.o_proj.weight.to(dtype).T, gate_up=gate_up.to(dtype), down=m.down_proj.weight.to(dtype).T,
+                gate=gate.weight.to(dtype) if loop else None, bias=gate.bias.to(dtype) if loop else None))
+        self.head = (model.lm_head.weight * model.model.norm.weight).to(dtype)
+
+
+class Step:
+    """Where the next token of each row goes and what it sees: made once a step, read by all layers and passes."""
+
+    def __init__(self, cache):
+        config, lengths, W = cache.config, cache.lengths, cache.config.loop_window_size
+        have = lengths.tolist()
+        if max(have) >= cache.capacity:
+            raise ValueError(f"the cache holds {cache.capacity} tokens a row, and row {have.index(max(have))} is full")
+        dtype, device = cache.first[0].dtype, lengths.device
+        cos, sin = rotary_table(lengths[:, None], config.head_dim, config.rope_theta)            # (B, 1, 1, D/2)
+        self.cos, self.sin = torch.cat([cos, cos], -1)[:, 0].to(dtype), torch.cat([-sin, sin], -1)[:, 0].to(dtype)
+        self.total, self.end = lengths + 1, max(have) + 1
+        self.ring_end = W if device.type == "cuda" else min(self.end, W)         # the fused kernel takes W from the shape
+        self.position, self.rows = lengths, torch.arange(len(have), device=device)
+        self.slot = have[0] if min(have) == max(have) else None                  # all rows stand at the same place
+        self.mask = self.ring_mask = None
+        if self.slot is None:
+            empty = lambda n: torch.zeros(len(have), 1, 1, n, device=device, dtype=dtype)
+            late = torch.arange(self.end, device=device) > lengths[:, None]
+            self.mask = empty(self.end).masked_fill_(late[:, None, None], -math.inf)
+            if min(have) + 1 < W:
+                self.ring_mask = empty(self.ring_end).masked_fill_(late[:, None, None, : self.ring_end], -math.inf)
+        self.W = W
+
+    def write(self, kv, new, ring):
+        """Put new (B, 2 KV, D) into its slot of kv (B, 2 KV, slots, D)."""
+        if self.slot is not None:
+            kv.select(2, self.slot % self.W if ring else self.slot).copy_(new)
+        else:
+            kv[self.rows, :, self.position % self.W if ring else self.position] = new
 
 
 # ---- files: the released layout --------------------------------------------------------------------------------------
@@ -659,11 +715,45 @@ class LoopCoder(nn.Module):
         return F.linear(h[torch.arange(len(rows)), lengths - 1], self.lm_head.weight.to(h.dtype)).float()
 
     @torch.no_grad()
-    def decode(self, cache, tokens):
-        """Append one token (B,) to every row; logits (B, V) for the next."""
-        rows = torch.arange(cache.rows, device=tokens.device)
-        h = self.append(cache, rows, tokens[:, None], torch.ones_like(rows))
-        return F.linear(h[:, 0], self.lm_head.weight.to(h.dtype)).float()
+    def decode(self, cache, tokens, active=None):
+        """
+        Append one token (B,) to every row; logits (B, V) for the next. active (B,) bool: the other rows stay as they are.
+
+        The same as append() with one token, in as few calls as it takes: a small model's step is all overhead. Norm gains are folded
+        into the weights behind them, residuals into the matrix products, and a step writes one slot of each cache and moves nothing.
+        """
+        config = self.config
+        H, KV, D, B = config.num_attention_heads, config.num_key_value_heads, config.head_dim, len(tokens)
+        cache.packed = cache.packed or PackedWeights(self)
+        layers, at = cache.packed.layers, Step(cache)
+        unit = lambda x: F.rms_norm(x, x.shape[-1:], eps=config.rms_norm_eps)
+        embedded = x = self.embed(tokens)                                        # (B, C)
+        for turn in range(config.loop_num):
+            x_before = x
+            if turn and config.loop_input == "shift":
+                kept = cache.last_hidden[turn - 1]
+                before, kept[:] = kept[:, 0].clone(), x[:, None] if active is None else torch.where(active[:, None, None], x[:, None], kept)
+                x = embedded + before * (cache.lengths > 0)[:, None]
+            for i, w in enumerate(layers):
+                qkv = F.linear(unit(x), w.qkv).view(B, H + 2 * KV, D)
+                qk = qkv[:, : H + KV]                                            # rotary, in place
+                torch.addcmul(qk * at.cos, qk.roll(D // 2, -1), at.sin, out=qk)
+                q, kv = qkv[:, :H], cache.first[i] if turn == 0 else cache.later[turn - 1][i]
+                at.write(kv, qkv[:, H:], ring=turn > 0)
+                first = cache.first[i][:, :, : at.end]
+                if turn == 0:
+                    o = attention_step(q, first[:, :KV], first[:, KV:], at.mask)
+                else:
+                    ring = kv[:, :, : at.ring_end]
+                    o = loop_attention_step(q, first[:, :KV], first[:, KV:], ring[:, :KV], ring[:, KV:], w.gate, w.bias, at.total,
+                                            at.mask, at.ring_mask)
+                x = torch.addmm(x, o.view(B, H * D), w.o)
+                gate, up = F.linear(unit(x), w.gate_up).chunk(2, dim=-1)
+                x = torch.addmm(x, F.silu(gate).mul_(up), w.down)
+            if turn and self.loop_alpha is not None:
+                x = torch.lerp(x_before, x, self.loop_alpha.to(x.dtype))
+        cache.lengths += 1 if active is None else active
+        return F.linear(unit(x), cache.packed.head).float()
 
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_ids=(), generator=None, lengths=None,
@@ -828,7 +918,7 @@ def complete(folder, prompt, max_new_tokens, temperature, top_p, seed):
 
 def show_presets():
     """One line for each preset: parameters, training FLOPs a token at its full context, cache bytes a token."""
-    print(f"{'preset':10} {'layers':>8} {'parameters':>14} {'context':>8} {'train FLOP/token':>17} {'cache a token':>14} {'+ a row once':>13}")
+    print(f"{'preset':10} {'layers':>8} {'parameters':>14} {'context':>8} {'train FLOP/token':>17} {'cache a token':>14} {'and a row':>13}")
     for name in PRESETS:
         c = LoopCoderConfig.preset(name)
         (grow, once), context = cache_bytes_per_token(c), c.max_position_embeddings

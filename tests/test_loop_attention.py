@@ -1,0 +1,163 @@
+"""Loop attention: the equations against numpy, the fast form against the equations, and the ring against one process."""
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import loop_attention as la
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def inputs(B=2, H=4, KV=2, T=70, D=16, docs=0, dtype=torch.float64, seed=0):
+    """q, k1, v1, k2, v2, gate weight, gate bias that want gradients, and segment ids (or None)."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(B, H, T, D)] + [(B, KV, T, D)] * 4 + [(H, D), (H,)]
+    x = [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+    ids = torch.randint(0, docs, (B, T), generator=g).sort(dim=1).values if docs else None
+    return x, ids
+
+
+def softmax_rows(q, k, v, allowed):
+    """Attention of one head by the definition, one query at a time: q (T, D), k and v (T, D), allowed(i) -> list of keys."""
+    out = np.zeros_like(q)
+    for i in range(len(q)):
+        js = allowed(i)
+        e = np.exp(k[js] @ q[i] / math.sqrt(q.shape[1]))
+        out[i] = (e / e.sum()) @ v[js]
+    return out
+
+
+def by_hand(q, k1, v1, k2, v2, w, b, window, ids):
+    """Equations 2 to 5 of the report in numpy float64, head by head and token by token."""
+    B, H, T, _ = q.shape
+    out = np.zeros_like(q)
+    for row in range(B):
+        for h in range(H):
+            kv = h * k1.shape[1] // H
+            mine = lambda i, near, row=row: [j for j in range(i + 1) if ids[row, j] == ids[row, i] and (not near or i - j < window)]
+            a = softmax_rows(q[row, h], k1[row, kv], v1[row, kv], lambda i: mine(i, False))
+            c = softmax_rows(q[row, h], k2[row, kv], v2[row, kv], lambda i: mine(i, True))
+            g = 1 / (1 + np.exp(-(q[row, h] @ w[h] + b[h])))[:, None]
+            out[row, h] = g * a + (1 - g) * c
+    return out
+
+
+@pytest.mark.parametrize("window, docs", [(1, 0), (5, 0), (5, 3), (40, 2)])
+def test_the_reference_is_the_reports_equations_written_out_in_numpy(window, docs):
+    x, ids = inputs(T=23, D=6, docs=docs)
+    expected = by_hand(*(t.detach().numpy() for t in x), window, np.zeros((2, 23)) if ids is None else ids.numpy())
+    np.testing.assert_allclose(la.loop_attention_reference(*x, window, ids).detach(), expected, rtol=0, atol=1e-13)
+
+
+SHAPES = [  # B, H, KV, T, D, window, documents: odd lengths, one token, tiles and blocks that end anywhere, windows of every size
+    (2, 4, 2, 200, 16, 9, 3), (1, 4, 4, 333, 8, 64, 0), (2, 6, 2, 130, 16, 2, 2), (1, 2, 1, 300, 16, 100, 4), (2, 4, 2, 257, 16, 300, 5),
+    (1, 4, 2, 64, 16, 128, 0), (1, 4, 2, 5, 16, 64, 0), (3, 4, 2, 600, 16, 129, 6), (2, 4, 2, 1, 8, 3, 0), (1, 5, 1, 129, 8, 128, 1),
+    (1, 2, 2, 1100, 8, 17, 2),
+]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 5e-6)])
+def test_the_fast_form_and_all_its_gradients_equal_the_reference(dtype, tolerance):
+    for B, H, KV, T, D, window, docs in SHAPES:
+        x, ids = inputs(B, H, KV, T, D, docs, dtype, seed=T)
+        do = torch.randn(B, H, T, D, dtype=dtype)
+        out = la.loop_attention(*x, window, ids)
+        exact = [t.detach().double().requires_grad_() for t in x]
+        expected = la.loop_attention_reference(*exact, window, ids)
+        pairs = zip((out, *torch.autograd.grad(out, x, do)), (expected, *torch.autograd.grad(expected, exact, do.double())))
+        for name, (a, b) in zip("o q k1 v1 k2 v2 w b".split(), pairs):
+            assert (a - b).abs().max() <= tolerance * max(1, float(b.abs().max())), (name, B, H, KV, T, D, window, docs)
+
+
+def test_plain_causal_attention_equals_pytorchs_own():
+    (q, k, v, *_), _ = inputs(T=300, dtype=torch.float32)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(la.causal_attention(q, k, v), expected, rtol=0, atol=2e-6)
+
+
+def test_bfloat16_is_as_exact_as_rounding_its_inputs_allows():
+    x, ids = inputs(T=200, docs=2, dtype=torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in x]
+    do = torch.randn(2, 4, 200, 16).bfloat16()
+    out, expected = la.loop_attention(*x, 9, ids), la.loop_attention_reference(*exact, 9, ids)
+    unfused = la.loop_attention_reference(*x, 9, ids)
+    error, allowed = (out - expected).abs().max(), (unfused - expected).abs().max()
+    assert error <= 2 * allowed
+    for a, b in zip(torch.autograd.grad(out, x, do), torch.autograd.grad(expected, exact, do.double())):
+        assert (a - b).norm() <= 0.02 * b.norm()
+
+
+def test_an_open_gate_is_the_global_view_and_a_shut_one_the_local_view():
+    x, ids = inputs(docs=2)
+    q, k1, v1, k2, v2, w, _ = x
+    for sign, k, v, window in ((1, k1, v1, 70), (-1, k2, v2, 5)):
+        b = torch.full((4,), sign * math.inf, dtype=q.dtype)
+        alone, _ = la.attend(q, k, v, 0, window, la.document_starts(ids))
+        for form in (la.loop_attention, la.loop_attention_reference):
+            torch.testing.assert_close(form(q, k1, v1, k2, v2, w, b, 5, ids), alone, rtol=0, atol=1e-13)
+
+
+def test_the_local_view_is_the_last_w_positions_with_itself_included():
+    x, _ = inputs(T=200)
+    b = torch.full((4,), -math.inf, dtype=torch.float64)                         # local view only
+    for window in (1, 7, 64, 130):
+        out = la.loop_attention(*x[:6], b, window)
+        assert out.isfinite().all()
+        grads = torch.autograd.grad(out[:, :, 150].sum(), x[4])[0].abs().sum((0, 1, 3))     # v2: who is seen by token 150
+        assert grads.nonzero()[:, 0].tolist() == list(range(max(0, 151 - window), 151))
+
+
+def test_a_later_token_never_changes_an_earlier_output_bit_for_bit():
+    x, _ = inputs(T=300, dtype=torch.float32)
+    before = la.loop_attention(*x, 9)
+    changed = [t.detach().clone() for t in x]
+    for t in changed[:5]:
+        t[:, :, 137:] = 1e4 * torch.randn_like(t[:, :, 137:])
+    after = la.loop_attention(*changed, 9)
+    assert torch.equal(before[:, :, :137], after[:, :, :137]) and not torch.equal(before, after)
+
+
+def test_a_document_inside_a_pack_is_what_it_is_alone():
+    x, _ = inputs(T=300)
+    ids = torch.tensor([0] * 90 + [1] * 47 + [2] * 163).expand(2, -1)
+    packed = la.loop_attention(*x, 64, ids)
+    alone = la.loop_attention(*(t[:, :, 90:137] for t in x[:5]), *x[5:], 64)
+    torch.testing.assert_close(packed[:, :, 90:137], alone, rtol=0, atol=1e-13)
+
+
+def test_a_query_that_sees_no_key_gives_zero_and_minus_infinity_and_parts_merge_to_the_whole():
+    (q, k, v, *_), _ = inputs(T=200)
+    whole, lse = la.attend(q, k, v, 0, la.EVERYTHING, None)
+    parts = [la.attend(q, k[:, :, a:b], v[:, :, a:b], -a, la.EVERYTHING, None) for a, b in ((0, 60), (60, 200))]
+    assert (parts[1][0][:, :, :60] == 0).all() and (parts[1][1][:, :, :60] == -math.inf).all()
+    torch.testing.assert_close(torch.logaddexp(parts[0][1], parts[1][1]), lse, rtol=0, atol=1e-12)
+    merged = sum(torch.exp(l - lse)[..., None] * o for o, l in parts)
+    torch.testing.assert_close(merged, whole, rtol=0, atol=1e-12)
+
+
+def test_memory_grows_with_the_context_and_not_with_its_square():
+    code = """
+import resource, torch, loop_attention as la
+torch.set_num_threads(1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def run(T):
+    x = [torch.randn(1, 1, T, 8, requires_grad=True) for _ in range(5)] + [torch.zeros(1, 8), torch.zeros(1)]
+    la.loop_attention(*x, 64).sum().backward()
+run(1024); before = peak(); run(16384); print(peak() - before)
+"""
+    grown = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert grown < 150                                                           # MB; one 16384 x 16384 float32 tensor would be 1024
+
+
+def test_it_is_one_node_of_a_compiled_graph():
+    x, ids = inputs(dtype=torch.float32, docs=2)
+    compiled = torch.compile(la.loop_attention, backend="aot_eager", fullgraph=True)
+    a, b = compiled(*x, 9, ids), la.loop_attention(*x, 9, ids)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    for g, h in zip(torch.autograd.grad(a.sum(), x), torch.autograd.grad(b.sum(), x)):
+        torch.testing.assert_close(g, h, rtol=1e-5, atol=1e-5)
