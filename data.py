@@ -1,62 +1,91 @@
 """
 How does raw text become training tokens?
 
-    find     sources are listed (the running Python, folders, git repositories), a fair sample is drawn by project
-    clean    bytes are decoded; a table of rules says what goes, and every rule counts what it removed
-    dedup    one copy of every document stays
-    split    whole projects are held out, never single files: a project's files are too much alike
+    find     files of the running Python, of folders and git repositories, records of JSON lines and of Common Crawl;
+             of more than is wanted, a sample that is fair to every project
+    clean    bytes become text, a table of edits and a table of rules decide, a syntax tree and benchmarks veto; all is counted
+    dedup    exact copies, near copies (MinHash), renamed copies (embeddings): one of each stays
+    split    whole projects are held out, never single files: the files of a project are too much alike
     tokens   byte-level BPE, trained here, run by tiktoken; one memory-mapped token file a category
     mix      exact shares of the categories, best-fit packed into rows of one context length
 
-Start with build(): it is the table of contents. Then RULES, train_bpe(), Mixture.
-Source: IQuest-Coder-V1 report, 3.1 and 3.2. Where we differ: the corpus is what lies on this machine, and a bounded
-sample of it by default.
+Read build() first, it is the table of contents; then EDITS and RULES, train_bpe(), signature(), Mixture. Everything that compares
+code (near copies, renamed copies, benchmarks) looks at the same vectorised tokens, lex().
 
-    python data.py                      # build out/data from the running Python's library and packages
-    python data.py --source DIR REPO    # from folders and git repositories
+Source: IQuest-Coder-V1 report 3.1 and 3.2; thresholds of StarCoder, OpenCoder, Gopher and FineWeb, as marked. Where we differ: the
+corpus is by default what lies on this machine, and a bounded sample of it; the report's proxies are small here, and so are we.
+
+    python data.py                       # out/data from the running Python's library and packages, under a minute
+    python data.py --source DIR REPO     # folders, git repositories, FILE.jsonl(.gz), FILE.warc(.gz), "cc:INDEX?url=PATTERN"
+    python data.py --explain "long line" # what a rule removed in the last build, three examples
+    python data.py --bench               # tokenizer, near duplicates and parsing beside their peers
 """
 import argparse
+import ast
+import base64
 import bisect
+import contextlib
+import functools
+import gzip
 import hashlib
 import heapq
+import http.client
+import importlib
+import inspect
+import io
+import itertools
 import json
+import keyword
+import math
+import mmap
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
+import urllib.parse
+import zlib
 from collections import Counter, defaultdict
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import regex  # comes with tiktoken, and understands the same patterns
+import requests
 import tiktoken
+import tree_sitter
 
-LANGUAGES = {  # language: the extensions it is found by
-    "python": ".py .pyi", "c": ".c .h", "cpp": ".cpp .cc .cxx .hpp .hh .cuh .cu", "java": ".java", "javascript": ".js .mjs .cjs",
-    "typescript": ".ts .tsx", "csharp": ".cs", "go": ".go", "rust": ".rs", "shell": ".sh", "css": ".css", "sql": ".sql",
-    "json": ".json", "yaml": ".yaml .yml", "toml": ".toml", "html": ".html .htm", "markdown": ".md", "text": ".txt .rst",
+import commits
+import fim
+import tasks
+
+LANGUAGES = {  # language: the extensions it is found by; those that fim.py has a grammar for, and some that stay unparsed
+    **{language: " ".join(extensions) for language, (_, _, extensions) in fim.LANGUAGES.items()},
+    "c++": ".cpp .cc .cxx .hpp .hh .hxx .cu .cuh", "shell": ".sh", "css": ".css", "sql": ".sql", "json": ".json", "yaml": ".yaml .yml",
+    "toml": ".toml", "html": ".html .htm", "markdown": ".md", "text": ".txt .rst",
 }
 BY_EXTENSION = {extension: language for language, row in LANGUAGES.items() for extension in row.split()}
 TEXT = {"html", "markdown", "text"}      # these make the category `text`; every other language is `code`
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
-           "<|repo_name|>", "<|file_sep|>")
+MARKUP = {"json", "yaml", "toml"}
+CODE = set(LANGUAGES) - TEXT - MARKUP
+SPECIAL = fim.SPECIAL
 
 
 class Document(NamedTuple):
     text: str
     language: str
-    project: str
+    project: str       # the unit of the held-out split: a package, a repository, a web site
     path: str
 
 
 def digest(*parts):
     """A number that looks random and depends on nothing but the strings."""
-    return int.from_bytes(hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def write_atomic(path, data):
@@ -64,23 +93,23 @@ def write_atomic(path, data):
     if not isinstance(data, (bytes, str)):
         data = json.dumps(data, indent=1, ensure_ascii=False)
     temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
+    temporary.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "replace"))
     os.replace(temporary, path)
 
 
-# ------------------------------------------------------------------------------------------------ sources
+# ------------------------------------------------------------------------------------------------ sources: files
 
 class Entry(NamedTuple):
-    """One file that a source offers: where its bytes are, and what is known before reading it."""
+    """One file or record that a source offers: where its bytes are, and what is known before reading it."""
     project: str
     path: str          # inside the project, for people and for rules
     language: str
     size: int
-    place: str         # a path on disk, or "REPO\0OBJECT" in a git repository
+    place: str         # FILE, or "git\0REPOSITORY\0OBJECT", or "line\0SPOOL\0OFFSET"
 
 
 SKIP_DIRECTORIES = re.compile(r"__pycache__|\..*|.*\.dist-info|.*\.egg-info|node_modules|_?vendor(ed)?|third[-_]?party|externals?", re.I)
-GENERATED_NAMES = re.compile(r".*(_pb2(_grpc)?\.pyi?|[.-]min\.(js|css)|[.-]lock\.json|\.generated\.\w+|_generated\.\w+)", re.I)
+GENERATED_NAMES = re.compile(r".*(_pb2(_grpc)?\.pyi?|[.-]min\.(js|css)|[.-]lock\.json|[._]generated\.\w+)", re.I)
 LARGEST_FILE = 1_000_000  # bytes; larger ones are data, whatever their extension says
 
 
@@ -93,14 +122,13 @@ def wanted(path):
 
 
 def walk(root, project_of, skip=()):
-    """Entries of a folder, in sorted order; project_of(parts of the relative path) names the project."""
+    """Entries of a folder; project_of(parts of the relative path) names the project."""
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if not SKIP_DIRECTORIES.fullmatch(f) and f not in skip)
-        for name in sorted(names):
+        folders[:] = [f for f in folders if not SKIP_DIRECTORIES.fullmatch(f) and f not in skip]
+        for name in names:
             place = os.path.join(folder, name)
             path = os.path.relpath(place, root).replace(os.sep, "/")
-            language = wanted(path)
-            if language and not os.path.islink(place):
+            if (language := wanted(path)) and os.path.isfile(place) and not os.path.islink(place):
                 yield Entry(project_of(path.split("/")), path, language, os.path.getsize(place), place)
 
 
@@ -113,32 +141,35 @@ def running_python():
         yield from walk(packages, named("packages"))
 
 
+def is_repository(root):
+    return (root / ".git").exists() or (root / "HEAD").is_file() and (root / "objects").is_dir()
+
+
 def git_files(repo, project_of):
     """Entries of a git repository's HEAD, bare or not: what is committed, not what lies around."""
     listing = subprocess.run(["git", "-C", repo, "ls-tree", "-r", "-l", "-z", "--full-tree", "HEAD"], capture_output=True)
     if listing.returncode:
         raise ValueError(f"{repo}: git cannot list HEAD ({listing.stderr.decode(errors='replace').strip()}); is there a commit?")
-    for row in listing.stdout.decode("utf-8", "surrogateescape").split("\0")[:-1]:
+    for row in listing.stdout.decode("utf-8", "replace").split("\0")[:-1]:
         (mode, kind, oid, size), path = row.split("\t", 1)[0].split(), row.split("\t", 1)[1]
-        language = wanted(path)
-        if kind == "blob" and language and mode != "120000":  # 120000: a symbolic link
-            yield Entry(project_of(path.split("/")), path, language, int(size), f"{os.path.abspath(repo)}\0{oid}")
+        if kind == "blob" and mode != "120000" and (language := wanted(path)):  # 120000: a symbolic link
+            yield Entry(project_of(path.split("/")), path, language, int(size), f"git\0{os.path.abspath(repo)}\0{oid}")
 
 
-def find(sources):
+def find(sources, folder, counts):
     """All entries of the sources, sorted. One source alone is split into projects by its folders; of several, a repository is one."""
     entries = []
     for source in sources:
+        root, name = Path(source), Path(source).resolve().name
+        inside = lambda parts, name=name: f"{name}/{parts[0] if len(parts) > 1 else '.'}"
         if source == "python":
             entries += running_python()
-            continue
-        root = Path(source)
-        if not root.is_dir():
-            raise ValueError(f"source {source}: there is no such folder; give `python`, a folder or a git repository")
-        name = root.resolve().name
-        is_repository = (root / ".git").exists() or (root / "HEAD").is_file() and (root / "objects").is_dir()
-        inside = lambda parts, name=name: f"{name}/{parts[0] if len(parts) > 1 else '.'}"
-        if is_repository:
+        elif source.startswith("cc:") or re.search(r"\.(jsonl|warc|wet)(\.gz)?(\?|$)", source):
+            entries += spooled(source, Path(folder), counts)
+        elif not root.is_dir():
+            raise ValueError(f"source {source}: there is no such folder; give `python`, a folder, a git repository, a .jsonl, .warc or .wet "
+                             f"file or URL (gzipped or not), or cc:INDEX?url=PATTERN")
+        elif is_repository(root):
             entries += git_files(str(root), inside if len(sources) == 1 else lambda parts, name=name: name)
         else:
             entries += walk(str(root), inside)
@@ -147,29 +178,28 @@ def find(sources):
 
 def read_all(entries):
     """The bytes of each entry, in order; one `git cat-file` a repository, plain reads for the rest."""
-    pipes = {}
-    try:
+    with contextlib.ExitStack() as stack:
+        open_once = functools.cache(lambda path: stack.enter_context(open(path, "rb")))
+        git = functools.cache(lambda repo: stack.enter_context(subprocess.Popen(
+            ["git", "-C", repo, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
         for entry in entries:
-            if "\0" not in entry.place:
+            kind, _, rest = entry.place.partition("\0")
+            if kind == "git":
+                repo, oid = rest.split("\0")
+                git(repo).stdin.write(oid.encode() + b"\n")
+                git(repo).stdin.flush()
+                size = int(git(repo).stdout.readline().split()[2])
+                yield git(repo).stdout.read(size + 1)[:-1]  # the object is followed by a newline
+            elif kind == "line":
+                path, offset = rest.split("\0")
+                open_once(path).seek(int(offset))
+                yield json.loads(open_once(path).readline())[0].encode("utf-8", "replace")
+            else:
                 yield Path(entry.place).read_bytes()
-                continue
-            repo, oid = entry.place.split("\0")
-            if repo not in pipes:
-                pipes[repo] = subprocess.Popen(["git", "-C", repo, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            pipe = pipes[repo]
-            pipe.stdin.write(oid.encode() + b"\n")
-            pipe.stdin.flush()
-            size = int(pipe.stdout.readline().split()[2])
-            yield pipe.stdout.read(size + 1)[:-1]  # the object is followed by a newline
-    finally:
-        for pipe in pipes.values():
-            pipe.stdin.close()
-            pipe.stdout.close()
-            pipe.wait()
 
 
 def fair_cap(sizes, budget):
-    """The cap for which sum(min(size, cap)) is the budget: small projects come whole, large ones share what is left."""
+    """The cap for which sum(min(size, cap)) is the budget: small ones come whole, large ones share what is left."""
     sizes = sorted(sizes)
     for i, size in enumerate(sizes):
         if size * (len(sizes) - i) >= budget:
@@ -179,21 +209,25 @@ def fair_cap(sizes, budget):
 
 
 def draw_sample(entries, max_bytes):
-    """At most max_bytes: two thirds Python where there is so much, no project more than its fair cap, files in the order of a hash."""
+    """
+    At most max_bytes: 8 % text, 25 % markup and languages that the mixture law does not know, the rest by language_mixture() (all
+    Python, where there is nothing else). Within each, no project gives more than its fair cap; files come in the order of a hash.
+    """
     if not max_bytes:
         return entries
-    groups = defaultdict(list)
+    have, groups = Counter(), defaultdict(list)
     for entry in entries:
-        groups["text" if entry.language in TEXT else "python" if entry.language == "python" else "code"].append(entry)
-    have = {name: sum(e.size for e in group) for name, group in groups.items()}
-    budget = {name: min(have.get(name, 0), max_bytes * share) for name, share in (("text", 0.08), ("code", 0.25))}
-    budget["python"] = max_bytes - sum(budget.values())
+        have[entry.language] += entry.size
+        groups["text" if entry.language in TEXT else entry.language if entry.language in LAW["languages"] else "other"].append(entry)
+    size = {name: sum(e.size for e in group) for name, group in groups.items()}
+    budget = {name: min(size.get(name, 0), max_bytes * share) for name, share in (("text", 0.08), ("other", 0.25))}
+    budget |= language_mixture({name: size[name] for name in groups if name in LAW["languages"]}, max_bytes - sum(budget.values()))
     chosen = []
     for name, group in groups.items():
-        size = Counter()
+        of_project, used = Counter(), Counter()
         for entry in group:
-            size[entry.project] += entry.size
-        cap, used = fair_cap(size.values(), budget[name]), Counter()
+            of_project[entry.project] += entry.size
+        cap = fair_cap(of_project.values(), budget[name])
         for entry in sorted(group, key=lambda e: digest(e.project, e.path)):
             if used[entry.project] + entry.size <= cap:
                 used[entry.project] += entry.size
@@ -203,31 +237,216 @@ def draw_sample(entries, max_bytes):
 
 def held_out_projects(entries, share):
     """
-    Which projects are held out: in the order of a hash, each that gives some language bytes it still lacks, and that takes
-    more than twice its share of no language. So every language with several small projects is measured, and no language
-    loses its only large one.
+    Which projects are held out: in the order of a hash, each that gives some language bytes it still lacks and takes more than twice
+    its share of none. So every language with several small projects is measured, and none loses its only large one.
     """
     size = defaultdict(Counter)
     for entry in entries:
         size[entry.project][entry.language] += entry.size
-    total, held, chosen = Counter(), Counter(), set()
-    for row in size.values():
-        total.update(row)
-    order = sorted(size, key=lambda project: digest("held out", project))
-    for project in order:
+    total, held, chosen = sum(size.values(), Counter()), Counter(), set()
+    for project in sorted(size, key=lambda project: digest("held out", project)):
         row = size[project]
-        lacking = any(held[language] < share * total[language] for language in row)
-        if lacking and all(held[language] + row[language] <= 2 * share * total[language] for language in row):
+        if any(held[x] < share * total[x] for x in row) and all(held[x] + row[x] <= 2 * share * total[x] for x in row):
             chosen.add(project)
             held.update(row)
-    if not chosen:  # a handful of projects: the smallest one
-        if len(order) < 2:
-            raise ValueError(f"only one project ({''.join(order)}) in the sources: nothing can be held out; give more sources")
-        chosen.add(min(order, key=lambda project: (sum(size[project].values()), project)))
-    return chosen
+    if len(size) < 2:
+        raise ValueError(f"only one project ({''.join(size)}) in the sources: nothing can be held out; give more sources")
+    return chosen or {min(size, key=lambda project: (sum(size[project].values()), project))}  # of a handful, the smallest
 
 
-# ------------------------------------------------------------------------------------------------ decoding and cleaning
+# ------------------------------------------------------------------------------------------------ sources: the web
+
+AGENT = {"User-Agent": "nanoLoopCoder/0.1 (reads Common Crawl's archives, never the sites themselves)", "Accept-Encoding": "identity"}
+LARGEST_RECORD, LARGEST_DOWNLOAD = 16_000_000, 2_000_000_000  # bytes
+CC_DATA = "https://data.commoncrawl.org/"
+
+
+def request(url, tries=6, wait_s=1.0, headers=(), **options):
+    """One request, patiently: lost connections, 429 and 5xx are tried again after 1, 2, 4, ... seconds or as long as the server says."""
+    trouble = ""
+    for attempt in range(tries):
+        pause = wait_s * 2**attempt
+        try:
+            reply = requests.request(options.pop("method", "GET"), url, headers={**AGENT, **dict(headers)}, timeout=60, stream=True, **options)
+            if reply.ok or reply.status_code == 416:  # 416: the range that we ask for begins at the end of the file
+                return reply
+            trouble = f"HTTP {reply.status_code}"
+            if reply.status_code < 500 and reply.status_code not in (408, 429):
+                break
+            after = reply.headers.get("Retry-After", "")
+            pause = float(after) if after.isdigit() else pause
+        except requests.RequestException as error:
+            trouble = type(error).__name__
+        if attempt < tries - 1:
+            time.sleep(min(pause, 60))
+    raise OSError(f"{url}: {trouble} after {attempt + 1} tries; run the same command later, it goes on where it stopped")
+
+
+def download(url, path, wait_s=1.0):
+    """Stream a URL into a file. What has arrived stays in PATH.part; a cut connection or a killed run goes on from there."""
+    part, stalled = Path(f"{path}.part"), 0
+    while not Path(path).exists():
+        have = part.stat().st_size if part.exists() else 0
+        reply = request(url, wait_s=wait_s, headers={"Range": f"bytes={have}-"} if have else {})
+        if reply.status_code != 416:
+            start = have if reply.status_code == 206 else 0  # a server without ranges begins again
+            declared = start + int(reply.headers.get("Content-Length", 0))
+            if declared > LARGEST_DOWNLOAD:
+                raise ValueError(f"{url}: {declared} bytes; more than {LARGEST_DOWNLOAD} are not fetched, name a smaller file")
+            with open(part, "ab" if start else "wb") as file, contextlib.suppress(requests.RequestException, OSError, http.client.HTTPException):
+                for chunk in iter(lambda: reply.raw.read(1 << 16, decode_content=False), b""):
+                    file.write(chunk)
+            size = part.stat().st_size
+            if size < declared:
+                stalled = 0 if size > have else stalled + 1
+                if stalled > 5:
+                    raise OSError(f"{url}: the connection ends after {size} of {declared} bytes; run the same command again")
+                time.sleep(wait_s)
+                continue
+        os.replace(part, path)
+    return path
+
+
+def crawl(query, folder, counts, data_url=None):
+    """
+    Files with the WARC records that a Common Crawl index finds: `INDEX?url=PATTERN`, for instance
+    https://index.commoncrawl.org/CC-MAIN-2026-40-index?url=docs.python.org/* . One byte range each, kept, so never fetched twice.
+    """
+    parts = urllib.parse.urlsplit(query)
+    data_url = data_url or (CC_DATA if parts.hostname == "index.commoncrawl.org" else f"{parts.scheme}://{parts.netloc}/")
+    for line in request(query + "&output=json").iter_lines():
+        try:
+            row = json.loads(line)
+            first, last = int(row["offset"]), int(row["offset"]) + int(row["length"]) - 1
+            path = folder / f"{digest(row['filename'], row['offset']):016x}.warc.gz"
+        except (ValueError, KeyError):
+            counts["index line not understood"] += 1
+            continue
+        if not path.exists():
+            reply = request(urllib.parse.urljoin(data_url, row["filename"]), headers={"Range": f"bytes={first}-{last}"})
+            if reply.status_code != 206 or last - first >= LARGEST_RECORD:
+                counts["range refused"] += 1
+                continue
+            write_atomic(path, reply.raw.read(last - first + 1, decode_content=False))
+        yield path
+
+
+def members(path):
+    """The gzip members of a file, each inflated; None for one that is broken, cut or too large, and the search goes on behind it."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
+        at = 0
+        while 0 <= at < len(raw):
+            inflate, pieces, size, end = zlib.decompressobj(31), [], 0, at
+            with contextlib.suppress(zlib.error):
+                while not inflate.eof and end < len(raw) and size <= LARGEST_RECORD:
+                    pieces.append(inflate.decompress(raw[end:end + 65536]))
+                    size, end = size + len(pieces[-1]), end + 65536
+            whole = inflate.eof
+            yield io.BytesIO(b"".join(pieces)) if whole else None
+            at = min(end, len(raw)) - len(inflate.unused_data) if whole else raw.find(b"\x1f\x8b\x08", at + 1)
+
+
+def warc_pages(path, counts):
+    """(url, text) of the pages of a WARC or WET file. What cannot be read is counted under its reason and skipped."""
+    if not os.path.getsize(path):
+        return
+    with contextlib.ExitStack() as stack:
+        for stream in members(path) if str(path).endswith(".gz") else [stack.enter_context(open(path, "rb"))]:
+            if stream is None:
+                counts["gzip member broken"] += 1
+            while stream and (line := stream.readline(65536)):
+                if line.startswith(b"WARC/"):
+                    try:
+                        yield page(*record(stream))
+                    except (ValueError, http.client.HTTPException) as error:
+                        counts[str(error) if isinstance(error, ValueError) else "headers not understood"] += 1
+
+
+def record(stream):
+    """(headers, block) of the WARC record whose first line was just read."""
+    head = http.client.parse_headers(stream)
+    size = int(head["Content-Length"]) if str(head["Content-Length"]).isdigit() else -1
+    if not 0 <= size <= LARGEST_RECORD:
+        raise ValueError("record without a length" if size < 0 else "record too large")
+    block = stream.read(size)
+    if len(block) < size:
+        raise ValueError("record cut short")
+    return head, block
+
+
+def page(head, block):
+    """(url, text) of a record: a `conversion` (WET) is text, a `response` is HTML or text behind its HTTP headers."""
+    kind, url, body, content = head["WARC-Type"], head["WARC-Target-URI"], block, "text/plain"
+    if kind == "response":
+        stream = io.BytesIO(block)
+        status = stream.readline()
+        content, body = http.client.parse_headers(stream).get("Content-Type", ""), stream.read()
+        if status.split()[1:2] != [b"200"] or not re.match("text/(html|plain)", content):
+            raise ValueError("record is no page")
+    elif kind != "conversion":
+        raise ValueError("record is no page")
+    for name, data in (("WARC-Payload-Digest", body), ("WARC-Block-Digest", block)):
+        if (head[name] or "").startswith("sha1:") and head[name][5:] != base64.b32encode(hashlib.sha1(data).digest()).decode():
+            raise ValueError("record with a wrong digest")
+    if (text := decode(body)) is None:
+        raise ValueError("record is binary")
+    return url, html_text(text) if content.startswith("text/html") else text
+
+
+def json_lines(path, counts):
+    """Documents of a JSON lines file: `text`, `content` or `code`, and what else is known under the usual names."""
+    first = lambda row, *names: next((row[name] for name in names if isinstance(row.get(name), str)), "")
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as lines:
+            for number, line in enumerate(lines):
+                try:
+                    row = json.loads(line)
+                    text, path_inside = first(row, "text", "content", "code"), first(row, "path", "max_stars_repo_path", "url") or str(number)
+                except (ValueError, AttributeError):
+                    counts["JSON line not understood"] += 1
+                    continue
+                language = first(row, "language", "lang").lower()
+                language = language if language in LANGUAGES else BY_EXTENSION.get(os.path.splitext(path_inside)[1].lower(), "text")
+                yield Document(text, language, first(row, "project", "repo_name", "repo", "max_stars_repo_name") or f"line {number}", path_inside)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        counts["gzip file cut short"] += 1
+
+
+def spooled(source, folder, counts):
+    """
+    Entries of a stream. Its documents are first written, one JSON line each, to a local file under the build's folder: reading a
+    crawl twice would be rude, and a local file can be listed, sampled and read by several processes.
+    """
+    name = f"{digest(source):016x}"
+    spool, raw = folder / f"{name}.spool", folder / name
+    if not spool.exists():
+        raw.mkdir(parents=True, exist_ok=True)
+        site = lambda url: urllib.parse.urlsplit(url or "").hostname or "unknown site"
+        if source.startswith("cc:"):
+            files = crawl(source[3:], raw, counts)
+        elif re.match("https?://", source):
+            files = [download(source, raw / os.path.basename(urllib.parse.urlsplit(source).path))]
+        elif Path(source).is_file():
+            files = [Path(source)]
+        else:
+            raise ValueError(f"source {source}: there is no such file")
+        with open(f"{spool}.tmp", "w") as out:
+            for path in files:
+                pages = (Document(text, "text", site(url), url or "") for url, text in warc_pages(path, counts))
+                for doc in json_lines(path, counts) if ".jsonl" in path.name else pages:
+                    out.write(json.dumps(doc) + "\n")
+        write_atomic(f"{spool}.counts", counts)
+        os.replace(f"{spool}.tmp", spool)
+    counts.update(json.loads(Path(f"{spool}.counts").read_text()) if not counts else {})
+    offset = 0
+    with open(spool, "rb") as lines:
+        for line in lines:
+            text, language, project, path = json.loads(line)
+            yield Entry(project, path, language, len(text.encode("utf-8", "replace")), f"line\0{spool.resolve()}\0{offset}")
+            offset += len(line)
+
+
+# ------------------------------------------------------------------------------------------------ bytes and pages to text
 
 def decode(raw):
     """Bytes to text, or None for what is not text. UTF-8, else the declared coding, else Latin-1; line ends become \\n."""
@@ -238,79 +457,296 @@ def decode(raw):
     else:
         declared = re.search(rb"coding[:=]\s*([-\w.]+)", raw[:200])
         for encoding in ("utf-8-sig", declared[1].decode() if declared else "latin-1", "latin-1"):
-            try:
+            with contextlib.suppress(ValueError, LookupError):
                 text = raw.decode(encoding)
                 break
-            except (UnicodeDecodeError, LookupError):
-                continue
     control = sum(map(text.count, "\x00\x01\x02\x03\x04\x05\x06\x0e\x0f\x10\x11\x12\ufffd"))
     if control > 0.001 * len(text):
         return None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return fim.normalise(text)
+
+
+class Page(HTMLParser):
+    """HTML to text: blocks become lines, what is no content disappears, and <pre> becomes a fenced block, byte for byte."""
+    SILENT = set("script style nav footer aside form noscript template svg button select iframe head".split())
+    BLOCK = set("p div section article main header h1 h2 h3 h4 h5 h6 ul ol li dl dt dd table tr blockquote br hr title".split())
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.out, self.line, self.pre, self.silent = [], [], None, []
+
+    def end_line(self):
+        text = " ".join("".join(self.line).split())
+        self.out += [text] if text else []
+        self.line = []
+
+    def handle_starttag(self, tag, attributes):
+        if tag in self.SILENT:
+            self.silent.append(tag)
+        elif tag == "pre" and not self.silent:
+            self.end_line()
+            self.pre = []
+        elif tag == "br" and self.pre is not None:
+            self.pre.append("\n")
+        elif tag in self.BLOCK and self.pre is None:
+            self.end_line()
+            self.line += ["- "] if tag == "li" else ["#" * int(tag[1]) + " "] if re.fullmatch("h[1-6]", tag) else []
+
+    def handle_endtag(self, tag):
+        if tag in self.silent:
+            del self.silent[self.silent.index(tag):]  # whatever was left open inside is closed with it
+        elif tag == "pre" and self.pre is not None:
+            code = re.sub(r"\A\n", "", "".join(self.pre))  # HTML ignores a newline right behind <pre>
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+            self.out.append(f"{fence}\n{code}{'' if code.endswith(chr(10)) else chr(10)}{fence}")
+            self.pre = None
+        elif tag in self.BLOCK and self.pre is None:
+            self.end_line()
+
+    def handle_data(self, data):
+        if not self.silent:
+            (self.line if self.pre is None else self.pre).append(data)
+
+
+def html_text(html):
+    parser = Page()
+    parser.feed(html)
+    parser.handle_endtag("pre")
+    parser.end_line()
+    return "\n".join(parser.out) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ cleaning: edits, then rules
+
+WEB, EVERY, PYTHON = {"text"}, set(LANGUAGES), {"python"}
+EDITS = {  # name: (languages, a string that must occur for the pattern to match at all, pattern, replacement)
+    "key redacted": (EVERY, "", re.compile(
+        r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}|\bxox[baprs]-[A-Za-z0-9-]{10,}|\bsk-[A-Za-z0-9_-]{32,}|\bAIza[\w-]{35}"
+        r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]+?-----END [A-Z ]*PRIVATE KEY-----"), "<KEY>"),
+    "e-mail redacted": (EVERY, "@", re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?!example\.|localhost)[\w-]{1,63}(?:\.[\w-]{2,63})*\.[A-Za-z]{2,10}\b"),
+                        "<EMAIL>"),
+    "address redacted": (EVERY, ".", re.compile(  # an IPv4 address of the open Internet, no version number behind a v or in a longer one
+        r"(?<![\w.-])(?!(?:0|10|127|169\.254|172\.(?:1[6-9]|2\d|3[01])|192\.(?:168|0\.2)|198\.51\.100|203\.0\.113|22[4-9]|2[3-5]\d)\.)"
+        r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?![\w.-]|\.\d)"), "<IP>"),
+    "cookie line": (WEB, "ookie", re.compile(r"^.*\b(?:accept (?:all )?cookies|(?:use[sd]?|about|these|our) cookies|cookie (?:policy|settings|consent))\b.*\n?",
+                                             re.I | re.M), ""),
+    "boilerplate line": (WEB, "", re.compile(
+        r"^.{0,80}\b(?:all rights reserved|terms of (?:service|use)|privacy policy|powered by|subscribe to our|sign (?:in|up)|log ?in|javascript is "
+        r"(?:disabled|required)|skip to (?:main )?content|share (?:this|on)|follow us|back to top|read more|click here)\b.{0,80}\n?", re.I | re.M), ""),
+    "navigation line": (WEB, "", re.compile(r"^(?:[- ]*[\w' ]{1,24}(?: [|»›>·•/] )){2,}[\w' ]{1,24}\n?", re.M), ""),
+    "encoded blob": (TEXT, "", re.compile(r"(?:data:[\w/+.-]+;base64,)?(?<![A-Za-z0-9+/=])(?=\S{0,200}\d)(?:[A-Za-z0-9+/]{120,}={0,2}|[0-9a-fA-F]{96,})"), "<BLOB>"),
+}
+FENCED = re.compile(r"(^(`{3,}).*?^\2[ \t]*$)", re.M | re.S)
+
+
+def edit(text, language, fired):
+    """Apply EDITS; in text, fenced code stays as it is, byte for byte. Names that changed something are appended to `fired`."""
+    if language in TEXT and "```" in text:
+        pieces = FENCED.split(text)  # prose, block, fence, prose, block, fence, ..., prose
+        return "".join(piece if i % 3 == 1 else edit(piece, language + " ", fired) for i, piece in enumerate(pieces) if i % 3 != 2)
+    for name, (languages, needle, pattern, replacement) in EDITS.items():
+        if language.strip() in languages and needle in text:
+            text, times = pattern.subn(replacement, text)
+            fired += [name] if times and name not in fired else []
+    return text
 
 
 CLASSES = np.zeros((256, 4), np.int64)  # byte -> (alphabetic, digit, white space, any); bytes of other scripts count as letters
 CLASSES[[*range(65, 91), *range(97, 123), *range(128, 256)], 0] = 1
-CLASSES[48:58, 1] = 1
-CLASSES[[9, 10, 11, 12, 13, 32], 2] = 1
-CLASSES[:, 3] = 1
-LINE_KINDS = re.compile(r"^[ \t]*(?:(?P<pass>pass\b)|(?P<imports>import\b|from\b.*\bimport\b)|(?P<asserts>assert|self\.assert)|"
-                        r"(?P<prints>print\())", re.M)
-GENERATED = re.compile(r"@generated|auto-?generated|generated (by|from|automatically)|do not (edit|modify)", re.I)
+CLASSES[48:58, 1] = CLASSES[[9, 10, 11, 12, 13, 32], 2] = CLASSES[:, 3] = 1
+LINE_KINDS = re.compile(r"^[ \t]*(?:(?P<passes>pass\b)|(?P<imports>import\b|from\b.*\bimport\b)|(?P<asserts>assert|self\.assert)|"
+                        r"(?P<prints>print\()|(?P<comments>#|//|/?\*)|(?P<bullets>[-*•] )|(?P<ellipses>.*(?:\.\.\.|…)[ \t]*$))", re.M)
+GENERATED = re.compile(r"@generated|auto-?generated|generated (?:by|from|automatically)|do not (?:edit|modify)", re.I)
+STRINGS = re.compile(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'')
+HEX = re.compile(r"\b(?:0[xX][0-9a-fA-F]+|(?=[a-fA-F]*\d)[0-9a-fA-F]{8,})\b")
 
 
 def measure(text):
     """The numbers that the rules bound: sizes, shares of characters, shares of lines."""
-    raw = text.encode("utf-8", "replace")
-    alphabet, digits, space, size = (np.bincount(np.frombuffer(raw, np.uint8), minlength=256) @ CLASSES).tolist()
-    lines = text.split("\n")
+    alphabet, digits, space, size = (np.bincount(np.frombuffer(fim.to_bytes(text), np.uint8), minlength=256) @ CLASSES).tolist()
+    lines, words = text.split("\n"), text.split()
     filled = [line.strip() for line in lines if line.strip()]
-    words = text.split()
     kinds = Counter(match.lastgroup for match in LINE_KINDS.finditer(text))
-    size, n = max(size, 1), max(len(filled), 1)
+    size, n, w = max(size, 1), max(len(filled), 1), max(len(words), 1)
+    grams = [words[i:i + 3] for i in range(0, len(words) - 2, 3)] if len(words) < 20_000 else []
     return {
-        "chars": len(text), "lines": len(lines), "words": len(words), "longest line": max(map(len, lines)),
-        "mean line": len(text) / len(lines), "alphabet": alphabet / size, "alphanumeric": (alphabet + digits) / size,
-        "digits": digits / size, "space": space / size, "repeated lines": 1 - len(set(filled)) / n,
-        "hex words": len(re.findall(r"\b(?:0[xX])?[0-9a-fA-F]{8,}\b|\b0[xX][0-9a-fA-F]+\b", text)) / max(len(words), 1),
-        "generated": len(GENERATED.findall(text[:600])), "mean word": sum(map(len, words)) / max(len(words), 1),
-        "pass": kinds["pass"] / n, "imports": kinds["imports"] / n, "asserts": kinds["asserts"] / n, "prints": kinds["prints"] / n,
+        "chars": len(text), "lines": len(lines), "words": len(words), "longest line": max(map(len, lines)), "mean line": len(text) / len(lines),
+        "alphabet": alphabet / size, "alphanumeric": (alphabet + digits) / size, "digits": digits / size, "space": space / size,
+        "repeated lines": 1 - len(set(filled)) / n, "repeated phrases": 1 - len(set(map(tuple, grams))) / max(len(grams), 1),
+        "hex words": len(HEX.findall(text)) / w, "strings": sum(map(len, STRINGS.findall(text))) / max(len(text), 1),
+        "generated": len(GENERATED.findall(text[:600])), "mean word": sum(map(len, words)) / w,
+        "symbols": (text.count("#") + text.count("…") + text.count("...")) / w, "sentences": sum(line[-1] in ".!?\"'”:;)" for line in filled) / n,
+        "short lines": sum(len(line) <= 30 for line in filled) / n,
+        **{kind: kinds[kind] / n for kind in ("passes", "imports", "asserts", "prints", "comments", "bullets", "ellipses")},
     }
 
 
-EVERY, CODE, PYTHON = set(LANGUAGES), set(LANGUAGES) - TEXT - {"json", "yaml", "toml"}, {"python"}
-RULES = {  # name: (languages, what is measured, least, most); StarCoder's and OpenCoder's thresholds, Gopher's for text
-    "too short": (EVERY, "chars", 50, None),
-    "too few words": (EVERY, "words", 15, None),
-    "too many lines": (EVERY, "lines", None, 100_000),
-    "long line": (CODE, "longest line", None, 1000),
-    "mean line": (CODE, "mean line", 5, 100),
-    "little alphabet": (CODE, "alphabet", 0.4, None),
-    "few letters or digits": (EVERY, "alphanumeric", 0.25, None),
-    "mostly digits": (EVERY, "digits", None, 0.2),
-    "mostly white space": (CODE, "space", None, 0.6),
-    "repeated lines": (CODE, "repeated lines", None, 0.7),
-    "hexadecimal": (CODE, "hex words", None, 0.4),
-    "generated": (CODE, "generated", None, 0),
-    "data in markup": ({"json", "yaml", "toml"}, "chars", 50, 5000),
-    "word length": (TEXT, "mean word", 3, 12),
-    "only pass": (PYTHON, "pass", None, 0.05),
-    "only imports": (PYTHON, "imports", None, 0.4),
-    "only asserts": (PYTHON, "asserts", None, 0.4),
-    "only prints": (PYTHON, "prints", None, 0.4),
+RULES = {  # name: (languages, what is measured, least, most). Sources: s StarCoder, o OpenCoder, d DeepSeek-Coder, g Gopher, f FineWeb
+    "too short": (EVERY, "chars", 50, None),                         # o
+    "too few words": (EVERY, "words", 15, None),                     # o has 30; small modules are whole here
+    "too many lines": (EVERY, "lines", None, 100_000),               # o
+    "long line": (CODE, "longest line", None, 1000),                 # s
+    "mean line": (CODE, "mean line", 5, 100),                        # s o
+    "little alphabet": (CODE, "alphabet", 0.4, None),                # o has 0.5
+    "few letters or digits": (EVERY, "alphanumeric", 0.25, None),    # s
+    "mostly digits": (EVERY, "digits", None, 0.2),                   # o
+    "mostly white space": (CODE, "space", None, 0.6),                # o has 0.5, which deep indentation reaches
+    "repeated lines": (CODE, "repeated lines", None, 0.7),           # o
+    "hexadecimal": (CODE, "hex words", None, 0.4),                   # o
+    "mostly strings": (CODE, "strings", None, 0.6),                  # o
+    "mostly comments": (CODE, "comments", None, 0.8),                # o
+    "generated": (CODE, "generated", None, 0),                       # s
+    "data in markup": (MARKUP, "chars", 50, 5000),                   # d
+    "only pass": (PYTHON, "passes", None, 0.05),                     # o
+    "only imports": (PYTHON, "imports", None, 0.4),                  # o has 0.3
+    "only asserts": (PYTHON, "asserts", None, 0.4),                  # o
+    "only prints": (PYTHON, "prints", None, 0.4),                    # o
+    "word length": (TEXT, "mean word", 3, 12),                       # g has 10; paths and names are long
+    "symbols": (TEXT, "symbols", None, 0.1),                         # g
+    "bullets": (WEB, "bullets", None, 0.9),                          # g
+    "ellipses": (TEXT, "ellipses", None, 0.3),                       # g
+    "repeated text lines": (TEXT, "repeated lines", None, 0.3),      # g
+    "repeated phrases": (TEXT, "repeated phrases", None, 0.4),       # g bounds the top n-grams; this is the share of repeated ones
+    "no sentences": (WEB, "sentences", 0.12, None),                  # f
+    "short lines": (WEB, "short lines", None, 0.67),                 # f
 }
 
 
 def clean(text, language="text"):
-    """(text or None where a rule dropped it, the names of the rules that fired)."""
-    numbers, fired = measure(text), []
+    """(text after EDITS, or None where a rule dropped it; the names of the edits and rules that fired)."""
+    fired = []
+    text = edit(text, language, fired)
+    numbers, kept = measure(text), True
     for name, (languages, what, least, most) in RULES.items():
         if language in languages and (least is not None and numbers[what] < least or most is not None and numbers[what] > most):
             fired.append(name)
-    return (None if fired else text), fired
+            kept = False
+    return (text if kept else None), fired
 
 
-# ------------------------------------------------------------------------------------------------ duplicates
+# ------------------------------------------------------------------------------------------------ syntax
+
+TOLERATED = {"c": 0.02, "c++": 0.02}  # share of bytes in faulty nodes; macros are no syntax, elsewhere every fault counts
+DEEPEST, SLOWEST_S = 200, 5.0         # nesting of brackets; seconds for one file
+BRACKETS = np.zeros(256, np.int8)
+BRACKETS[[ord(c) for c in "([{"]], BRACKETS[[ord(c) for c in ")]}"]] = 1, -1
+
+
+@functools.cache
+def fault_query(language):
+    return tree_sitter.Query(fim.grammar(language), "[(ERROR) (MISSING)] @fault")
+
+
+def parses(code, language):
+    """
+    Does a file have the syntax of its language? True for languages without a grammar. Too deep or too slow to parse is False; so is,
+    in C and C++ too, a fault that reaches the end: the mark of a file that was cut off.
+    """
+    if language not in fim.LANGUAGES:
+        return True
+    data, began = fim.to_bytes(code), time.monotonic()
+    if np.cumsum(BRACKETS.take(np.frombuffer(data, np.uint8)), dtype=np.int32).max(initial=0) > DEEPEST:
+        return False
+    parser = fim.parser(language)
+    try:
+        tree = parser.parse(lambda offset, point: data[offset:offset + 65536], progress_callback=lambda *_: time.monotonic() - began > SLOWEST_S)
+    except ValueError:
+        tree = None
+    if tree is None:
+        parser.reset()
+        return False
+    root = tree.root_node
+    if not root.has_error:
+        return True
+    faults = tree_sitter.QueryCursor(fault_query(language)).captures(root).get("fault", [])
+    end = len(data.rstrip())
+    return (language in TOLERATED and all(node.end_byte < end for node in faults)
+            and sum(node.end_byte - node.start_byte for node in faults) <= TOLERATED[language] * len(data))
+
+
+# ------------------------------------------------------------------------------------------------ tokens of code, vectorised
+
+U64, U32 = np.uint64, np.uint32
+SEEDS = np.random.default_rng(20260101)
+BYTE = SEEDS.integers(1, 2**64, 256, dtype=U64)      # a random number a byte; white space is 0, so that it adds nothing
+BASE = U64(0x9E3779B97F4A7C15)
+KIND = np.full(256, 2, np.uint8)                     # 0 white space, 1 part of a word, 2 a sign, which is a token by itself
+KIND[[*range(48, 58), *range(65, 91), 95, *range(97, 123), *range(128, 256)]] = 1
+KIND[[9, 10, 11, 12, 13, 32]] = BYTE[[9, 10, 11, 12, 13, 32]] = 0
+
+
+@functools.cache
+def powers(n):
+    """BASE^i and BASE^-i modulo 2^64 for i < n."""
+    up, down = np.full((2, n), BASE)
+    down[:] = U64(pow(int(BASE), -1, 2**64))
+    up[0] = down[0] = 1
+    return np.multiply.accumulate(up), np.multiply.accumulate(down)
+
+
+def mix(h):
+    h = (h ^ (h >> U64(32))) * U64(0xD6E8FEB86659FD93)
+    return h ^ (h >> U64(32))
+
+
+def lex(text):
+    """
+    Words and single signs of a text as numbers: (hash of each token (n,) uint64, its first byte (n,)).
+
+    A word's hash is the polynomial sum BYTE[c_k] BASE^-k; all of them come from one weighted sum over the bytes, cut at the starts.
+    """
+    raw = np.frombuffer(fim.to_bytes(text), np.uint8)
+    kind = KIND.take(raw)
+    in_word, first = kind == 1, kind > 0
+    first[1:] &= ~(in_word[1:] & in_word[:-1])
+    starts = np.flatnonzero(first)
+    if not len(starts):
+        return np.empty(0, U64), np.empty(0, np.uint8)
+    up, down = powers(1 << max(16, (len(raw) - 1).bit_length()))
+    return mix(np.add.reduceat(BYTE.take(raw) * down[:len(raw)], starts) * up[starts]), raw[starts]
+
+
+KEYWORDS = np.unique(lex(" ".join(keyword.kwlist + """abstract boolean byte case catch char const default delete do double enum export extends
+    extern final float fn func function goto impl implements include int interface let long match mod mut namespace new override package private
+    protected pub public self short signed static string struct super switch template this throw throws trait type typedef typename union
+    unsigned use using var virtual void volatile""".split()))[0])
+
+
+def shapes(text, n):
+    """
+    The shape of every window of n tokens: keywords and signs as they stand, a name or number only by how far back in the window it
+    stood before. Renaming changes no shape, moving a function changes few. (A parameterised match, Baker 1993.)
+    """
+    token, first = lex(text)
+    if len(token) < n:
+        return token[:0]
+    order = np.argsort(token, kind="stable")
+    back = np.full(len(token), len(token))
+    same = np.flatnonzero(token[order[1:]] == token[order[:-1]]) + 1
+    back[order[same]] = order[same] - order[same - 1]
+    free = (KIND.take(first) == 1) & (KEYWORDS.take(np.searchsorted(KEYWORDS, token), mode="clip") != token)
+    m, h = len(token) - n + 1, U64(0)
+    for j in range(n):
+        near = np.where(back[j:j + m] <= j, back[j:j + m], 0).astype(U64)
+        h = h * BASE + np.where(free[j:j + m], near, token[j:j + m])
+    return mix(h)
+
+
+def distinct(h):
+    """np.unique, several times as fast."""
+    h = np.sort(h)
+    return h[np.append(True, h[1:] != h[:-1])] if len(h) else h
+
+
+def shingles(text, n=5):
+    """The set of the n-grams of tokens, as sorted 32-bit hashes. A text of fewer tokens is one shingle."""
+    token = lex(text)[0]
+    n = max(1, min(n, len(token)))
+    h = sum(token[i:len(token) - n + 1 + i] * BASE**U64(i) for i in range(n))
+    return distinct((mix(h) >> U64(32)).astype(U32)) if len(token) else np.empty(0, U32)
+
+
+# ------------------------------------------------------------------------------------------------ duplicates: exact, near, renamed
 
 def normal(text):
     """What exact duplicates agree in: the lines, without blank ones and trailing white space."""
@@ -319,11 +755,588 @@ def normal(text):
 
 def exact_duplicates(docs):
     """For each text the index of the one kept in its place. The smallest of the equal ones stays, whatever the order."""
-    kept, keys = {}, [hashlib.sha256(normal(text).encode("utf-8", "replace")).digest() for text in docs]
+    kept, keys = {}, [hashlib.sha256(fim.to_bytes(normal(text))).digest() for text in docs]
     for i, key in enumerate(keys):
         if key not in kept or docs[i] < docs[kept[key]]:
             kept[key] = i
     return [kept[key] for key in keys]
+
+
+PERMUTATIONS = SEEDS.integers(0, 2**31, 128, dtype=U32) * U32(2) + U32(1)  # odd: h -> p h mod 2^32 permutes the 32-bit numbers
+
+
+def signature(shingle_set):
+    """MinHash: the smallest shingle under each of 128 permutations. Two sets agree in a place with probability J, their Jaccard."""
+    if not len(shingle_set):
+        return np.full(len(PERMUTATIONS), 2**32 - 1, U32)
+    return np.concatenate([(p[:, None] * shingle_set).min(1) for p in PERMUTATIONS.reshape(-1, 8)])  # 8 at a time: they fit the cache
+
+
+@functools.cache
+def bands(threshold, n=len(PERMUTATIONS)):
+    """(b, r): a pair of Jaccard s meets with probability 1 - (1 - s^r)^b. The r with fewest pairs on the wrong side, misses counting double."""
+    s = np.linspace(0.005, 0.995, 100)
+    wrong = lambda r: sum(np.where(s < threshold, meet, 2 * (1 - meet))) if (meet := 1 - (1 - s**r) ** (n // r)) is not None else 0
+    r = min(range(1, 33), key=wrong)
+    return n // r, r
+
+
+def meetings(signatures, b, r):
+    """Pairs (i, j), i < j, whose signatures agree in all r places of a band. In a crowd of equals each meets its 8 neighbours and the first."""
+    pairs = []
+    for band in range(b):
+        key = np.zeros(len(signatures), U64)
+        for column in signatures[:, band * r:(band + 1) * r].T:
+            key = mix(key * BASE + column)
+        order = np.argsort(key, kind="stable")
+        key, start = key[order], np.arange(len(key))
+        start = np.maximum.accumulate(np.where(np.append(True, key[1:] != key[:-1]), start, 0)) if len(key) else start
+        for step in range(1, 9):
+            at = np.flatnonzero(key[step:] == key[:-step])
+            pairs.append(np.stack([order[at], order[at + step]], 1))
+        at = np.flatnonzero(np.arange(len(key)) - start > 8)
+        pairs.append(np.stack([order[start[at]], order[at]], 1))
+    pairs = np.sort(np.concatenate(pairs), 1) if pairs else np.empty((0, 2), np.int64)
+    return np.unique(pairs, axis=0)
+
+
+def jaccard(a, b):
+    """|a & b| / |a | b| of two sorted sets."""
+    common = len(a) + len(b) - len(distinct(np.concatenate([a, b])))
+    return common / max(len(a) + len(b) - common, 1)
+
+
+def survivors(n, pairs, rank):
+    """Union-find: of each connected group the one of lowest rank is kept. -> for each its survivor's index."""
+    parent = list(range(n))
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+    for i, j in pairs:
+        a, b = sorted((root(i), root(j)), key=rank.__getitem__)
+        parent[b] = a
+    return [root(i) for i in range(n)]
+
+
+def near_duplicates(docs, threshold=0.7):
+    """
+    Texts whose 5-grams of tokens have a Jaccard similarity of at least `threshold`: MinHash finds the candidates, the sets decide.
+    Groups are transitive; the longest text of each stays, whatever the order of the texts.
+    """
+    order = sorted(range(len(docs)), key=lambda i: (-len(docs[i]), docs[i]))
+    sets = [shingles(docs[i]) for i in order]
+    pairs = meetings(np.array([signature(s) for s in sets], U32).reshape(len(docs), -1), *bands(threshold))
+    kept = survivors(len(docs), [(i, j) for i, j in pairs.tolist() if jaccard(sets[i], sets[j]) >= threshold], range(len(docs)))
+    found = dict(zip(order, (order[k] for k in kept)))
+    return [found[i] for i in range(len(docs))]
+
+
+EMBEDDING, SHAPE_SHARE = 256, 0.7
+
+
+def project(h, weight, salt):
+    """A bag of hashes as a unit vector: each distinct one adds +-sqrt(its count) to four of the places, by hash (a sparse random projection)."""
+    v = np.zeros(EMBEDDING)
+    h, count = np.unique(h, return_counts=True)
+    for i in range(4):
+        g = mix(h ^ U64(salt * 8191 + i * 131071 + 1))
+        v += np.bincount((g >> U64(40)).astype(np.int64) % EMBEDDING, np.where(g & U64(1), 1, -1) * np.sqrt(count), EMBEDDING)
+    return v * (weight**0.5 / max(np.linalg.norm(v), 1e-9))
+
+
+def embed(texts, model=None, tokenizer=None, teacher=None, length=512):
+    """
+    Unit vectors (n, width), whose cosine says how alike two texts are. Without a model: 70 % shapes of 4 and 10 tokens, which survive
+    renaming, and 30 % words, which keep two import lists apart. With one: its mean hidden state. teacher: the URL of a /v1 endpoint.
+    """
+    if teacher:
+        url, _, name = teacher.partition("#")
+        reply = request(f"{url}/embeddings", method="POST", json={"model": name or "default", "input": list(texts)})
+        rows = np.array([row["embedding"] for row in sorted(reply.json()["data"], key=lambda row: row["index"])], np.float32)
+    elif model is not None:
+        import torch  # here and below: a plain build of tokens needs no torch
+        with torch.no_grad():
+            rows = np.stack([model.hidden(torch.tensor([tokenizer.encode(text)[:length] or [0]]))[0].float().mean(0).numpy() for text in texts])
+        rows = rows - rows.mean(0)  # what all hidden states share says nothing
+    else:
+        rows = np.zeros((len(texts), 2 * EMBEDDING), np.float32)
+        for row, text in zip(rows, texts):
+            token, first = lex(text)
+            row[:EMBEDDING] = project(np.concatenate([shapes(text, 4), shapes(text, 10)]), SHAPE_SHARE, 1)
+            row[EMBEDDING:] = project(token[KIND.take(first) == 1], 1 - SHAPE_SHARE, 2)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+
+
+def embedding_duplicates(vectors, threshold=0.8, block=1024):
+    """
+    Rows of unit length whose cosine is at least `threshold`, found block by block in bounded memory. A row goes if it is that close
+    to one that stays: no chains, which in this space lead anywhere. Rows are judged in the order of their bytes, so input order is no matter.
+    """
+    vectors = np.ascontiguousarray(vectors, np.float32)
+    order = sorted(range(len(vectors)), key=lambda i: vectors[i].tobytes())
+    sorted_vectors, kept = vectors[order], list(range(len(vectors)))
+    for start in range(0, len(vectors), block):
+        rows = sorted_vectors[start:start + block]
+        close = defaultdict(list)
+        for other in range(0, start + 1, block):
+            for i, j in np.argwhere(rows @ sorted_vectors[other:other + block].T >= threshold).tolist():
+                if other + j < start + i:
+                    close[start + i].append(other + j)
+        for i in sorted(close):
+            kept[i] = next((j for j in close[i] if kept[j] == j), i)
+    found = dict(zip(order, (order[k] for k in kept)))
+    return [found[i] for i in range(len(vectors))]
+
+
+# ------------------------------------------------------------------------------------------------ decontamination
+
+class Decontaminator:
+    """
+    Does a text touch a benchmark? Three looks at each item's texts, from literal to structural:
+        words    any 10 words in a row that are an item's too (Seed-Coder's length)
+        fuzzy    60 % of an item's shingles of 5 tokens
+        shape    70 % of an item's windows of 12 tokens, names and numbers only by where they stood before
+    The last finds a solution inside a larger file with everything renamed. Windows that are common in code at large (in more than
+    two items) prove nothing and do not count; an item with fewer than 8 left is not looked for in that way.
+    """
+    def __init__(self, benchmarks):
+        self.items = [(name, text) for name, texts in sorted(benchmarks.items()) for text in texts]
+        self.looks = []  # (look, sorted hashes, item of each, how many an item has, share that must be found)
+        for look, share in ((self.words, 0.0), (shingles, 0.6), (lambda text: distinct(shapes(text, 12)), 0.7)):
+            found = [look(text) for _, text in self.items]
+            hashes, item = np.concatenate([*found, np.empty(0, U64)]), np.repeat(np.arange(len(found)), list(map(len, found)))
+            _, inverse, count = np.unique(hashes, return_inverse=True, return_counts=True)
+            rare = np.flatnonzero(count[inverse] <= 2) if len(hashes) else inverse
+            rare = rare[np.argsort(hashes[rare], kind="stable")]
+            size = np.bincount(item[rare], minlength=len(found))
+            self.looks.append((look, hashes[rare], item[rare], np.where((size < 8) & (share > 0), np.inf, np.maximum(share * size, 1))))
+
+    @staticmethod
+    def words(text, n=10):
+        token, first = lex(text.lower())
+        token = token[KIND.take(first) == 1]
+        return distinct(mix(sum(token[i:len(token) - n + 1 + i] * BASE**U64(i) for i in range(n)))) if len(token) >= n else token[:0]
+
+    def overlaps(self, text):
+        """The names of the benchmarks that a text touches, sorted."""
+        touched = set()
+        for look, hashes, item, needed in self.looks:
+            if len(hashes):
+                mine = look(text)
+                at = np.searchsorted(mine, hashes)
+                hit = mine.take(at, mode="clip") == hashes if len(mine) else np.zeros(len(hashes), bool)
+                touched |= {self.items[i][0] for i in np.flatnonzero(np.bincount(item[hit], minlength=len(self.items)) >= needed)}
+        return sorted(touched)
+
+
+def read_benchmark(path):
+    """{name: texts} of a benchmark file: JSON lines (gz or not) whose string fields are all looked at, or any text as one item."""
+    path = Path(path)
+    name = path.name.split(".")[0]
+    if ".jsonl" not in path.name:
+        return {name: [path.read_text(errors="replace")]}
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as lines:
+        return {name: [value for line in lines if line.strip() for value in json.loads(line).values() if isinstance(value, str) and len(value) > 40]}
+
+
+# ------------------------------------------------------------------------------------------------ quality: an oracle, and proxies of it
+
+def code_rubric(text):
+    """
+    Readability, modularity, clarity, reusability of Python, 0 to 10, from what only a program sees: the syntax tree. Each line is a
+    share in [0, 1]; the score is their mean. None where the text does not parse.
+    """
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    nodes = list(ast.walk(tree))
+    functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    public = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    names = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)] + [n.arg for n in nodes if isinstance(n, ast.arg)]
+    handlers = [n for n in nodes if isinstance(n, ast.ExceptHandler)]
+    lines = text.count("\n") + 1
+    share = lambda good, of, empty=0.5: sum(map(bool, good)) / len(of) if of else empty
+    return 10 * float(np.mean([
+        share([ast.get_docstring(n) for n in public], public), ast.get_docstring(tree) is not None,
+        share([n.end_lineno - n.lineno <= 40 for n in functions], functions), share([len(n.args.args) <= 5 for n in functions], functions),
+        min(1, len(functions) / max(lines / 40, 1)), share([3 <= len(name) <= 24 for name in names], names),
+        share([n.type is not None for n in handlers], handlers, 1), min(1, 10 * len(re.findall(r"^\s*#", text, re.M)) / lines),
+        share([n.returns or any(a.annotation for a in n.args.args) for n in functions], functions),
+        not any(isinstance(n, ast.Global) or isinstance(n, ast.ImportFrom) and n.names[0].name == "*" for n in nodes),
+    ]))
+
+
+def text_rubric(text):
+    """Prose that explains, 0 to 10: whole sentences of a readable length, varied words, few marks, examples beside the words."""
+    sentences = [s.split() for s in re.split(r"(?<=[.!?])\s+", text) if len(s.split()) > 2]
+    words = re.findall(r"[^\W\d_]{2,}", text.lower())
+    if not words or not sentences:
+        return 0.0
+    return 10 * float(np.mean([
+        np.mean([8 <= len(s) <= 30 for s in sentences]), np.mean([s[0][0].isupper() and s[-1][-1] in ".!?:" for s in sentences]),
+        min(1, len(set(words[:200])) / min(len(words), 200) / 0.6), min(1, len(words) / 150), sum(map(len, words)) / len(text) > 0.6,
+        bool(re.search(r"because|so that|therefore|for example|note that|in order to|which means|if the", text, re.I)), ">>>" in text or "::" in text]))
+
+
+def maths_rubric(text):
+    """Mathematics that can be followed, 0 to 10: its equations hold where they can be computed, steps are linked, terms are defined."""
+    held = []
+    for left, right in re.findall(r"([-+*/^() \d.]{3,60})=\s*(-?\d+(?:\.\d+)?)(?![\d*/^+-])", text):
+        with contextlib.suppress(ValueError, ArithmeticError):
+            held.append(abs(float(tasks.formula(left.strip().replace("^", "**"))) - float(right)) < 1e-6)
+    words = max(len(text.split()), 1)
+    return 10 * float(np.mean([
+        np.mean(held) if held else 0.3, min(1, 40 * text.count("=") / words), min(1, 25 * len(re.findall(r"\b(?:let|then|hence|since|thus|where|if|suppose|"
+        r"returns?|given|equals?)\b", text, re.I)) / words), bool(re.search(r"theorem|lemma|proof|defin|formula|matrix|polynomial|integral", text, re.I)),
+        bool(re.search(r">>>|example|\\frac|\$", text, re.I)), min(1, words / 120)]))
+
+
+RUBRICS = {"code": code_rubric, "text": text_rubric, "maths": maths_rubric}
+MATHS = re.compile(r"\b(?:matri|polynom|equation|theorem|integral|derivative|algebra|prime|eigen|vector|coefficient|probabilit|distribution)", re.I)
+
+
+def samples_of(doc):
+    """(kind, text) of a document: code itself, and the longer docstrings of Python as text, or as maths where they speak of it."""
+    if doc.language != "python":
+        yield ("text" if doc.language in TEXT else "code"), doc.text
+        return
+    yield "code", doc.text
+    for found in re.finditer(r'"""((?:[^"\\]|\\.|"(?!"")){300,}?)"""', doc.text):
+        text = inspect.cleandoc(found[1])
+        yield ("maths" if len(MATHS.findall(text)) >= 3 else "text"), text
+
+
+class NgramScorer:
+    """The baseline, fastText's idea: counts of hashed 1- to 3-grams of tokens (square roots, unit length), and a ridge regression on them."""
+    def __init__(self, rows, scores, places=1 << 13, ridge=1.0):
+        self.places, self.mean = places, np.mean(scores)
+        x = self.features(rows)
+        self.weight = x.T @ np.linalg.solve(x @ x.T + ridge * np.eye(len(x), dtype=np.float32), (np.asarray(scores) - self.mean).astype(np.float32))
+
+    def features(self, rows):
+        x = np.zeros((len(rows), self.places), np.float32)
+        for out, row in zip(x, rows):
+            ids = np.asarray(row, U64) + U64(1)
+            for n in (1, 2, 3):
+                gram = mix(sum((ids[i:len(ids) - n + 1 + i] * BASE**U64(i + 1) for i in range(n)), U64(n)))
+                out += np.bincount((gram % U64(self.places)).astype(np.int64), minlength=self.places)
+        x = np.sqrt(x)
+        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
+
+    def __call__(self, rows):
+        return self.features(rows) @ self.weight + self.mean
+
+
+class Proxy:
+    """
+    A small transformer of model.py's blocks that reads the first `length` tokens and says the oracle's score: mean of its hidden
+    states, one linear layer. It sees text only; what the rubric computed from the syntax tree, it has to read.
+    """
+    def __init__(self, rows, scores, vocab_size, length=128, width=64, epochs=4, seed=0):
+        import torch
+        from model import LoopCoder, LoopCoderConfig
+
+        self.torch, self.length = torch, length
+        state = torch.random.get_rng_state()
+        torch.manual_seed(seed)
+        self.body = LoopCoder(LoopCoderConfig(vocab_size=vocab_size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+                                              num_attention_heads=4, num_key_value_heads=4, head_dim=width // 4, loop_num=1))
+        self.head = torch.nn.Linear(2 * width, 1)
+        self.mean, self.spread = float(np.mean(scores)), float(np.std(scores)) or 1.0
+        goal = torch.tensor((np.asarray(scores) - self.mean) / self.spread, dtype=torch.float32)
+        weights = [p for p in [*self.body.model.parameters(), *self.head.parameters()]]
+        steps, batch = epochs * math.ceil(len(rows) / 32), 32
+        optimizer = torch.optim.AdamW(weights, 3e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1)
+        rng = np.random.default_rng(seed)
+        for _ in range(epochs):
+            order = rng.permutation(len(rows))
+            for at in range(0, len(rows), batch):
+                chosen = order[at:at + batch]
+                loss = torch.nn.functional.mse_loss(self.forward([rows[i] for i in chosen]), goal[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(weights, 1.0)
+                optimizer.step()
+                schedule.step()
+        torch.random.set_rng_state(state)
+
+    def forward(self, rows):
+        torch = self.torch
+        rows = [torch.as_tensor(np.asarray(row[:self.length], np.int64)) for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)                     # (B, T)
+        counts = (torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]).float()[..., None]
+        h = self.body.hidden(ids)                                                         # (B, T, C)
+        mean = (h * counts).sum(1) / counts.sum(1)
+        most = (h + (counts - 1) * 1e4).amax(1)
+        return self.head(torch.cat([mean, most], 1))[:, 0]
+
+    def __call__(self, rows):
+        with self.torch.no_grad():
+            order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+            scores = np.zeros(len(rows))
+            for at in range(0, len(rows), 64):
+                scores[order[at:at + 64]] = self.forward([rows[i] for i in order[at:at + 64]]).numpy()
+        return scores * self.spread + self.mean
+
+
+def ranks(values):
+    """Ranks from 0, ties sharing their mean."""
+    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count + 1) / 2)[inverse]
+
+
+def spearman(a, b):
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def auc(scores, good):
+    """The probability that a good one scores above a bad one."""
+    good = np.asarray(good, bool)
+    return float((ranks(scores)[good].sum() - good.sum() * (good.sum() - 1) / 2) / max(good.sum() * (~good).sum(), 1))
+
+
+def quality_table(docs, tokenizer, teacher=None, kinds=tuple(RUBRICS), most=1500, log=print):
+    """
+    Train the three proxies and their baselines on some projects' documents, judge both on other projects', print AUC (of the better
+    half by the oracle) and Spearman. -> {kind: proxy}. The oracle is the rubric, or a larger model that is asked for a score.
+    """
+    by_kind, proxies = defaultdict(list), {}
+    for doc in docs:
+        for kind, text in samples_of(doc):
+            score = RUBRICS[kind](text) if kind in kinds and (kind != "code" or doc.language == "python") else None
+            if score is not None:
+                by_kind[kind].append((digest(doc.project) % 4 == 0, digest(text), text, score))
+    for kind, rows in by_kind.items():
+        rows = sorted(rows, key=lambda row: row[1])[:most]
+        if teacher:
+            rows = [(test, key, text, rated) for test, key, text, _ in rows if (rated := teacher_score(teacher, kind, text)) is not None]
+        ids, scores = [tokenizer.encode(text[:1500])[:256] for _, _, text, _ in rows], np.array([row[3] for row in rows])
+        train, test = [i for i, row in enumerate(rows) if not row[0]], [i for i, row in enumerate(rows) if row[0]]
+        if len(train) < 64 or len(test) < 16:
+            log(f"proxy   {kind}: only {len(train)} documents to learn from and {len(test)} to judge on; left out")
+            continue
+        pick = lambda chosen: [ids[i] for i in chosen]
+        proxies[kind] = Proxy(pick(train), scores[train], tokenizer.vocab_size)
+        good = scores[test] > np.median(scores[test])
+        for name, scorer in (("proxy", proxies[kind]), ("n-grams", NgramScorer(pick(train), scores[train]))):
+            found = scorer(pick(test))
+            log(f"{name:8s}{kind}: {len(train)} documents, held-out sources {len(test)}: AUC {auc(found, good):.3f}, "
+                f"Spearman {spearman(found, scores[test]):.3f}")
+    return proxies
+
+
+def teacher_score(teacher, kind, text):
+    """A larger model's score from 0 to 10, or None where it gave no number."""
+    reply = teacher.ask(f"Rate this {kind} for readability, clarity and usefulness as training text. Answer with a number from 0 to 10.\n\n{text[:6000]}")
+    number = re.search(r"\d+(?:\.\d+)?", reply[0] if reply else "")
+    return min(float(number[0]), 10.0) if number else None
+
+
+# ------------------------------------------------------------------------------------------------ how much of which language
+
+LAW = {  # IQuest-Coder-V1 report and arXiv 2512.13472; tokens in billions. The optimised shares are the report's allocation of 350.
+    "languages": ["python", "java", "javascript", "typescript", "c#", "go", "rust"],
+    "optimised": np.array([76.77, 55.60, 44.19, 41.17, 36.51, 45.76, 50.00]),
+    "alpha_N": np.array([0.221, 0.447, 0.692, 0.439, 0.321, 0.845, 0.643]),
+    "alpha_D": np.array([1.217, 1.129, 1.247, 1.303, 1.350, 1.149, 1.297]),
+    "floor": np.array([0.566, 0.397, 0.554, 0.518, 0.288, 0.414, 0.397]),
+    "synergy": np.array([  # tau: row = the language that gains, column = the one that helps; shares, not percent
+        [0, 1.36, -1.12, -0.95, -1.69, -2.13, -2.72], [6.02, 0, 12.62, 12.08, 20.58, 10.68, 12.41], [5.49, 2.98, 0, 4.69, 2.44, 1.34, 2.56],
+        [4.17, 2.29, 3.34, 0, 1.68, 1.39, 1.18], [3.84, 1.93, 3.10, 3.71, 0, 1.87, 1.98], [4.77, 2.95, 2.70, 4.41, 2.95, 0, 2.86],
+        [3.87, 2.89, 4.20, 4.05, 2.81, 2.80, 0]]) / 100,
+}
+LAW["B"] = LAW["optimised"] ** (LAW["alpha_D"] + 1) / LAW["alpha_D"]  # the data terms for which that allocation is the optimum
+LAW["B"] = LAW["B"] / LAW["B"].mean()
+
+
+def printed_law(n_params, tokens, shares, A=1.0, B=1.0, gamma=1.0, law=LAW):
+    """
+    The report's proportion-dependent law: L = A N^-alpha_N(p) + B Dx^-alpha_D(p) + floor(p), parameters averaged with p, and
+    Dx = D (1 + gamma sum_{i != j} p_i p_j tau_ij). It scores a mixture on itself: minimised over p it goes to a single language.
+    """
+    p = np.asarray(shares, float) / np.sum(shares)
+    effective = tokens * (1 + gamma * p @ law["synergy"] @ p)
+    return float(A * n_params ** -(p @ law["alpha_N"]) + B * effective ** -(p @ law["alpha_D"]) + p @ law["floor"])
+
+
+def solve_mixture(budget, B, alpha, tau=None, gamma=0.0, available=np.inf, steps=2000):
+    """
+    Tokens D of each language that minimise the mean loss over *all* languages, the question that has an answer:
+
+        sum_k B_k (D_k + gamma sum_j tau_kj D_j)^-alpha_k    with sum_k D_k = budget, D_k <= available_k
+
+    At the optimum one more token is worth the same everywhere; the steps move log D towards that, and full languages stay full.
+    """
+    B, alpha = np.asarray(B, float), np.asarray(alpha, float)
+    available = np.minimum(np.broadcast_to(np.asarray(available, float), B.shape), budget)
+    if available.sum() <= budget:
+        return available.copy()
+    share = np.eye(len(B)) + gamma * (np.zeros((len(B),) * 2) if tau is None else tau)
+    D = np.full(len(B), budget / len(B))
+    for _ in range(steps):
+        worth = share.T @ (B * alpha * np.maximum(share @ D, 1e-12 * budget) ** (-alpha - 1))  # - d loss / d D_j
+        D = D * np.maximum(worth / worth.mean(), 1e-9) ** 0.3
+        low, high = -60.0, 60.0                                                                # scale, so that the capped sum is the budget
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if np.minimum(D * np.exp(middle), available).sum() < budget else (low, middle)
+        D = np.minimum(D * np.exp(high), available)
+    return D
+
+
+def language_mixture(available, budget, law=LAW):
+    """{language: tokens available} -> {language: tokens to take}: the report's shares; what a language lacks goes to the others in proportion."""
+    left, taken, open_to = float(budget), dict.fromkeys(available, 0.0), set(available)
+    weight = dict(zip(law["languages"], law["optimised"]))
+    unknown = set(available) - set(weight)
+    if unknown:
+        raise ValueError(f"no law for {', '.join(sorted(unknown))}: it knows {', '.join(law['languages'])}")
+    while open_to and left > 1e-9 * budget:
+        unit = left / sum(weight[name] for name in open_to)
+        for name in sorted(open_to):
+            add = min(unit * weight[name], available[name] - taken[name])
+            taken[name] += add
+            left -= add
+        open_to = {name for name in open_to if available[name] - taken[name] > 1e-9 * budget}
+    return taken
+
+
+def refit(points):
+    """
+    Fit L = A N^-a + B D^-b + floor to [(parameters, tokens, loss)]: for every pair of exponents of a grid the rest is linear; the
+    best by squared error, with A, B, floor >= 0. -> dict.
+    """
+    n, d, loss = np.array(points, float).T
+    best = None
+    for a, b in itertools.product(np.linspace(0.05, 1.5, 59), repeat=2):
+        design = np.stack([(n / n.max()) ** -a, (d / d.max()) ** -b, np.ones_like(n)], 1)
+        used = [0, 1, 2] if len(set(n)) > 1 else [1, 2]        # one model size says nothing of A
+        weight, *_ = np.linalg.lstsq(design[:, used], loss, rcond=None)
+        error = float(((design[:, used] @ weight - loss) ** 2).sum())
+        if (weight >= 0).all() and (best is None or error < best[0]):
+            best = error, dict(zip([("A", "B", "floor")[i] for i in used], weight.tolist())) | {"alpha_N": a, "alpha_D": b}
+    if best is None:
+        raise ValueError(f"no falling law fits these {len(points)} losses: {points[:3]}...; train longer or on more sizes")
+    found = best[1]
+    found["B"] *= d.max() ** found["alpha_D"]
+    found["A"] = found.get("A", 0.0) * n.max() ** found["alpha_N"]
+    return found | {"rms": math.sqrt(best[0] / len(points))}
+
+
+def small_runs(folder, widths=(32, 64), steps=120, log=print):
+    """[(language, parameters, tokens, loss)]: a dense model of each width on each large language's tokens; every batch is new, so its loss is held out."""
+    import torch
+    from model import LoopCoder, LoopCoderConfig
+
+    file, tokenizer, rows = TokenFile(Path(folder) / "train", "code"), Tokenizer.load(Path(folder) / "tokenizer"), []
+    of_language = {name: [file.ids(i) for i in range(len(file.lengths)) if file.language(i) == name] for name in file.languages}
+    for language, width in itertools.product(sorted(name for name, ids in of_language.items() if sum(map(len, ids)) > 2100 * steps), widths):
+        torch.manual_seed(0)
+        model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2,
+                                          num_attention_heads=2, num_key_value_heads=2, head_dim=width // 2, loop_num=1))
+        optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+        batch = list(map(torch.from_numpy, pack(of_language[language], 256)))
+        order, losses = torch.randperm(len(batch[0])), []
+        for step in range(min(steps, len(order) // 8)):
+            chosen = order[8 * step:8 * step + 8]
+            loss = model.loss(*(x[chosen] for x in batch))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if (step + 1) % (steps // 4) == 0:
+                rows.append((language, sum(p.numel() for p in model.model.layers.parameters()), (step + 1) * 2048, float(np.mean(losses[-10:]))))
+        log(f"refit   {language:12s}{rows[-1][1]:8d} parameters {rows[-1][2]:8d} tokens: loss {rows[-1][3]:.3f}")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ facts with one answer
+
+FACT_MODULES = """argparse ast base64 bisect calendar collections contextlib copy csv dataclasses datetime decimal difflib enum fractions functools gzip
+hashlib heapq html inspect io itertools json logging math operator pathlib pickle queue random re sched secrets shlex shutil socket sqlite3 statistics
+string struct subprocess tempfile textwrap threading time timeit tokenize traceback types typing unittest urllib.parse uuid weakref zipfile""".split()
+CHANGING = re.compile(r"version|deprecat|platform|windows|unix|linux|current|today|now\b|changed in|new in|locale|<.*0x|/|\\", re.I)
+
+
+class Fact(NamedTuple):
+    question: str
+    answer: str
+    check: tuple       # what introspection looks up again: (form, module, name, parameter)
+
+
+def look_up(form, module, name, parameter=""):
+    """The answer that the running Python gives, or None: what is not there, or has no answer of one short line."""
+    thing = getattr(importlib.import_module(module), name, None)
+    with contextlib.suppress(ValueError, TypeError):
+        if form == "module":
+            return module if getattr(thing, "__module__", None) in (module, f"_{module}") else None
+        if form == "default":
+            default = inspect.signature(thing).parameters[parameter].default
+            return repr(default) if isinstance(default, (bool, int, float, str, type(None))) and len(repr(default)) < 30 else None
+        if form == "base":
+            bases = [b.__name__ for b in thing.__bases__ if b is not object] if inspect.isclass(thing) else []
+            return bases[0] if len(bases) == 1 else None
+        if form == "required":
+            kinds = inspect.signature(thing).parameters.values()
+            return str(sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in kinds))
+    return None
+
+
+ASK = {
+    "module": "Which module of Python's standard library defines `{name}`?",
+    "default": "In Python, what is the default value of the parameter `{parameter}` of `{module}.{name}`?",
+    "base": "In Python, what is the direct base class of `{module}.{name}`?",
+    "required": "In Python, how many positional arguments does `{module}.{name}` require?",
+}
+
+
+def objective(fact, owners):
+    """One answer, for all time: the name belongs to one module, and neither question, answer nor documentation speaks of change."""
+    form, module, name, _ = fact.check
+    doc = inspect.getdoc(getattr(importlib.import_module(module), name, None)) or ""
+    return (form != "module" or owners[name] == 1) and not CHANGING.search(fact.answer) and not CHANGING.search(doc) and look_up(*fact.check) == fact.answer
+
+
+def code_facts(count=500, modules=FACT_MODULES, teacher=None):
+    """
+    CodeSimpleQA-like questions from signatures: generated, filtered (objective), checked by introspection (look_up), and spread over
+    what can be asked: the embeddings of the questions are clustered and the clusters take turns. A teacher only rephrases, and its
+    wording is kept where, asked without the answer, it gives that answer.
+    """
+    owners, found = Counter(), []
+    for module in modules:
+        known = importlib.import_module(module)
+        for name in sorted(getattr(known, "__all__", None) or (n for n in vars(known) if not n.startswith("_"))):
+            thing = getattr(known, name, None)
+            if not callable(thing) or getattr(thing, "__module__", None) not in (module, f"_{module}"):
+                continue
+            owners[name] += 1
+            with contextlib.suppress(ValueError, TypeError):
+                parameters = list(inspect.signature(thing).parameters)
+                found += [("default", module, name, p) for p in parameters] + [("required", module, name, "")] * (not inspect.isclass(thing))
+            found += [("module", module, name, ""), ("base", module, name, "")]
+    facts = [Fact(ASK[form].format(module=module, name=name, parameter=parameter), answer, (form, module, name, parameter))
+             for form, module, name, parameter in found if (answer := look_up(form, module, name, parameter)) is not None]
+    facts = sorted((fact for fact in facts if objective(fact, owners)), key=lambda fact: digest(fact.question))
+    vectors = embed([f"{fact.check[0]} {fact.check[1]} {fact.question}" for fact in facts])
+    centres, clusters = vectors[:32], defaultdict(list)
+    for _ in range(5):
+        nearest = (vectors @ centres.T).argmax(1)
+        centres = np.stack([vectors[nearest == k].mean(0) if (nearest == k).any() else centres[k] for k in range(len(centres))])
+    for fact, cluster in zip(facts, nearest.tolist()):
+        clusters[cluster].append(fact)
+    chosen = [fact for turn in itertools.zip_longest(*clusters.values()) for fact in turn if fact][:count]
+    return [rephrased(teacher, fact) for fact in chosen] if teacher else chosen
+
+
+def rephrased(teacher, fact):
+    """The teacher's wording where it still has that one answer; else ours."""
+    question = (teacher.ask(f"Rephrase this question, keeping its one answer. Reply with the question alone.\n{fact.question}") or [""])[0].strip()
+    answers = teacher.ask(f"{question}\nReply with the answer alone.", 2) if question else []
+    return fact._replace(question=question) if answers and all(a.strip().strip("`") == fact.answer for a in answers) else fact
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer
@@ -342,35 +1355,10 @@ def count_words(texts):
     return counts
 
 
-def train_bpe_slowly(counts, merges):
-    """The idea, as one would say it: count all neighbouring pairs, join the most frequent one everywhere, repeat."""
-    words = {tuple(word.encode()): count for word, count in counts.items()}
-    found = []
-    for new in range(256, 256 + merges):
-        pairs = Counter()
-        for word, count in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] += count
-        if not pairs or max(pairs.values()) < 2:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # of equally frequent ones, the smaller ids
-        found.append(best)
-        joined = Counter()
-        for word, count in words.items():
-            out = []
-            for symbol in word:
-                if out and out[-1] is not None and (out[-1], symbol) == best:
-                    out[-1] = new
-                else:
-                    out.append(symbol)
-            joined[tuple(out)] += count
-        words = joined
-    return found
-
-
 def train_bpe(counts, merges):
     """
-    The same list of (left id, right id), fast. All words lie end to end in one array of symbols, with links to the next and
+    Count all neighbouring pairs of symbols, join the most frequent one everywhere (of equals the smaller ids), repeat: -> the list of
+    (left id, right id). Fast, because little is counted twice. All words lie end to end in one array of symbols, with links to the next and
     the previous living symbol; for each pair we know the places where it stood when it was last counted.
 
     Joining a pair only ever destroys older pairs, and only the joined symbol makes new ones. So a pair's count is right when it
@@ -543,7 +1531,7 @@ class TokenWriter:
         self.path, self.dtype, self.cut = Path(folder) / name, np.dtype("<u2" if vocab_size <= 65536 else "<u4"), cut
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.files = {kind: open(f"{self.path}.{kind}.tmp", "wb") for kind in ("tokens", "index", "loss")}
-        self.hash, self.counts, self.languages, self.masked = hashlib.sha256(), defaultdict(Counter), {}, False
+        self.hash, self.counts, self.languages, self.masked, self.tokens = hashlib.sha256(), defaultdict(Counter), {}, False, 0
 
     def add(self, ids, nbytes, language, in_loss=None):
         ids = np.asarray(ids, self.dtype)
@@ -553,7 +1541,8 @@ class TokenWriter:
         self.files["index"].write(np.array([(len(ids), nbytes, number)], INDEX).tobytes())
         self.files["loss"].write(in_loss.tobytes())
         self.hash.update(ids.tobytes())
-        self.masked |= not in_loss.all()
+        self.masked |= not bool(in_loss.all())
+        self.tokens += len(ids)
         self.counts[language].update(documents=1, tokens=len(ids), bytes=nbytes)
 
     def close(self):
@@ -745,6 +1734,79 @@ class Mixture:
         self.pool, self.order = [tuple(piece) for piece in state["pool"]], {}
 
 
+# ------------------------------------------------------------------------------------------------ samples of the later stages
+
+def plain_parts(text, end="<|endoftext|>"):
+    return [("<|endoftext|>", True, True), (text, False, True), (end, True, True)]
+
+
+def file_samples(docs, tokenizer, context, rng):
+    """A quarter of the files by themselves, half of them split for fill-in-the-middle; at most `context` tokens, every second one a quarter."""
+    docs = [doc for doc in docs if doc.language in CODE and digest(doc.project, doc.path) % 4 == 0]
+    length = lambda text: len(tokenizer.encode(text))
+    for i, (doc, level) in enumerate(zip(docs, fim.plan(len(docs), rng))):
+        limit = context // (4 if i % 2 else 1) - fim.FILE_SPECIALS - 2  # pieces of a text may measure a token more than the whole
+        if level is None:
+            yield doc.language, plain_parts(tokenizer.decode(tokenizer.encode(doc.text)[:limit]).rstrip("\ufffd"))
+        else:
+            split = fim.split(doc.text, doc.language if doc.language in fim.LANGUAGES else None, level, rng, max_middle=limit)
+            with contextlib.suppress(ValueError):  # a middle of rare characters alone can be longer than the limit
+                yield doc.language, fim.file_parts(fim.trim(split, limit, length))
+
+
+PER_PROJECT = 6  # whole contexts, and as many files with a hole, that one project gives
+
+
+def repo_samples(docs, tokenizer, context, rng):
+    """A project's files in dependency order, so that what is imported stands before its users; and files with a hole behind similar snippets."""
+    length = lambda text: len(tokenizer.encode(text))
+    for project, group in itertools.groupby(docs, key=lambda doc: doc.project):  # shards are sorted by project, so this streams
+        files = {doc.path: doc for doc in group if doc.language in CODE}
+        if len(files) < 2:
+            continue
+        texts = {path: doc.text for path, doc in files.items()}
+        contexts, room = [], 0
+        for path in fim.dependency_order(texts):
+            new = [("<|file_sep|>", True, True), (f"{path}\n{texts[path]}\n", False, True)]
+            size = 1 + length(new[1][0])
+            if size > room:
+                contexts.append((files[path].language, [("<|repo_name|>", True, True), (f"{project}\n", False, True)]))
+                room = context - 4 - length(project)
+            if size <= room:                                             # a file that no context holds is left out
+                contexts[-1][1].extend(new)
+                room -= size
+        contexts = [(language, parts + [("<|endoftext|>", True, True)]) for language, parts in contexts if len(parts) > 2]
+        yield from rng.sample(contexts, min(PER_PROJECT, len(contexts)))
+        index, paths = fim.Index(texts), rng.sample(sorted(files), min(PER_PROJECT, len(files), max(len(contexts), 1)))
+        for i, (path, level) in enumerate(zip(paths, fim.plan(len(paths), rng, rate=1.0))):
+            limit, language = context // (4 if i % 2 else 1) - 8, files[path].language
+            split = fim.split(texts[path], language if language in fim.LANGUAGES else None, level, rng, max_middle=limit)
+            with contextlib.suppress(ValueError):
+                near, split = fim.trim_repo(project, fim.similar_files(index, path, split), path, split, limit, length)
+                yield language, fim.repo_parts(project, near, path, split)
+
+
+def commit_samples(repositories, tokenizer, context):
+    """Triplets of git histories: message and patch whole, the context around them cut to fit. Patches too long for it are left out."""
+    for repository in repositories:
+        for i, triplet in enumerate(commits.triplets(repository)):
+            yield "diff", commits.triplet_parts(triplet, budget=context // (4 if i % 2 else 1), length=lambda text: len(tokenizer.encode(text)))
+
+
+AGENT_FAMILIES = ("terminal", "tools", "web", "gui", "swe")
+
+
+def task_samples(families, thinking, split, rng):
+    """Verified tasks without end, family by family, easy levels more often; agent families as whole episodes, observations not learned."""
+    for seed in itertools.count():
+        family = families[seed % len(families)]
+        task = tasks.generate(family, rng.choice((1, 1, 2, 2, 3)), seed, "train" if split == "train" else "test")
+        if family in AGENT_FAMILIES and task.turns:
+            yield family, tasks.trajectory_parts(task, detour=bool(task.detour) and seed % 3 == 0)
+        else:
+            yield family, tasks.task_parts(task, thinking)
+
+
 # ------------------------------------------------------------------------------------------------ the whole way
 
 SHARD = 2_000_000  # bytes: the unit of work, of parallelism and of resuming
@@ -752,30 +1814,39 @@ SHARD = 2_000_000  # bytes: the unit of work, of parallelism and of resuming
 
 def shards_of(entries):
     """Cut the sorted list of entries into runs of about SHARD bytes."""
-    shard, size = [], 0
-    for entry in entries:
-        shard.append(entry)
-        size += entry.size
-        if size >= SHARD:
-            yield shard
-            shard, size = [], 0
-    if shard:
-        yield shard
+    ends = np.cumsum([entry.size for entry in entries]) // SHARD
+    return ([entry for _, entry in group] for _, group in itertools.groupby(enumerate(entries), key=lambda item: ends[item[0]]))
 
 
 def clean_shard(job):
-    """Read, decode and clean one shard; leaves PATH (one JSON document a line) and PATH.drops, and nothing where it is killed."""
-    entries, path = job
+    """
+    Read, decode, edit, judge and fingerprint one shard. Leaves PATH (a JSON document a line), PATH.npz (what deduplication compares)
+    and PATH.drops; PATH comes last, so that a killed build finds whole shards or none.
+    """
+    entries, path, decontaminator = job
     if Path(path).exists():
         return
-    lines, drops = [], defaultdict(list)
+    lines, drops, prints = [], defaultdict(list), defaultdict(list)
     for entry, raw in zip(entries, read_all(entries)):
-        text = None if len(raw) > LARGEST_FILE else decode(raw)
-        text, fired = clean(text, entry.language) if text is not None else (None, ["too large" if len(raw) > LARGEST_FILE else "binary"])
+        text = decode(raw)
+        shown, (text, fired) = text or "", clean(text, entry.language) if text is not None else (None, ["binary"])
+        if text is not None and not parses(text, entry.language):
+            text, fired = None, fired + ["does not parse"]
+        if text is not None and decontaminator and (names := decontaminator.overlaps(text)):
+            text, fired = None, fired + [f"benchmark {name}" for name in names]
         for rule in fired:
-            drops[rule].append((entry.project, entry.path, len(raw)))
+            drops[rule].append((entry.project, entry.path, len(raw), shown[:300] if len(drops[rule]) < 3 else ""))
         if text is not None:
             lines.append(json.dumps([text, entry.language, entry.project, entry.path]))
+            shingle_set = shingles(text)
+            prints["exact"].append(digest(normal(text)))
+            prints["size"].append(len(text))
+            prints["varied"].append(len(shingle_set))
+            prints["signature"].append(signature(shingle_set))
+            prints["vector"].append(embed([text])[0].astype(np.float16))
+    with open(f"{path}.npz.tmp", "wb") as out:
+        np.savez(out, **{name: np.array(rows) for name, rows in prints.items()})
+    os.replace(f"{path}.npz.tmp", f"{path}.npz")
     write_atomic(f"{path}.drops", drops)
     write_atomic(path, "\n".join(lines))
 
@@ -789,8 +1860,7 @@ def documents(paths):
 
 
 def parallel(work, jobs, workers):
-    """work(job) for each job, in order, in so many processes."""
-    jobs = list(jobs)
+    """Yields work(job) for each job, in order, from so many processes."""
     if min(workers, len(jobs)) <= 1:
         yield from map(work, jobs)
         return
@@ -798,94 +1868,328 @@ def parallel(work, jobs, workers):
         yield from pool.imap(work, jobs)
 
 
-def write_tokens(out, paths, dropped, held_out, tokenizer, manifest):
-    """The categories `code` and `text` of both splits, as <|endoftext|> text <|endoftext|>."""
-    end = tokenizer.special["<|endoftext|>"]
-    writers = {(split, name): TokenWriter(out / split, name, tokenizer.vocab_size)
-               for split in ("train", "heldout") for name in ("code", "text")}
-    for i, doc in enumerate(documents(paths)):
-        if i in dropped:
-            continue
-        writer = writers["heldout" if doc.project in held_out else "train", "text" if doc.language in TEXT else "code"]
-        writer.add([end, *tokenizer.encode(doc.text), end], len(doc.text.encode("utf-8", "replace")), doc.language)
-    for (split, name), writer in writers.items():
-        summary = writer.close()
-        if summary:
-            manifest["splits"][split][name] = summary
-
-
-def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_000, heldout=0.05, workers=None, log=print):
+def deduplicate(paths, near=0.7, alike=0.8):
     """
-    Sources to tokens: out/tokenizer, out/train, out/heldout, out/manifest.json (written last). Work in progress lies in
-    out/work by shard; a build that was killed goes on from there, and ends with the same bytes. max_bytes=0: everything.
+    {rule: [(number of a document that goes, number of the one kept)]}: exact copies, then near ones, then renamed ones, each among what
+    is left. In memory are the fingerprints, and the shingles of the candidates; the rank (longest first) does not know the input order.
     """
-    began, out, workers = time.time(), Path(out), workers or os.cpu_count()
-    entries = [e for e in find([source] if isinstance(source, str) else source) if 0 < e.size <= LARGEST_FILE]
-    sample = draw_sample(entries, max_bytes)
-    if not sample:
-        raise ValueError(f"source {source}: no file with a known extension ({' '.join(sorted(BY_EXTENSION))}); nothing to train on")
-    held_out = held_out_projects(sample, heldout)
-    log(f"find    {len(entries)} files, {sum(e.size for e in entries) / 1e6:.1f} MB; sample {len(sample)} files, "
-        f"{sum(e.size for e in sample) / 1e6:.1f} MB, {len({e.project for e in sample})} projects, {len(held_out)} held out")
+    parts, gone = [np.load(f"{path}.npz") for path in paths], {}
+    column = lambda name: np.concatenate([part[name] for part in parts if len(part["exact"])])
+    exact, size, varied, rank = column("exact"), column("size"), column("varied"), np.empty(0)
+    rank = np.argsort(np.lexsort((exact, -size)))
 
-    recipe = hashlib.sha256(json.dumps([sample, sorted(held_out), vocab_size]).encode()).hexdigest()
+    def keep(rule, numbers, kept):
+        gone[rule] = [(i, k) for i, k in zip(numbers.tolist(), kept) if i != k]
+        return np.setdiff1d(numbers, [i for i, _ in gone[rule]])
+
+    order = np.lexsort((rank, exact))
+    first = np.append(True, exact[order][1:] != exact[order][:-1])
+    left = keep("exact duplicate", order, order[first][np.cumsum(first) - 1].tolist())
+    pairs = left[meetings(column("signature")[left], *bands(near))].tolist()
+    candidates = set(itertools.chain(*pairs))
+    sets = {i: shingles(doc.text) for i, doc in enumerate(documents(paths)) if i in candidates}
+    kept = survivors(len(size), [(i, j) for i, j in pairs if jaccard(sets[i], sets[j]) >= near], rank.tolist())
+    left = keep("near duplicate", left, [kept[i] for i in left.tolist()])
+    rich = left[varied[left] >= 100]  # a short table of constants has the shape of any other
+    keep("renamed duplicate", rich, [int(rich[k]) for k in embedding_duplicates(column("vector")[rich].astype(np.float32), alike)])
+    return gone
+
+
+def best_code(docs, tokenizer, teacher, log, share=0.25, learn_from=800):
+    """
+    The numbers of the documents of `quality`, the code that deserves to be annealed on: in each language the quarter that the code
+    proxy scores highest. docs() -> an iterator of (number, document), asked for twice.
+    """
+    lessons = heapq.nsmallest(learn_from, (row for row in docs() if row[1].language == "python"), key=lambda row: digest(row[1].path))
+    proxy = quality_table([doc for _, doc in lessons], tokenizer, teacher, ("code",), log=log).get("code")
+    scores = defaultdict(list)
+    for batch in iter(lambda rows=docs(): list(itertools.islice((row for row in rows if row[1].language in CODE), 256)), []):
+        found = proxy([tokenizer.encode(doc.text[:2000])[:256] for _, doc in batch]) if proxy else np.zeros(len(batch))
+        for (number, doc), score in zip(batch, found):
+            scores[doc.language].append((-score, digest(doc.path), number))
+    return {number for rows in scores.values() for _, _, number in sorted(rows)[:math.ceil(share * len(rows))]}
+
+
+SHARES = {"reasoning": 0.05, "agent": 0.03, "file": 0.2, "repo": 0.2}  # at most so many tokens for each token of code
+REASONING_FAMILIES = tuple(name for name in tasks.FAMILIES if name not in AGENT_FAMILIES)
+
+
+def write_category(job):
+    """One category of one split, from the cleaned shards or from its generator; -> its summary, None where there is nothing."""
+    out, split, name, paths, numbers, repositories, context, most = job
+    tokenizer, rng = Tokenizer.load(out / "tokenizer"), random.Random(f"{split} {name}")
+    docs = (doc for i, doc in enumerate(documents(paths)) if i in numbers)
+    end = ("<|endoftext|>", True, True)
+    plain = lambda rows: ((language, [end, (text, False, True), end]) for language, text in rows)
+    facts = (("facts", f"Question: {fact.question}\nAnswer: {fact.answer}\n") for fact in (code_facts() if name == "text" and split == "train" else ()))
+    samples = {
+        "code": lambda: plain((doc.language, doc.text) for doc in docs if doc.language not in TEXT),
+        "text": lambda: plain(itertools.chain(((doc.language, doc.text) for doc in docs if doc.language in TEXT), facts)),
+        "quality": lambda: plain((doc.language, doc.text) for doc in docs),
+        "file": lambda: file_samples(docs, tokenizer, context, rng), "repo": lambda: repo_samples(docs, tokenizer, context, rng),
+        "commit": lambda: commit_samples(repositories, tokenizer, context),
+        "reasoning": lambda: task_samples(REASONING_FAMILIES, True, split, rng), "agent": lambda: task_samples(AGENT_FAMILIES, True, split, rng),
+    }[name]()
+    writer = TokenWriter(out / split, name, tokenizer.vocab_size, cut=name in ("code", "text", "quality"))
+    for language, parts in samples:
+        ids, in_loss = tokenizer.encode_parts(parts)
+        if writer.tokens + len(ids) > most:
+            break
+        writer.add(ids, sum(len(fim.to_bytes(text)) for text, special, _ in parts if not special), language, in_loss)
+    return writer.close()
+
+
+def clean_all(out, sample, held_out, benchmarks, workers):
+    """Clean all shards -> their paths. Shards that an earlier, interrupted build of the same recipe left are kept, any others go."""
+    recipe = hashlib.sha256(json.dumps([sample, sorted(held_out), benchmarks, Path(__file__).read_text()]).encode()).hexdigest()
     work = out / "work"
     if work.exists() and not (work / recipe).exists():
-        shutil.rmtree(work)                                    # the leftovers of another build
-    work.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
     (work / recipe).touch()
-    (out / "manifest.json").unlink(missing_ok=True)
-    jobs = [(shard, str(work / f"clean-{i:05d}")) for i, shard in enumerate(shards_of(sample))]
+    (out / "manifest.json").unlink(missing_ok=True)  # from here on the old data is being replaced
+    for split in ("train", "heldout"):
+        shutil.rmtree(out / split, ignore_errors=True)
+    texts = defaultdict(list)
+    for found in benchmarks:
+        for name, rows in found.items():
+            texts[name] += rows
+    decontaminator = Decontaminator(texts) if texts else None
+    jobs = [(shard, str(work / f"{i:06d}"), decontaminator) for i, shard in enumerate(shards_of(sample))]
     for _ in parallel(clean_shard, jobs, workers):
         pass
-    paths = [path for _, path in jobs]
-    drops = defaultdict(list)
+    return [path for _, path, _ in jobs]
+
+
+def drop_table(paths, counts):
+    """{edit or rule: how many documents it touched, their bytes, three examples}, over all shards; and what the sources themselves skipped."""
+    table = {reason: {"documents": number, "bytes": 0, "examples": []} for reason, number in counts.items()}
     for path in paths:
         for rule, rows in json.loads(Path(f"{path}.drops").read_text()).items():
-            drops[rule] += rows
+            row = table.setdefault(rule, {"documents": 0, "bytes": 0, "examples": []})
+            row["documents"], row["bytes"] = row["documents"] + len(rows), row["bytes"] + sum(size for _, _, size, _ in rows)
+            row["examples"] = (row["examples"] + [[f"{project}: {name}", text] for project, name, _, text in rows if text])[:3]
+    return dict(sorted(table.items()))
 
-    keys, dropped = {}, set()
-    for i, doc in enumerate(documents(paths)):
-        first = keys.setdefault(hashlib.sha256(normal(doc.text).encode("utf-8", "replace")).digest()[:16], i)
-        if first != i:
-            dropped.add(i)
-            drops["exact duplicate"].append((doc.project, doc.path, len(doc.text)))
-    log(f"clean   {sum(map(len, drops.values()))} drops: " + ", ".join(f"{rule} {len(drops[rule])}" for rule in sorted(drops)))
 
-    training = (doc.text for i, doc in enumerate(documents(paths)) if i not in dropped and doc.project not in held_out)
-    tokenizer = Tokenizer.train(training, vocab_size)
+BPE_BYTES = 16_000_000  # of training text are enough: more does not move the compression of held-out text by 1 %
+
+
+def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_000, heldout=0.05, context=4096, git=(), benchmarks=(),
+          teacher=None, workers=None, log=print):
+    """
+    Sources to tokens: out/tokenizer, out/train, out/heldout, out/drops.json, and out/manifest.json, written last. Work in progress
+    lies in out/work by shard; a build that was killed goes on from there and ends with the same bytes. max_bytes=0: everything.
+    """
+    began, out, workers, counts = time.time(), Path(out), workers or os.cpu_count(), Counter()
+    stamp = lambda name, text: log(f"{name:8s}{text} | {time.time() - began:.1f} s")
+    sources = [source] if isinstance(source, str) else list(source)
+    (out / "fetched").mkdir(parents=True, exist_ok=True)
+    entries = [e for e in find(sources, out / "fetched", counts) if 0 < e.size <= LARGEST_FILE]
+    sample = draw_sample(entries, max_bytes)
+    if not sample:
+        raise ValueError(f"source {' '.join(sources)}: nothing with a known extension ({' '.join(sorted(BY_EXTENSION))}); nothing to train on")
+    held_out, megabytes = held_out_projects(sample, heldout), lambda rows: f"{len(rows)} documents, {sum(e.size for e in rows) / 1e6:.1f} MB"
+    stamp("find", f"{megabytes(entries)}; sample {megabytes(sample)}, {len({e.project for e in sample})} projects, {len(held_out)} held out")
+
+    texts = [read_benchmark(path) for path in benchmarks]
+    paths = [path for path in clean_all(out, sample, held_out, texts, workers)]
+    drops = drop_table(paths, counts)
+    stamp("clean", ", ".join(f"{rule} {row['documents']}" for rule, row in drops.items()))
+    about = [(doc.project, doc.language, doc.path, len(fim.to_bytes(doc.text))) for doc in documents(paths)]
+    if not about:
+        raise ValueError(f"source {' '.join(sources)}: no document passed the rules ({', '.join(drops)}); give other sources")
+    gone = deduplicate(paths)
+    for rule, rows in gone.items():
+        examples = [[f"{about[i][0]}: {about[i][2]}", f"kept: {about[k][0]}: {about[k][2]}"] for i, k in rows[:3]]
+        drops[rule] = {"documents": len(rows), "bytes": sum(about[i][3] for i, _ in rows), "examples": examples}
+    stamp("dedup", ", ".join(f"{rule} {len(rows)}" for rule, rows in gone.items()))
+
+    left = set(range(len(about))) - {i for rows in gone.values() for i, _ in rows}
+    numbers = {"heldout": {i for i in left if about[i][0] in held_out}}
+    numbers["train"] = left - numbers["heldout"]
+    if not all(numbers.values()):
+        raise ValueError(f"source {' '.join(sources)}: cleaning left nothing {'to train on' if numbers['heldout'] else 'held out'}; give more sources")
+    portion = 1000 * BPE_BYTES / sum(about[i][3] for i in numbers["train"])
+    tokenizer = Tokenizer.train((doc.text for i, doc in enumerate(documents(paths)) if i in numbers["train"] and digest(doc.path) % 1000 < portion),
+                                vocab_size)
     tokenizer.save(out / "tokenizer")
-    log(f"tokens  vocabulary of {tokenizer.vocab_size}")
-    manifest = {"source": [source] if isinstance(source, str) else list(source), "recipe": recipe, "vocab_size": vocab_size,
+    stamp("tokens", f"vocabulary of {tokenizer.vocab_size}")
+
+    repositories = sorted({*git, *(s for s in sources if s != "python" and is_repository(Path(s)))}, key=digest)
+    repositories = {"heldout": repositories[:len(repositories) // 5 or len(repositories) > 1], "train": repositories[len(repositories) // 5 or len(repositories) > 1:]}
+    best = best_code(lambda: ((i, doc) for i, doc in enumerate(documents(paths)) if i in numbers["train"]), tokenizer, teacher, log)
+    stamp("quality", f"{len(best)} documents")
+    splits = {"train": {}, "heldout": {}}
+    for names in (("code", "text"), ("quality", "repo", "reasoning", "file", "agent", "commit")):
+        jobs = [(out, split, name, paths, best if name == "quality" else numbers[split], repositories[split], context,
+                 SHARES.get(name, math.inf) * splits[split].get("code", {}).get("tokens", 0) if name in SHARES else math.inf)
+                for split in splits for name in names if (name != "quality" or split == "train") and (name != "commit" or repositories[split])]
+        for job, summary in zip(jobs, parallel(write_category, jobs, workers)):
+            splits[job[1]].update({job[2]: summary} if summary else {})
+    manifest = {"sources": sources, "vocab_size": vocab_size, "context": context, "heldout_projects": sorted(held_out), "splits": splits,
                 "tokenizer_sha256": hashlib.sha256((out / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
-                "heldout_projects": sorted(held_out), "splits": {"train": {}, "heldout": {}},
-                "drops": {rule: {"documents": len(rows), "bytes": sum(size for *_, size in rows)} for rule, rows in sorted(drops.items())}}
-    write_tokens(out, paths, dropped, held_out, tokenizer, manifest)
-    if "code" not in manifest["splits"]["heldout"] and "text" not in manifest["splits"]["heldout"]:
-        raise ValueError(f"source {source}: cleaning left nothing of the held-out projects {sorted(held_out)}; give more sources")
+                "drops": {rule: {"documents": row["documents"], "bytes": row["bytes"]} for rule, row in drops.items()}}
+    write_atomic(out / "drops.json", drops)
     write_atomic(out / "manifest.json", manifest)
-    shutil.rmtree(work)
-    for split, rows in manifest["splits"].items():
-        for name, row in rows.items():
-            languages = ", ".join(f"{language} {r['bytes'] / 1e6:.2f}" for language, r in row["by_language"].items())
-            log(f"{split:8s}{name:8s}{row['documents']:7d} documents {row['tokens'] / 1e6:8.2f} M tokens {row['bytes'] / 1e6:8.2f} MB: "
-                f"{languages}")
-    log(f"done    {time.time() - began:.1f} s, {out}/manifest.json")
+    shutil.rmtree(out / "work")
+    for split, name, row in ((split, name, row) for split, rows in splits.items() for name, row in rows.items()):
+        languages = ", ".join(f"{language} {r['bytes'] / 1e6:.2f}" for language, r in row["by_language"].items())
+        log(f"{split:8s}{name:10s}{row['documents']:7d} documents {row['tokens'] / 1e6:8.2f} M tokens {row['bytes'] / 1e6:8.2f} MB: {languages}")
+    stamp("done", f"{out}/manifest.json")
     return manifest
 
 
+# ------------------------------------------------------------------------------------------------ speed, beside the peers
+
+def timed(work, times=3):
+    """(median seconds, result) of so many calls."""
+    took = []
+    for _ in range(times):
+        began = time.perf_counter()
+        result = work()
+        took.append(time.perf_counter() - began)
+    return sorted(took)[times // 2], result
+
+
+def peer(name):
+    """A package that a figure is compared with, or None where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        print(f"{name} is not installed: our figure stands alone")
+        return None
+
+
+def bench(megabytes):
+    """Tokenizer, near duplicates and parsing on the running Python's own files, our figure and the peer's in turns."""
+    files = sorted((e for e in running_python() if e.language == "python" and 200 < e.size < 200_000), key=lambda e: digest(e.path))
+    texts = [text for raw in read_all(files) if (text := decode(raw))]
+    sizes = np.cumsum([len(text) for text in texts])
+    training, heldout = texts[:np.searchsorted(sizes, megabytes * 1e6)], texts[-300:]
+    size = sum(map(len, training)) / 1e6
+    seconds, ours = timed(lambda: Tokenizer.train(training, 8192))
+    tokens = sum(len(ours.encode(text)) for text in heldout)
+    print(f"BPE to 8192 on {size:.0f} MB: {seconds:.2f} s, {sum(map(len, heldout)) / tokens:.3f} characters a held-out token")
+    few = [text for text in training if digest(text[:1000]) % 1000 < 1000 * BPE_BYTES / 1e6 / size]
+    sampled = Tokenizer.train(few, 8192)
+    print(f"  trained on {sum(map(len, few)) / 1e6:.0f} MB of it: {sum(len(sampled.encode(text)) for text in heldout) / tokens - 1:+.2%} tokens")
+    if tokenizers := peer("tokenizers"):
+        def train():
+            theirs, pre = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
+            theirs.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(SPLIT), "isolated"), pre.ByteLevel(False, use_regex=False)])
+            theirs.train_from_iterator(training, tokenizers.trainers.BpeTrainer(
+                vocab_size=8192 - len(SPECIAL), show_progress=False, initial_alphabet=pre.ByteLevel.alphabet()))
+            return theirs
+        their_seconds, theirs = timed(train)
+        their_tokens = sum(len(row.ids) for row in theirs.encode_batch(heldout))
+        print(f"  tokenizers: {their_seconds:.2f} s; ours takes {seconds / their_seconds:.2f} of it and {tokens / their_tokens - 1:+.2%} tokens")
+
+    docs = texts[:5000]
+    seconds, kept = timed(lambda: near_duplicates(docs, 0.7))
+    sets = [shingles(text) for text in docs]
+    loose = meetings(np.array([signature(s) for s in sets]), 64, 2)  # so loose that it misses nothing that matters: the ground truth
+    true = {(i, j) for i, j in loose.tolist() if jaccard(sets[i], sets[j]) >= 0.7}
+    recall = lambda group: sum(group[i] == group[j] for i, j in true) / max(len(true), 1)
+    print(f"near duplicates of {len(docs)} files, {sum(map(len, docs)) / 1e6:.0f} MB, one process: {len(docs) / seconds:.0f} files/s, "
+          f"recall {recall(kept):.3f} of {len(true)} pairs, {sum(k != i for i, k in enumerate(kept))} go")
+    token = re.compile(r"\w+|[^\w\s]")
+    grams = lambda text: {" ".join(gram) for gram in zip(*(words[i:] for i in range(5)))} if len(words := token.findall(text)) > 4 else {text}
+
+    def grouped(pairs):
+        return survivors(len(docs), pairs, range(len(docs)))
+
+    def by_datasketch():
+        index, pairs = datasketch.MinHashLSH(threshold=0.7, num_perm=128), []
+        for i, text in enumerate(docs):
+            sketch = datasketch.MinHash(128)
+            sketch.update_batch([gram.encode() for gram in grams(text)])
+            pairs += [(j, i) for j in index.query(sketch)]
+            index.insert(i, sketch)
+        return grouped(pairs)
+
+    def by_rensa():
+        sketches = rensa.RMinHash.digest_matrix_from_token_sets([list(grams(text)) for text in docs], num_perm=128, seed=1)
+        index = rensa.RMinHashLSH(threshold=0.7, num_perm=128, num_bands=16)
+        index.insert_matrix(sketches, 0)
+        return grouped([(i, j) for i in range(len(docs)) for j in index.query(sketches[i])] if hasattr(sketches, "__getitem__") else [])
+
+    for name, work in (("datasketch", by_datasketch), ("rensa", by_rensa)):
+        if globals().setdefault(name, peer(name)):
+            their_seconds, kept = timed(work, 1)
+            print(f"  {name}: {len(docs) / their_seconds:.0f} files/s, recall {recall(kept):.3f}; ours is {their_seconds / seconds:.1f} times as fast")
+
+    data = [text.encode() for text in docs[:2000]]
+    bare, _ = timed(lambda: [fim.parser("python").parse(raw).root_node.has_error for raw in data])
+    seconds, _ = timed(lambda: [parses(text, "python") for text in docs[:2000]])
+    print(f"syntax of {sum(map(len, data)) / 1e6:.0f} MB: {sum(map(len, data)) / 1e6 / seconds:.1f} MB/s, {bare / seconds:.1%} of bare tree-sitter")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+def explain(rule, out):
+    """What a rule removed in the last build, and three examples."""
+    drops = json.loads((Path(out) / "drops.json").read_text())
+    if rule not in drops:
+        raise ValueError(f"--explain {rule}: the last build in {out} dropped nothing by that name; it has {', '.join(drops)}")
+    if rule in RULES:
+        languages, what, least, most = RULES[rule]
+        bounds = " and ".join(f"{word} {bound}" for word, bound in (("at least", least), ("at most", most)) if bound is not None)
+        print(f"{rule}: {what} must be {bounds} ({', '.join(sorted(languages))})")
+    print(f"{drops[rule]['documents']} documents, {drops[rule]['bytes']} bytes; for example")
+    for name, text in drops[rule]["examples"]:
+        print(f"\n== {name}\n{text}")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Build training tokens from source trees: find, clean, deduplicate, hold projects out, "
-                                     "train a tokenizer, write memory-mapped token files and a manifest.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--source", nargs="+", default=["python"], help="`python` (the running one), folders, git repositories")
-    parser.add_argument("--out", default="out/data", help="folder to write")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens, the special ones included")
-    parser.add_argument("--max-mb", type=float, default=24, help="size of the sample in MB; 0 takes everything")
-    parser.add_argument("--heldout", type=float, default=0.05, help="share of each language's bytes to hold out, in whole projects")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser = argparse.ArgumentParser(
+        description="Build training tokens: find files or records, clean and verify them, remove copies and benchmarks, hold whole projects out, "
+        "train a tokenizer, and write memory-mapped token files of every category with a manifest. Everything is local unless a source is a URL.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--source", nargs="+", default=["python"], help="`python` (the running one), folders, git repositories, FILE.jsonl(.gz), FILE.warc(.gz), "
+        "FILE.wet(.gz), their URLs, cc:INDEX?url=PATTERN")
+    add("--git", nargs="+", default=[], help="git repositories whose histories make the category commit (those among --source do too)")
+    add("--benchmark", nargs="+", default=[], help="benchmark files (.jsonl, .jsonl.gz, text); what touches them is dropped")
+    add("--out", default="out/data", help="folder to write")
+    add("--vocab-size", type=int, default=8192, help="tokens, the special ones included")
+    add("--max-mb", type=float, default=24, help="size of the sample in MB; 0 takes everything")
+    add("--heldout", type=float, default=0.05, help="share of each language's bytes to hold out, in whole projects")
+    add("--context", type=int, default=4096, help="longest sample of the categories that are never cut, in tokens")
+    add("--workers", type=int, default=os.cpu_count(), help="processes")
+    add("--teacher", default="", help="URL#MODEL of an OpenAI-compatible server that scores quality and rephrases facts in place of the rubrics")
+    add("--explain", metavar="RULE", help="show what a rule removed in the last build")
+    add("--proxies", action="store_true", help="train the quality proxies for code, text and maths and judge them beside n-grams")
+    add("--facts", type=int, default=0, metavar="N", help="print N facts")
+    add("--mixture", action="store_true", help="print the allocation of tokens to languages: the report's, and the solver's")
+    add("--refit", action="store_true", help="fit the scaling law to small runs on the built corpus")
+    add("--bench", action="store_true", help="speed beside tokenizers, datasketch, rensa and bare tree-sitter")
     args = parser.parse_args(argv)
-    build(args.out, args.source, args.vocab_size, int(args.max_mb * 1e6), args.heldout, args.workers)
+    url, _, model = args.teacher.partition("#")
+    teacher = tasks.Teacher(url, model or "default", Path(args.out) / "teacher") if url else None
+    if args.explain:
+        explain(args.explain, args.out)
+    elif args.bench:
+        bench(32)
+    elif args.facts:
+        for fact in code_facts(args.facts, teacher=teacher):
+            print(f"{fact.question}  {fact.answer}")
+    elif args.mixture:
+        solved = solve_mixture(350, LAW["B"], LAW["alpha_D"])
+        helped = solve_mixture(350, LAW["B"], LAW["alpha_D"], LAW["synergy"], gamma=1.0)
+        print("billions of tokens of 350   report  solver  solver with synergy")
+        for row in zip(LAW["languages"], LAW["optimised"], solved, helped):
+            print("{:28s}{:6.2f}  {:6.2f}  {:6.2f}".format(*row))
+    elif args.refit:
+        rows = small_runs(args.out)
+        for language in sorted({row[0] for row in rows}):
+            print(language, {name: round(value, 4) for name, value in refit([row[1:] for row in rows if row[0] == language]).items()})
+    elif args.proxies:
+        files = draw_sample([e for e in running_python() if e.size <= LARGEST_FILE], int(args.max_mb * 1e6))
+        docs = [Document(text, e.language, e.project, e.path) for e, raw in zip(files, read_all(files)) if (text := decode(raw))]
+        quality_table(docs, Tokenizer.train((doc.text for doc in docs[::4]), args.vocab_size), teacher)
+    else:
+        build(args.out, args.source, args.vocab_size, int(args.max_mb * 1e6), args.heldout, args.context, args.git, args.benchmark, teacher, args.workers)
 
 
 if __name__ == "__main__":
