@@ -82,7 +82,10 @@ class LoopCoderConfig:
     @classmethod
     def from_json(cls, path):
         """Read a released or saved config.json. A setting that this model would compute differently is refused, not ignored."""
-        raw = json.loads(Path(path).read_text())
+        try:
+            raw = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
         refuse = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "tie_word_embeddings": False, "rope_scaling": None}
         for key, only in refuse.items():
             if raw.get(key, only) not in (only, None):
@@ -153,9 +156,9 @@ def rotate(x, cos, sin):
 
 
 def rms_norm(x, weight, eps):
-    """x / rms(x) * weight, computed in float32, returned in the dtype of x."""
-    y = x.float()
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    """x / rms(x) * weight, computed in float32 or wider, returned in the dtype of x."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(y.dtype)).to(x.dtype)
 
 
 def linear(x, *layers):
@@ -188,10 +191,15 @@ class ScaleGradient(torch.autograd.Function):
 LOSS_CHUNK = 1024   # tokens whose logits exist at the same time
 
 
+def head_logits(hidden, weight):
+    """hidden (..., C) x weight (V, C) -> logits (..., V), float32 or wider."""
+    logits = F.linear(hidden, weight.to(hidden.dtype))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def token_losses(hidden, weight, targets):
     """-log p(target) of one chunk: hidden (n, C), weight (V, C), targets (n,) -> (n,), zero where the target is -100."""
-    logits = F.linear(hidden, weight.to(hidden.dtype)).float()
-    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+    return F.cross_entropy(head_logits(hidden, weight), targets, ignore_index=-100, reduction="none")
 
 
 class SummedLoss(torch.autograd.Function):
@@ -202,11 +210,12 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         grads, w = [], weight.to(hidden.dtype)
-        dw = torch.zeros_like(weight, dtype=torch.float32)
+        dw = torch.zeros_like(weight, dtype=wide)
         for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
-            logits = F.linear(h, w).float()                                      # (n, V)
+            logits = head_logits(h, w)                                           # (n, V)
             logp = logits - logits.logsumexp(-1, keepdim=True)
             learn = (t != -100)[:, None]
             index = t.clamp(min=0)[:, None]
@@ -333,7 +342,7 @@ class Cache:
         self.later = [[torch.zeros(rows, 2 * KV, W, D, device=device, dtype=dtype) for _ in range(L)] for _ in range(config.loop_num - 1)]
         shifted = config.loop_num - 1 if config.loop_input == "shift" else 0
         self.last_hidden = [torch.zeros(rows, 1, config.hidden_size, device=device, dtype=dtype) for _ in range(shifted)]
-        self.packed = None                                                       # the weights as decode() wants them, made at its first step
+        self.packed = None                                                       # weights as decode() wants them, from its first step
 
     def reset(self, row):
         """Empty one row (or a list of rows). What it held is overwritten by the next prompt; only its length counts."""
@@ -638,7 +647,7 @@ class LoopCoder(nn.Module):
             h = self.append(cache, rows, input_ids, torch.full_like(rows, input_ids.shape[1]) if lengths is None else lengths)
         else:
             h = self.hidden(input_ids, segment_ids)
-        logits = F.linear(h, self.lm_head.weight.to(h.dtype)).float() if want_logits else None
+        logits = head_logits(h, self.lm_head.weight) if want_logits else None
         loss = None if targets is None else head_loss(h, self.lm_head.weight, targets, reduction)
         return logits, loss
 
@@ -712,7 +721,7 @@ class LoopCoder(nn.Module):
             raise ValueError("a prompt is empty: give it at least one token")
         ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(p, device=device) for p in prompts], batch_first=True)
         h = self.append(cache, rows, ids, lengths)
-        return F.linear(h[torch.arange(len(rows)), lengths - 1], self.lm_head.weight.to(h.dtype)).float()
+        return head_logits(h[torch.arange(len(rows)), lengths - 1], self.lm_head.weight)
 
     @torch.no_grad()
     def decode(self, cache, tokens, active=None):
@@ -753,7 +762,7 @@ class LoopCoder(nn.Module):
             if turn and self.loop_alpha is not None:
                 x = torch.lerp(x_before, x, self.loop_alpha.to(x.dtype))
         cache.lengths += 1 if active is None else active
-        return F.linear(unit(x), cache.packed.head).float()
+        return head_logits(unit(x), cache.packed.head)
 
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_ids=(), generator=None, lengths=None,
@@ -873,7 +882,8 @@ def flops_per_token(config, context, backward=True):
     keys = (context + 1) / 2
     near = W - W * (W - 1) / (2 * context)                                       # mean number of keys in the window
     attention = 4 * H * D * (keys * R + near * (R - 1))
-    forward = L * (R * layer + attention) + 2 * C * config.vocab_size
+    gates = 2 * H * D * (R - 1)
+    forward = L * (R * layer + attention + gates) + 2 * C * config.vocab_size
     return forward * (3 if backward else 1)
 
 
@@ -904,7 +914,7 @@ def newest_checkpoint(out=Path("out")):
 def complete(folder, prompt, max_new_tokens, temperature, top_p, seed):
     """Print the continuation of a prompt, which is plain text: it never becomes a special token."""
     from data import Tokenizer
-    tokenizer, model = Tokenizer.load(folder), LoopCoder.from_pretrained(folder)
+    model, tokenizer = LoopCoder.from_pretrained(folder), Tokenizer.load(folder)
     ids = tokenizer.encode(prompt)
     room = model.config.max_position_embeddings - len(ids)
     if not ids or room < 1:

@@ -148,10 +148,10 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 def run(T):
     x = [torch.randn(1, 1, T, 8, requires_grad=True) for _ in range(5)] + [torch.zeros(1, 8), torch.zeros(1)]
     la.loop_attention(*x, 64).sum().backward()
-run(1024); before = peak(); run(16384); print(peak() - before)
+run(1024); before = peak(); run(10000); print(peak() - before)
 """
     grown = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert grown < 150                                                           # MB; one 16384 x 16384 float32 tensor would be 1024
+    assert grown < 120                                                           # MB; one 10000 x 10000 float32 tensor would be 400
 
 
 def test_it_is_one_node_of_a_compiled_graph():
