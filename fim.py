@@ -38,7 +38,6 @@ import time
 import tokenize
 from bisect import bisect_left
 from collections import Counter
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,19 +75,6 @@ LANGUAGES = {
 # language -> level -> node types of its grammar; "if-" at the level statement stands for if_statement. Names, literals and plain attribute
 # access are not among the expressions: they would be most of the nodes, and guessing `self.x` teaches little. Anonymous functions count
 # as functions only where they are the usual way to write one.
-_C = {
-    "expression": "call- binary- unary- update- conditional- assignment- subscript- pointer- cast- sizeof- compound_literal-",
-    "statement": "declaration expression- if- for- while- do- switch- return- break- continue- goto- labeled-",
-    "function": "function_definition",
-}
-_JAVASCRIPT = {
-    "expression": """call- new- binary- unary- update- ternary- assignment- augmented_assignment- await- yield- subscript- array object
-        template_string""",
-    "statement": """expression- lexical_declaration variable_declaration if- for- for_in- while- do- switch- try- return- throw- break-
-        continue- import-""",
-    "function": """function_declaration function_expression generator_function_declaration generator_function method_definition
-        arrow_function""",
-}
 NODES = {
     "python": {
         "expression": """call binary_operator unary_operator boolean_operator not_operator comparison_operator conditional- lambda subscript
@@ -104,8 +90,14 @@ NODES = {
             labeled- return- throw- assert- break- continue- yield-""",
         "function": "method_declaration constructor_declaration compact_constructor_declaration",
     },
-    "javascript": _JAVASCRIPT,
-    "typescript": _JAVASCRIPT | {"expression": _JAVASCRIPT["expression"] + " as- satisfies- non_null-"},
+    "javascript": {
+        "expression": """call- new- binary- unary- update- ternary- assignment- augmented_assignment- await- yield- subscript- array object
+            template_string""",
+        "statement": """expression- lexical_declaration variable_declaration if- for- for_in- while- do- switch- try- return- throw- break-
+            continue- import-""",
+        "function": """function_declaration function_expression generator_function_declaration generator_function method_definition
+            arrow_function""",
+    },
     "c#": {
         "expression": """invocation- object_creation- implicit_object_creation- array_creation- binary- prefix_unary- postfix_unary-
             conditional- assignment- cast- as- is- is_pattern- await- lambda- element_access- conditional_access- switch- query-
@@ -126,12 +118,16 @@ NODES = {
         "statement": "let_declaration expression- use_declaration",
         "function": "function_item",
     },
-    "c": _C,
-    "c++": {
-        "expression": _C["expression"] + " new- delete- lambda- fold-",
-        "statement": _C["statement"] + " for_range_loop try- throw- co_return- static_assert_declaration",
+    "c": {
+        "expression": "call- binary- unary- update- conditional- assignment- subscript- pointer- cast- sizeof- compound_literal-",
+        "statement": "declaration expression- if- for- while- do- switch- return- break- continue- goto- labeled-",
         "function": "function_definition",
     },
+}
+NODES["typescript"] = NODES["javascript"] | {"expression": NODES["javascript"]["expression"] + " as- satisfies- non_null-"}
+NODES["c++"] = NODES["c"] | {
+    "expression": NODES["c"]["expression"] + " new- delete- lambda- fold-",
+    "statement": NODES["c"]["statement"] + " for_range_loop try- throw- co_return- static_assert_declaration",
 }
 
 # ---------------------------------------------------------------------- parsers
@@ -173,6 +169,9 @@ def matches(root, language: str, patterns) -> list:
     return QueryCursor(query(language, tuple(sorted(patterns)))).captures(root).get("node", [])
 
 
+FAULTS = ("(ERROR)", "(MISSING)")
+
+
 def parses(code: str, language: str) -> bool:
     """True where the syntax tree has no error and nothing had to be made up."""
     return not parser(language).parse(to_bytes(code)).root_node.has_error
@@ -181,14 +180,13 @@ def parses(code: str, language: str) -> bool:
 def faults(code: str, language: str) -> int:
     """In how many places the syntax tree is wrong or made up."""
     root = parser(language).parse(to_bytes(code)).root_node
-    return len(matches(root, language, ["(ERROR)", "(MISSING)"])) if root.has_error else 0
+    return len(matches(root, language, FAULTS)) if root.has_error else 0
 
 
 # ---------------------------------------------------------------------- one file, cut in three
 
 class Split(NamedTuple):
     """prefix + middle + suffix is the whole (normalised) file."""
-
     prefix: str
     middle: str
     suffix: str
@@ -213,10 +211,9 @@ REACH = max(map(len, SPECIAL))
 
 class Source:
     """
-    A file that is normalised once and parsed at most once, however many splits are taken from it.
-
-    language=None is text without a grammar: the three levels of the syntax tree fall back to lines, as they do where the file
-    does not parse, is too long to parse, or has no node of a fitting size.
+    A file that is normalised once and parsed at most once, however many splits are taken from it. language=None is text
+    without a grammar: the three levels of the syntax tree fall back to lines, as they do where the file does not parse, is too long to
+    parse, or has no node of a fitting size.
     """
 
     def __init__(self, code: str, language: str | None = None):
@@ -228,21 +225,16 @@ class Source:
         if not self.code:
             raise ValueError("cannot split an empty file: leave it out")
 
-    @cached_property
+    @functools.cached_property
     def root(self):
         """The root of the syntax tree, or None where there is none to trust."""
         if self.language is None or len(self.code) > HUGE or nesting(self.code) > DEEPEST:
             return None
         root = parser(self.language).parse(to_bytes(self.code)).root_node
-        wrong = matches(root, self.language, ["(ERROR)"]) if root.has_error else []
-        return None if sum(node.end_byte - node.start_byte for node in wrong) > WRONG * root.end_byte else root
+        self.wrong = [node.byte_range for node in matches(root, self.language, FAULTS)] if root.has_error else []
+        return root if sum(end - start for start, end in self.wrong) <= WRONG * root.end_byte else None
 
-    @cached_property
-    def lines(self) -> list[tuple[int, int]]:
-        """Each line that is not blank, from its first visible character to before its newline."""
-        return [found.span() for found in re.finditer(r"\S[^\n]*", self.code)]
-
-    @cached_property
+    @functools.cached_property
     def char_at(self):
         """Byte offset, which tree-sitter speaks, -> character offset."""
         if self.code.isascii():
@@ -274,20 +266,18 @@ class Source:
                 if start + length <= len(self.code):
                     yield start, start + length, "char"
             yield 0, len(self.code), "char"  # a file that is one special string, say
-        elif level == "line":
-            for start, end in shuffled(self.lines, rng):
-                yield start, end, "line"
+        elif level == "line":  # one that is not blank, from its first visible character to before its newline
+            for found in shuffled(list(re.finditer(r"\S[^\n]*", self.code)), rng):
+                yield *found.span(), "line"
         elif self.root is not None:
             for node in self.nodes(level, rng):
-                if not (self.root.has_error and in_error(node)):
+                if not any(start <= node.end_byte and node.start_byte <= end for start, end in self.wrong):
                     yield self.char_at[node.start_byte], self.char_at[node.end_byte], node.type
 
     def nodes(self, level: str, rng):
         """
-        The nodes of a level in random order.
-
-        To list them all costs a walk over the tree. For the common levels it is cheaper to look at random nodes of any type until one
-        fits: uniform over the nodes of the level, as the list is, which follows for the files where none was met.
+        The nodes of a level in random order. To list them all costs a walk over the tree. For the common levels it is cheaper to look
+        at random nodes of any type until one fits: uniform over the nodes of the level, as the list is, which follows where none was met.
         """
         if level not in self.listed:
             cursor, count, wanted = self.root.walk(), self.root.descendant_count, kinds(self.language, level)
@@ -318,15 +308,6 @@ def shuffled(items: list, rng):
         yield left.pop()
 
 
-def in_error(node) -> bool:
-    """True where the node has an error inside or stands inside one: its type is then the parser's guess."""
-    if node.has_error:
-        return True
-    while node is not None and not node.is_error:
-        node = node.parent
-    return node is not None
-
-
 def split(code: str, language: str | None, level: str, rng: random.Random, max_middle: int | None = None) -> Split:
     """
     Cut a file in three at a random place of a level ("char", "line", "expression", "statement", "function").
@@ -340,7 +321,6 @@ def split(code: str, language: str | None, level: str, rng: random.Random, max_m
 def plan(count: int, rng: random.Random, rate: float = FIM_RATE, shares: dict = SHARES) -> list[str | None]:
     """
     For `count` documents, in random order: the level each is to be split at, or None where it stays left to right.
-
     The quotas are exact, not drawn: round(count * rate) documents are split, and each level gets its share of those to within one
     (largest remainder), so a small corpus has the mixture too.
     """
@@ -418,13 +398,11 @@ def shorten(text: str, room: int, measure=len, end: bool = False) -> str:
 def trim(split: Split, limit: int, measure=len) -> Split:
     """
     Shorten a split until its three texts measure at most `limit` together: the prefix loses its head, the suffix its tail.
-
     The room that the middle leaves is halved; a side that needs less than its half leaves the rest to the other.
     """
     room = limit - measure(split.middle)
     if room < 0:
-        raise ValueError(f"a middle of length {limit - room} does not fit in the {limit} that are left for it: allow more, or split with a "
-                         f"smaller max_middle")
+        raise ValueError(f"a middle of length {limit - room} does not fit in {limit}: allow more, or split with a smaller max_middle")
     prefix, suffix = shorten(split.prefix, room, measure, end=True), shorten(split.suffix, room, measure)
     before, after = measure(prefix), measure(suffix)
     if before + after > room:
@@ -435,10 +413,8 @@ def trim(split: Split, limit: int, measure=len) -> Split:
 
 def trim_repo(repo_name: str, context_files, path: str, split: Split, limit: int, measure=len):
     """
-    (context_files, split) so that repo_parts() of them measures at most `limit`, each special token counting 1.
-
-    The context gets at most half of the room. It loses its first files first (similar_files() puts the most similar last), and the one
-    that is cut keeps its start.
+    (context_files, split) so that repo_parts() of them measures at most `limit`, each special token counting 1. The context gets
+    at most half of the room; it loses its first files first (similar_files() puts the most similar last).
     """
     size = lambda parts: sum(1 if is_special else measure(content) for content, is_special, _ in parts)
     pairs = list(context_files.items() if isinstance(context_files, dict) else context_files)
@@ -483,13 +459,11 @@ def bm25(query: str, documents: list[str], k1: float = 1.2, b: float = 0.75) -> 
 
 class Index:
     """
-    BM25 over the snippets of a repository: built once, asked for every file.
-
-    files: {path: text}. A snippet is a window of `lines` lines; lines=None takes whole files. The weight that a term gives to a document
-    does not depend on the query, so all of them are computed here, sorted by term; a query adds up one slice a term.
+    BM25 over the snippets of a repository {path: text}: built once, asked for every file. A snippet is a window of `lines` lines. The
+    weight that a term gives to a snippet does not depend on the query: all are computed here, sorted by term; a query adds slices.
     """
 
-    def __init__(self, files: dict[str, str], lines: int | None = 40, k1: float = 1.2, b: float = 0.75):
+    def __init__(self, files: dict[str, str], lines: int = 40, k1: float = 1.2, b: float = 0.75):
         self.files = {path: normalise(content) for path, content in files.items()}
         self.snippets = [(path, piece) for path, content in self.files.items() for piece in windows(content, lines)]
         self.term_ids, terms, documents, tf = {}, [], [], []
@@ -518,20 +492,15 @@ class Index:
         return scores
 
 
-def windows(text: str, lines: int | None) -> list[str]:
-    """A text in consecutive pieces of so many lines; [text] for None."""
-    if lines is None:
-        return [text] if text else []
+def windows(text: str, lines: int) -> list[str]:
+    """A text in consecutive pieces of so many lines, without the blank ones."""
     rows = text.splitlines(keepends=True)
     pieces = ("".join(rows[i : i + lines]).rstrip("\n") for i in range(0, len(rows), lines))
     return [piece for piece in pieces if piece.strip()]
 
 
 def leaks(content: str, split: Split) -> bool:
-    """
-    True where a file gives the answer away: it has the middle in the target's own surroundings (a copy of the target),
-    or more than half of the middle's longer lines.
-    """
+    """Does a file give the answer away? It has the middle in its own surroundings, or more than half of the middle's longer lines."""
     if split.prefix[-20:] + split.middle + split.suffix[:20] in content:
         return True
     telling = [line for line in map(str.strip, split.middle.split("\n")) if len(line) >= 20]
@@ -541,7 +510,6 @@ def leaks(content: str, split: Split) -> bool:
 def similar_files(index: Index, path: str, split: Split, k: int = 4, near: int = 2000) -> list[tuple[str, str]]:
     """
     The k snippets (path, text) of the repository most similar to what stands around the hole, the most similar last, next to the hole.
-
     The query is the last `near` characters of the prefix and the first of the suffix: what a cursor knows. Files that hold the target's
     text are left out: the target itself, its copies, and whatever leaks() finds.
     """
@@ -661,37 +629,36 @@ def imports(files: dict[str, str]) -> dict[str, set[str]]:
 def dependency_order(files: dict[str, str]) -> list[str]:
     """
     The paths of a repository in an order in which a file comes after the files that it imports.
-
     Files that have nothing to do with each other stay apart (connected components, by their first path). Inside a component, again and
     again the file with the fewest imports that are not placed yet comes next, by path among equals. Without cycles that number is
     always 0, so every dependency precedes its user; a cycle is entered where it is weakest.
     """
     edges = imports(files)
     users = {path: [] for path in files}
-    for path, targets in edges.items():
-        for target in targets:
-            users[target].append(path)
-    missing = {path: len(targets) for path, targets in edges.items()}
-    order, component = [], {}
-    for first in sorted(files):  # label the components
+    for user, targets in edges.items():
+        for path in targets:
+            users[path].append(user)
+    component = {}
+    for first in sorted(files):
         stack = [first] if first not in component else []
         while stack:
             path = stack.pop()
             if path not in component:
                 component[path] = first
                 stack += [*edges[path], *users[path]]
+    missing = {path: len(edges[path]) for path in files}
     heap = [(component[path], missing[path], path) for path in files]
     heapq.heapify(heap)
-    placed = set()
+    order = []
     while heap:
         _, count, path = heapq.heappop(heap)
-        if path in placed or count != missing[path]:
-            continue  # an entry from before its count went down
-        placed.add(path)
+        if missing.get(path) != count:
+            continue  # it is placed, or this entry is from before its count went down
+        del missing[path]
         order.append(path)
         for user in users[path]:
-            missing[user] -= 1
-            if user not in placed:
+            if user in missing:
+                missing[user] -= 1
                 heapq.heappush(heap, (component[user], missing[user], user))
     return order
 
@@ -720,7 +687,6 @@ class Vocabulary:
     def tail(self, ids: list[int]) -> int:
         """
         How many tokens at the end of a prompt to take back: the most whose joined text could be the start of one longer token.
-
         "ht" + "tp" may have been about to become "http", or "https://": both tokens go back, and the model chooses again.
         """
         longest = max(map(len, self.word.values()), default=0)
@@ -765,7 +731,7 @@ def extend(model, row, ids: list[int], count: int, stops: set[int], temperature:
 
 def complete(model, prefix: str, suffix: str, tokenizer, *, repo_name: str | None = None, context_files=(), path: str = "",
              language: str | None = None, context: int = 1024, max_new_tokens: int = 64, temperature: float = 0.0, heal: bool = True,
-             generator=None) -> str:  # fmt: skip
+             generator=None) -> str:
     """
     What belongs between prefix and suffix, as a model trained on file_parts() or repo_parts() says it.
 
@@ -775,8 +741,7 @@ def complete(model, prefix: str, suffix: str, tokenizer, *, repo_name: str | Non
     context     tokens, the new ones included; what does not fit is trimmed
     heal        take back the last tokens of the prefix and let the model write them again: a cursor is rarely where a token ends
 
-    It stops at <|im_end|> (or any special token). Where the completion ends with what already stands behind the cursor on the same
-    line, drop_repeat() decides, with the parser of `language` if it is given.
+    It stops at <|im_end|> (or any special token); drop_repeat() looks at its end, with the parser of `language` where it is given.
     """
     import torch  # here and not above: cutting files needs none of it, and starts ten times faster without
 
@@ -812,7 +777,6 @@ def imbalance(text: str) -> int:
 def drop_repeat(prefix: str, completion: str, suffix: str, language: str | None = None) -> str:
     """
     A completion without its repetition of the rest of the line, which already stands behind the cursor:  f(x|)  completed by  y)  ->  y
-
     Only a parser can tell repetition from need ( f(g(x|)  wants the same  ) ), so it is dropped where the text has fewer faults without
     it. Where neither is better a long repetition (8 characters up) goes and a short one stays.
     """
@@ -842,7 +806,6 @@ def levenshtein_table(a: str, b: str) -> int:
 def levenshtein(a: str, b: str) -> int:
     """
     The same number, a whole row of the table at once (Myers 1999, Hyyro 2003).
-
     Neighbours in a row differ by -1, 0 or 1, so two bit vectors hold it: `up` where the next is larger, `down` where it is smaller. One
     addition carries through a run of matches. Python's integers are the bit vectors, of any length.
     """
@@ -875,34 +838,26 @@ COMMENT = {"python": re.compile(STRINGS + r"|(#[^\n]*)"), "other": re.compile(ST
 
 def exact_match(prediction: str, target: str, language: str | None = None) -> bool:
     """Equal line by line: stripped, without blank lines, and without comments where the language is known."""
-
-    def lines(code):
-        if language is not None:
-            code = COMMENT["python" if language == "python" else "other"].sub(lambda m: "" if m[1] else m[0], code)
-        return [line.strip() for line in code.splitlines() if line.strip()]
-
+    if language is not None:
+        comment = COMMENT["python" if language == "python" else "other"]
+        prediction, target = (comment.sub(lambda found: "" if found[1] else found[0], code) for code in (prediction, target))
+    lines = lambda code: [line.strip() for line in code.splitlines() if line.strip()]
     return lines(prediction) == lines(target)
 
 
-def holes(repositories: dict[str, dict[str, str]], level: str, count: int, rng, max_middle: int) -> list[tuple[str, str, Split]]:
-    """At most `count` (repository, path, split) of exactly this level, one a file, from files that parse."""
-    places = sorted((repo, path) for repo, files in repositories.items() for path in files if language_of(path))
-    rng.shuffle(places)
-    found = []
-    for repo, path in places:
-        code, language = normalise(repositories[repo][path]), language_of(path)
-        if len(found) == count:
-            break
-        if not code.strip() or not parses(code, language):
-            continue
-        cut = split(code, language, level, rng, max_middle)
-        if cut.level == level and cut.middle.strip():
-            found.append((repo, path, cut))
-    return found
+def holes(files: dict[str, dict[str, str]], level: str, count: int, rng, max_middle: int):
+    """(repository, path, split) of exactly this level, from `count` files that parse, one each; fewer where there are fewer."""
+    for repo, path in shuffled(sorted((name, path) for name in files for path in files[name] if language_of(path)), rng):
+        code, language = normalise(files[repo][path]), language_of(path)
+        if count > 0 and code.strip() and parses(code, language):
+            found = split(code, language, level, rng, max_middle)
+            if found.level == level and found.middle.strip():
+                count -= 1
+                yield repo, path, found
 
 
 def evaluate(model, tokenizer, files: dict[str, dict[str, str]], *, count: int = 20, levels=LEVELS, context: int = 1024,
-             max_new_tokens: int = 64, max_middle: int = 160, seed: int = 0, heal: bool = True) -> list[dict]:  # fmt: skip
+             max_new_tokens: int = 64, max_middle: int = 160, seed: int = 0, heal: bool = True) -> list[dict]:
     """
     How well a model fills holes in files it has not seen: one row a level and arm, the same holes in both arms, greedy.
 
@@ -911,33 +866,28 @@ def evaluate(model, tokenizer, files: dict[str, dict[str, str]], *, count: int =
 
     The parse rate is that of the whole file with the completion in the hole; every file here parses with its own middle.
     """
-    indexes = {repo: Index(files[repo]) for repo in files}
-    rows = []
+    indexes, rows = {repo: Index(files[repo]) for repo in files}, []
     for level in levels:
-        places = holes(files, level, count, random.Random(f"{seed} {level}"), max_middle)
-        for arm in ("file", "repository"):
-            scores = []
-            for repo, path, cut in places:
-                language = language_of(path)
-                settings = {"context": context, "max_new_tokens": max_new_tokens, "language": language, "heal": heal}
-                if arm == "repository":
-                    settings |= {"repo_name": repo, "path": path, "context_files": similar_files(indexes[repo], path, cut)}
-                got = complete(model, cut.prefix, cut.suffix, tokenizer, **settings)
-                whole = parses(cut.prefix + got + cut.suffix, language)
-                scores.append((100 * exact_match(got, cut.middle, language), edit_similarity(got, cut.middle), 100 * whole))
-            means = np.mean(scores, axis=0).tolist() if scores else [float("nan")] * 3
-            names = ("exact_match", "edit_similarity", "parse_rate")
-            rows.append({"level": level, "context": arm, "count": len(scores), **dict(zip(names, means))})
+        scores = {"file": [], "repository": []}
+        for repo, path, hole in holes(files, level, count, random.Random(f"{seed} {level}"), max_middle):
+            language = language_of(path)
+            settings = {"language": language, "context": context, "max_new_tokens": max_new_tokens, "heal": heal}
+            around = {"repo_name": repo, "path": path, "context_files": similar_files(indexes[repo], path, hole)}
+            for arm, more in (("file", {}), ("repository", around)):
+                got = complete(model, hole.prefix, hole.suffix, tokenizer, **settings, **more)
+                whole = parses(hole.prefix + got + hole.suffix, language)
+                scores[arm].append((100 * exact_match(got, hole.middle, language), edit_similarity(got, hole.middle), 100 * whole))
+        for arm, marks in scores.items():
+            means = zip(("exact_match", "edit_similarity", "parse_rate"), np.mean(marks or [[np.nan] * 3], axis=0).tolist())
+            rows.append({"level": level, "context": arm, "count": len(marks), **dict(means)})
     return rows
 
 
 def table(rows: list[dict]) -> str:
     """The rows of evaluate(), aligned."""
-    lines = [f"{'level':<12}{'context':<12}{'holes':>6}{'exact match %':>15}{'edit similarity':>17}{'parse rate %':>14}"]
-    for row in rows:
-        numbers = f"{row['exact_match']:>15.1f}{row['edit_similarity']:>17.1f}{row['parse_rate']:>14.1f}"
-        lines.append(f"{row['level']:<12}{row['context']:<12}{row['count']:>6}{numbers}")
-    return "\n".join(lines)
+    line = "{level:<12}{context:<12}{count:>6}{exact_match:>15.1f}{edit_similarity:>17.1f}{parse_rate:>14.1f}"
+    head = f"{'level':<12}{'context':<12}{'holes':>6}{'exact match %':>15}{'edit similarity':>17}{'parse rate %':>14}"
+    return "\n".join([head, *(line.format(**row) for row in rows)])
 
 
 # ---------------------------------------------------------------------- command line
@@ -958,15 +908,13 @@ def read_repository(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: --repo wants the root of a repository")
     files = {}
-    for base, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(base, name)
-            if language_of(name) and path.is_file() and path.stat().st_size <= HUGE:
-                try:
-                    files[path.relative_to(folder).as_posix()] = read_source(path)
-                except ValueError:
-                    continue
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if language_of(name) and not re.search(r"(^|/)\.", name) and path.is_file() and path.stat().st_size <= HUGE:
+            try:
+                files[name] = read_source(path)
+            except ValueError:
+                continue
     return files
 
 
@@ -978,25 +926,6 @@ def show(split: Split, around: int = 3) -> str:
     return f"{title:-<100}\n{above}\u27e6{split.middle}\u27e7{below}\n"
 
 
-def show_file(path: Path, language: str | None, options) -> None:
-    """The examples of one file, and how many had to fall back."""
-    rng, source, fell_back = random.Random(options.seed), Source(read_source(path), language), 0
-    index, repo, target = None, "", path.name
-    if options.repo:
-        root, index = options.repo.resolve(), Index(read_repository(options.repo))
-        repo, target = root.name, os.path.relpath(path.resolve(), root)
-    levels = [level for level in options.levels.split(",") for _ in range(options.n)]
-    for level in levels:
-        cut = source.split(level, rng, options.max_middle)
-        fell_back += cut.level != cut.asked
-        context = similar_files(index, target, cut) if index else []
-        if options.string:
-            print(repo_example(repo, context, target, cut, options.spm) if index else file_example(cut, options.spm))
-        else:
-            print(show(cut), *[f"   in front: {name}, {len(snippet):,} characters\n" for name, snippet in context], sep="")
-    print(f"{len(levels)} examples of {path} ({language or 'no grammar'}), {fell_back} fell back to a lower level", file=sys.stderr)
-
-
 def bench(seconds: float) -> None:
     """Examples per second on one core: the files of the standard library without its tests, in a fixed random order."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -1004,20 +933,15 @@ def bench(seconds: float) -> None:
     random.Random(0).shuffle(paths)
     files = {path.relative_to(root).as_posix(): read_source(path) for path in paths}
     size = sum(len(to_bytes(code)) for code in files.values()) / len(files)
-    print(f"{len(files)} files, {size / 1e3:.1f} kB each, one process; one example a file unless said otherwise")
+    print(f"{len(files)} files, {size / 1e3:.1f} kB each, one process, one example a file")
 
-    def rate(work, per_file=1):
+    def rate(work):
         rng, done, start = random.Random(0), 0, time.perf_counter()
         while time.perf_counter() - start < seconds:
             path = names[done % len(names)]
             work(path, files[path], rng)
             done += 1
-        return done * per_file / (time.perf_counter() - start)
-
-    def ten(path, code, rng):
-        source = Source(code, "python")
-        for n in range(10):
-            join(file_parts(source.split(LEVELS[n % 5], rng)))
+        return done / (time.perf_counter() - start)
 
     names = list(files)
     bare = rate(lambda path, code, rng: parser("python").parse(to_bytes(code)))
@@ -1025,15 +949,11 @@ def bench(seconds: float) -> None:
     for level in LEVELS:
         speed = rate(lambda path, code, rng, level=level: file_example(split(code, "python", level, rng)))
         print(f"{level:<26}{speed:>9,.0f} examples/s {speed / bare:>8.2f} of the files/s above")
-    print(f"{'ten of a file, all levels':<26}{rate(ten, 10):>9,.0f} examples/s")
     start = time.perf_counter()
     index = Index(files)
     print(f"{'index of the repository':<26}{time.perf_counter() - start:>9.2f} s for {len(index.snippets):,} snippets")
     speed = rate(lambda path, code, rng: similar_files(index, path, split(code, "python", "line", rng)))
     print(f"{'line with similar files':<26}{speed:>9,.0f} examples/s")
-    start = time.perf_counter()
-    dependency_order(files)
-    print(f"{'dependency order':<26}{time.perf_counter() - start:>9.2f} s for {len(files):,} files")
 
 
 def main(argv=None) -> None:
@@ -1053,8 +973,21 @@ def main(argv=None) -> None:
     options = flags.parse_args(argv)
     if options.bench:
         return bench(options.seconds)
-    language = options.language or language_of(options.file)
-    show_file(options.file, None if language == "none" else language, options)
+    path, language, rng = options.file, options.language or language_of(options.file), random.Random(options.seed)
+    source, levels, fell_back = Source(read_source(path), None if language == "none" else language), options.levels.split(","), 0
+    index, repo, target = None, "", path.name
+    if options.repo:
+        root, index = options.repo.resolve(), Index(read_repository(options.repo))
+        repo, target = root.name, os.path.relpath(path.resolve(), root)
+    for level in (level for level in levels for _ in range(options.n)):
+        hole = source.split(level, rng, options.max_middle)
+        fell_back += hole.level != hole.asked
+        context = similar_files(index, target, hole) if index else []
+        if options.string:
+            print(repo_example(repo, context, target, hole, options.spm) if index else file_example(hole, options.spm))
+        else:
+            print(show(hole), *[f"   in front: {name}, {len(snippet):,} characters\n" for name, snippet in context], sep="")
+    print(f"{len(levels) * options.n} examples of {path} ({language}), {fell_back} fell back to a lower level", file=sys.stderr)
 
 
 if __name__ == "__main__":
