@@ -31,7 +31,9 @@ with CommitPackFT's message rules and Seed-Coder's context (README, tree, BM25).
 """
 import argparse
 import collections
+import concurrent.futures
 import functools
+import hashlib
 import io
 import math
 import os
@@ -43,6 +45,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -61,13 +64,12 @@ MIN_SCORE = 0.45
 SHELF = 2000         # files of a tree that BM25 opens
 ABSENT = "000000"    # the mode git gives a path that is not there
 
-GRAMMARS = {  # extension -> grammars, of which one must parse the file: (package, function that gives the language)
-    "py": ["python.language"], "pyi": ["python.language"], "java": ["java.language"], "cs": ["c_sharp.language"],
-    "js": ["javascript.language"], "jsx": ["javascript.language"], "mjs": ["javascript.language"], "cjs": ["javascript.language"],
-    "ts": ["typescript.language_typescript"], "tsx": ["typescript.language_tsx"], "go": ["go.language"], "rs": ["rust.language"],
-    "c": ["c.language"], "h": ["c.language", "cpp.language"], "cc": ["cpp.language"], "cpp": ["cpp.language"],
-    "cxx": ["cpp.language"], "hpp": ["cpp.language"], "hh": ["cpp.language"],
+GRAMMARS = {  # a tree-sitter package and its language function -> the extensions that it reads
+    "python.language": "py pyi", "java.language": "java", "javascript.language": "js jsx mjs cjs", "typescript.language_typescript": "ts",
+    "typescript.language_tsx": "tsx", "c_sharp.language": "cs", "go.language": "go", "rust.language": "rs", "c.language": "c h",
+    "cpp.language": "cc cpp cxx hpp hh h",
 }
+CODE = frozenset(" ".join(GRAMMARS.values()).split())
 NOT_SOURCE = re.compile(  # by name: vendored, lock files, minified, generated, binary
     rb"(^|/)(vendor|vendored|third[-_]party|external|node_modules|bower_components|site-packages|dist|build|deps)/"
     rb"|(^|/)([^/]*[-.]lock(\.json|file)?|package-lock\.json|npm-shrinkwrap\.json|pnpm-lock\.yaml|go\.sum|gradlew(\.bat)?)$"
@@ -84,28 +86,30 @@ LANDED = re.compile(r"\s*\((#|GH-)\d+\)(?=\s*(\n|$))")  # what a forge appends t
 BAD_MESSAGES = [  # the first that matches names the reason
     ("merge", re.compile(r"^\s*merge\b", re.I)),
     ("revert", re.compile(r"^\s*revert\b|this reverts commit", re.I)),
-    ("version bump", re.compile(r"^\W*((bump|release|prepare|tag|start|begin)\b.*(version|release|v?\d+\.\d|dev)|v?\d+\.\d[\w.]*\s*$)"
+    ("version bump", re.compile(r"^\W*((prepare|tag|start|begin)\b.*(version|release|v?\d+\.\d|dev)|v?\d+\.\d[\w.]*\s*$)"
                                 r"|^\W*(bump|release)\b|version (bump|number)|back to dev", re.I)),
     ("link", re.compile(r"https?://|www\.", re.I)),
-    ("issue number", re.compile(r"(^|\W)#\d+|\bgh-\d+|\b[A-Z][A-Z0-9]+-\d+\b|\b(issue|ticket|bug|pull request|pr) \d+")),
+    ("issue number", re.compile(r"(^|\W)#\d+|\bgh-\d+|\b(?!(UTF|SHA|PEP|ISO|RFC|HTTP)-)[A-Z][A-Z0-9]+-\d+\b|\b(issue|ticket|bug|pull request|pr) \d+")),
     ("work in progress", re.compile(r"\bwip\b|work in progress|\bfixup!|\bsquash!", re.I)),
     ("object id", re.compile(r"\b[0-9a-f]{40}\b")),
 ]
-IMPERATIVE = frozenset("""add adjust allow apply avoid bump cache call change check clarify clean clear close collect convert copy correct create
+IMPERATIVE = frozenset("""
+    add adjust allow apply avoid bump cache call change check clarify clean clear close collect convert copy correct create
     deprecate detect disable document drop enable ensure escape exclude expand expose extend extract factor fix format generate handle hide
     ignore implement import improve include increase inline introduce keep limit load log make mark merge move name normalize open optimize
     parse pass pin prefer prevent print propagate protect provide raise read reduce refactor reject remove rename reorder replace report
     require reset resolve respect restore return reuse rewrite run save send set show simplify skip sort split stop store strip support
     swap switch test tidy treat trim tune turn tweak unify update upgrade use validate verify warn wrap write""".split())
-COMMON = IMPERATIVE | frozenset("""about after all also and any are been before but can class code def does else file files for from function has
-    have import into its just like method more not now one only other out self should some tests than that the them then there these this
-    true false none null used uses using value was when where which while will with work works would you""".split())
+COMMON = IMPERATIVE | frozenset("""
+    about after all also and any are been before but can class code def does else file files for from function
+    has have import into its just like method more not now one only other out self should some tests than that the them then there these
+    this true false none null used uses using value was when where which while will with work works would you""".split())
 
 # ---------------------------------------------------------------------------- git, behind a directory of our own
 
 
-class Unreadable(Exception):
-    """An object that the history names is missing or corrupt: the stretch that needs it is skipped and counted."""
+class Refused(ValueError):
+    """git cannot read an object that the history names, or will not take a path or a patch: the stretch is skipped and counted."""
 
 
 class Change(NamedTuple):
@@ -141,9 +145,11 @@ class Repository:
     """
     The objects of a repository, read-only, and nothing else of it.
 
-    A temporary git directory with a config of our own borrows the object store (objects/info/alternates). Every git command but one
-    runs there; the one reads where HEAD points. What git writes for the proof (trees, patched files) stays in the temporary store.
+    A temporary git directory with a config of our own, which borrows the object store for reading. Every git command but one runs there;
+    the one reads where HEAD points. The proof runs with LONELY set: it sees only the bytes that we put into the temporary store.
     """
+
+    LONELY = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": ""}
 
     def __init__(self, path: str):
         git_dir = find_git_dir(path)
@@ -167,24 +173,24 @@ class Repository:
     def _borrow(self, kind: str, objects: str):
         """Our git directory: written by hand, so that no template of the machine finds its way in."""
         own = self.room / "git"
-        (own / "objects" / "info").mkdir(parents=True)
+        (own / "objects").mkdir(parents=True)
         (own / "refs").mkdir()
         (own / "HEAD").write_text("ref: refs/heads/none\n")
         (own / "config").write_text("[core]\n\trepositoryformatversion = 1\n\tbare = true\n[extensions]\n"
                                     f"\tobjectformat = {kind}\n[diff]\n\trenameLimit = 400\n")
-        (own / "objects" / "info" / "alternates").write_text(quote(os.fsencode(objects)) + "\n")
-        self.environment |= {"GIT_DIR": str(own), "GIT_INDEX_FILE": str(own / "index"), "GIT_LITERAL_PATHSPECS": "1"}
+        self.hash, borrowed = functools.partial(hashlib.new, kind), quote(os.fsencode(objects))
+        self.environment |= {"GIT_DIR": str(own), "GIT_LITERAL_PATHSPECS": "1",
+                             "GIT_ALTERNATE_OBJECT_DIRECTORIES": borrowed if borrowed[0] == '"' else f'"{borrowed}"'}
 
     def git(self, *args: str, stdin: bytes = b"", ok=(0,), **environment) -> bytes:
-        """One git command in the clean environment -> its output; ValueError with git's own first line when it fails."""
-        command = ["git", "--no-pager", *args]
+        """One git command in the clean environment -> its output; Refused, with git's first line, where it fails."""
         try:
-            done = subprocess.run(command, input=stdin, capture_output=True, cwd=self.room, env=self.environment | environment)
+            done = subprocess.run(["git", "--no-pager", *args], input=stdin, capture_output=True, cwd=self.room,
+                                  env=self.environment | environment)
         except FileNotFoundError:
-            raise ValueError("git: not found; install git 2.29 or later") from None
+            raise ValueError("git: not found on the PATH; install git 2.29 or later") from None
         if done.returncode not in ok:
-            said = done.stderr.decode(errors="replace").strip().split("\n")[0] or f"exit status {done.returncode}"
-            raise ValueError(f"{self.path}: git {next(a for a in args if a[0] != '-' and os.sep not in a)}: {said}")
+            raise Refused(f"{self.path}: git: {done.stderr.decode(errors='replace').strip().split(chr(10))[0]}")
         return done.stdout
 
     def ask(self, kind: str, oids: list[str]) -> list:
@@ -204,7 +210,7 @@ class Repository:
                 data = reader.stdout.read(int(header[2]) + 1) if len(header) == 3 and kind == "--batch" else b"\n"
                 if len(header) != 3 or (kind == "--batch" and len(data) != int(header[2]) + 1):
                     self._stop(kind)
-                    raise Unreadable(oid)
+                    raise Refused(f"{self.path}: object {oid} is missing or corrupt")
                 answers.append(data[:-1] if kind == "--batch" else int(header[2]))
         return answers
 
@@ -215,15 +221,19 @@ class Repository:
         """The content of a blob."""
         return self.ask("--batch", [oid])[0]
 
+    def keep(self, data: bytes) -> str:
+        """Write a blob to our own store -> its id."""
+        whole = b"blob %d\0" % len(data) + data
+        oid = self.hash(whole).hexdigest()
+        place = self.room / "git" / "objects" / oid[:2] / oid[2:]
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(zlib.compress(whole, 1))
+        return oid
+
     def _stop(self, kind: str):
         reader = self._readers.pop(kind)
         reader.kill()
-        reader.wait()
-        reader.stdout.close()
-        try:
-            reader.stdin.close()
-        except BrokenPipeError:  # what was buffered for a process that is gone
-            pass
+        reader.communicate()  # closes the pipes, whatever is left in them
 
     def close(self):
         for kind in list(self._readers):
@@ -381,11 +391,6 @@ def edit_distance(a: list, b: list, limit: int) -> int | None:
     return None
 
 
-def lines_of(data: bytes) -> list[bytes]:
-    """Lines with their "\\n"; only that byte ends a line, so "\\r" and a missing final newline are part of the last one."""
-    return io.BytesIO(data).readlines()
-
-
 class Delta(NamedTuple):
     """Two versions of a file compared: how many lines change (None: more than MAX_LINES), and which lines are only on one side."""
     lines: int | None
@@ -394,7 +399,7 @@ class Delta(NamedTuple):
 
 
 def delta(old: bytes, new: bytes) -> Delta:
-    a, b = lines_of(old), lines_of(new)
+    a, b = io.BytesIO(old).readlines(), io.BytesIO(new).readlines()  # only "\n" ends a line: "\r" and a missing final newline belong to it
     removed, added = collections.Counter(a), collections.Counter(b)
     removed, added = list((removed - added).elements()), list((added - removed).elements())
     if len(removed) + len(added) > MAX_LINES:  # a lower bound of the distance
@@ -404,14 +409,10 @@ def delta(old: bytes, new: bytes) -> Delta:
 
 @functools.cache
 def parsers(extension: str) -> list:
-    """The tree-sitter parsers of an extension; none for a language that we do not parse."""
+    """The tree-sitter parsers that may read a file of this extension."""
     import tree_sitter
-    found = []
-    for name in GRAMMARS.get(extension, []):
-        package, function = name.split(".")
-        language = tree_sitter.Language(getattr(import_module(f"tree_sitter_{package}"), function)())
-        found.append(tree_sitter.Parser(language))
-    return found
+    names = [name.split(".") for name, extensions in GRAMMARS.items() if extension in extensions.split()]
+    return [tree_sitter.Parser(tree_sitter.Language(getattr(import_module(f"tree_sitter_{package}"), function)())) for package, function in names]
 
 
 def extension(path: bytes) -> str:
@@ -420,7 +421,7 @@ def extension(path: bytes) -> str:
 
 
 def is_code(path: bytes) -> bool:
-    return extension(path) in GRAMMARS
+    return extension(path) in CODE
 
 
 def unfit_content(data: bytes) -> str:
@@ -449,38 +450,24 @@ def unfit_message(message: str) -> str:
 
 
 class Facts:
-    """What the search wants to know about blobs and pairs of blobs, each read and computed once while it is of use."""
+    """What the search wants to know about blobs and pairs of blobs; each is read and computed once, while it is of use."""
 
     def __init__(self, repo: Repository):
         self.repo = repo
-        self.text = functools.lru_cache(maxsize=512)(self._text)      # at most 50 kB each
-        self.delta = functools.lru_cache(maxsize=2048)(self._delta)
+        self.text = functools.lru_cache(512)(lambda mode, oid: b"" if mode == ABSENT else repo.read(oid))
+        self.terms = functools.lru_cache(SHELF)(lambda mode, oid: terms(self.text(mode, oid).decode()))
+        self.delta = functools.lru_cache(2048)(lambda *sides: delta(self.text(*sides[:2]), self.text(*sides[2:])))
         self.unfit = functools.cache(self._unfit)
         self.parses = functools.cache(self._parses)
-        self.terms = functools.lru_cache(maxsize=SHELF)(self._terms)
-        self.renames = functools.lru_cache(maxsize=64)(self._renames)
-
-    def _text(self, mode: str, oid: str) -> bytes:
-        return b"" if mode == ABSENT else self.repo.read(oid)
-
-    def _delta(self, old_mode: str, old: str, new_mode: str, new: str) -> Delta:
-        return delta(self.text(old_mode, old), self.text(new_mode, new))
+        self.renames = functools.lru_cache(64)(self._renames)
 
     def _unfit(self, mode: str, oid: str) -> str:
-        if mode == ABSENT:
-            return ""
         if not mode.startswith("100"):
-            return "link or submodule"
-        if self.repo.size(oid) > 20 * MAX_BYTES:
-            return "binary"  # or as good as
-        return unfit_content(self.repo.read(oid))
+            return "" if mode == ABSENT else "link or submodule"
+        return unfit_content(self.repo.read(oid)) if self.repo.size(oid) < 20 * MAX_BYTES else "binary"  # or as good as
 
     def _parses(self, extension: str, mode: str, oid: str) -> bool:
         return mode == ABSENT or any(not p.parse(self.text(mode, oid)).root_node.has_error for p in parsers(extension))
-
-    def _terms(self, mode: str, oid: str) -> tuple[collections.Counter, int]:
-        counts = terms(self.text(mode, oid).decode())
-        return counts, counts.total()
 
     def _renames(self, changes: tuple[Change, ...]) -> dict[bytes, bytes]:
         """{new path: old path} among whole files that went and came, as git sees it in the patch."""
@@ -495,7 +482,6 @@ class Candidate:
     end: int
     messages: list[str]
     changes: list[Change]
-    renames: dict[bytes, bytes]            # new path -> old path
     files_of_steps: list[frozenset]        # the source files of each step, for cohesion
     lines: dict[bytes, int]                # changed lines by (new) path
     touched: frozenset                     # the changed lines themselves, stripped
@@ -513,8 +499,9 @@ def measure(changes: list[Change], facts: Facts) -> tuple[str, Candidate | None]
     kept = []
     for change in changes:
         reasons = {facts.unfit(change.old_mode, change.old), facts.unfit(change.new_mode, change.new)}
-        if not IS_PROSE.search(change.path) and (hopeless := reasons & {"file too large", "not UTF-8"}):
-            return hopeless.pop(), None
+        for reason in ("file too large", "not UTF-8"):
+            if reason in reasons and not IS_PROSE.search(change.path):
+                return reason, None
         if reasons == {""}:
             kept.append(change)
     whole = tuple(c for c in kept if ABSENT in (c.old_mode, c.new_mode))
@@ -540,7 +527,7 @@ def measure(changes: list[Change], facts: Facts) -> tuple[str, Candidate | None]
     if squeeze(removed) == squeeze(added):
         return "only whitespace or moves", None
     touched = frozenset(filter(None, (line.strip() for line in removed + added)))
-    return "", Candidate(0, [], kept, renames, [], lines, touched)
+    return "", Candidate(0, [], kept, [], lines, touched)
 
 
 def candidates(history: History, facts: Facts, s: int, counts: collections.Counter) -> Iterator[Candidate]:
@@ -561,8 +548,8 @@ def candidates(history: History, facts: Facts, s: int, counts: collections.Count
         files_of_steps.append(frozenset(c.path for c in step.changes if not NOT_SOURCE.search(c.path)))
         try:
             reason, found = measure(sorted(net.values()), facts) if messages else ("no message", None)
-        except Unreadable:
-            reason, found = "unreadable object", None
+        except Refused:
+            reason, found = "refused by git", None
         if found is None:
             counts[reason] += 1
         else:
@@ -625,36 +612,38 @@ def score(parts: dict[str, float]) -> float:
 def write_trees(repo: Repository, changes) -> tuple[str, str]:
     """Two trees that hold only the changed paths, old and new: what lies between them is the change and nothing else."""
     trees = []
-    for side, mode, oid in (("old", 1, 2), ("new", 3, 4)):
-        index = {"GIT_INDEX_FILE": str(repo.room / f"{side}.index")}
-        Path(index["GIT_INDEX_FILE"]).unlink(missing_ok=True)
+    for mode, oid in ((1, 2), (3, 4)):
+        index = {"GIT_INDEX_FILE": str(repo.room / "index")} | repo.LONELY
+        (repo.room / "index").unlink(missing_ok=True)
         rows = b"".join(b"%s %s\t%s\0" % (c[mode].encode(), c[oid].encode(), c.path) for c in changes if c[mode] != ABSENT)
         repo.git("update-index", "-z", "--index-info", stdin=rows, **index)
-        trees.append(repo.git("write-tree", **index).decode().strip())
+        trees.append(repo.git("write-tree", "--missing-ok", **index).decode().strip())
     return trees[0], trees[1]
 
 
-def make_patch(repo: Repository, changes) -> bytes:
-    """
-    The git patch of these changes, and its proof: `git apply` on the old tree's index must give the new tree, to the last bit.
+def apply_patch(repo: Repository, tree: str, patch: bytes) -> str:
+    """`git apply` to a tree of our own store, in an index of its own -> the tree that comes out."""
+    index = {"GIT_INDEX_FILE": str(repo.room / "index")} | repo.LONELY
+    repo.git("read-tree", tree, **index)
+    repo.git("apply", "--cached", "--whitespace=nowarn", "-", stdin=patch, **index)
+    return repo.git("write-tree", "--missing-ok", **index).decode().strip()
 
-    A tree's id is the hash of every name, mode and content in it, so equal ids are equal bytes.
+
+def make_patch(repo: Repository, changes, old_texts: list[bytes]) -> bytes:
+    """
+    The git patch of these changes, and its proof: `git apply` must turn a tree made of the old texts into the new tree.
+
+    A tree's id is the hash of every name, mode and content in it, so equal ids are equal bytes. The proof sees neither the
+    repository nor the new texts, and runs no program but git.
     """
     old, new = write_trees(repo, changes)
     patch = repo.git("diff-tree", "-r", "-p", "-M", "--binary", "--full-index", "--minimal", "--no-ext-diff", "--no-textconv", old, new)
     patch = re.sub(rb"(?m)^index [0-9a-f]+\.\.[0-9a-f]+( \d+)?\n(?!GIT binary patch)", b"", patch)  # only binary patches need it
-    applied = apply_patch(repo, old, patch)
-    if applied != new:
-        raise ValueError(f"{repo.path}: git apply gives tree {applied}, not {new}")
+    for text in old_texts:
+        repo.keep(text)
+    if apply_patch(repo, old, patch) != new:
+        raise Refused(f"{repo.path}: the patch from {old} does not give {new}")
     return patch
-
-
-def apply_patch(repo: Repository, tree: str, patch: bytes) -> str:
-    """Apply a patch to a tree in an index of its own -> the tree that comes out. No file is written but into our object store."""
-    index = {"GIT_INDEX_FILE": str(repo.room / "apply.index")}
-    repo.git("read-tree", tree, **index)
-    repo.git("apply", "--cached", "--whitespace=nowarn", "-", stdin=patch, **index)
-    return repo.git("write-tree", **index).decode().strip()
 
 
 # ------------------------------------------------------------------- the context: what a reader of R_old would look at
@@ -667,24 +656,17 @@ class Context(NamedTuple):
     files: list[tuple[str, str]]
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def subwords(word: str) -> list[str]:
-    """getHTTPHeader -> get http header"""
-    return [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", word) if len(part) > 2]
-
-
 def terms(text: str) -> collections.Counter:
-    """The words of a text and the parts of its identifiers, counted; distinct ones are split once."""
+    """The words of a text and the parts of its identifiers, counted in lower case: parse_URL getHTTPHeader -> parse url get http header."""
     counts = collections.Counter()
-    for word, times in collections.Counter(re.findall(r"[A-Za-z]{3,}", text)).items():
-        for part in subwords(word):
-            counts[part] += times
+    for word, times in collections.Counter(re.findall(r"[A-Z]?[a-z]{2,}|[A-Z]{3,}(?![a-z])", text)).items():
+        counts[word.lower()] += times
     return counts
 
 
 def bm25(documents: list[collections.Counter], lengths: list[int], query: set[str], k1: float = 1.2, b: float = 0.75) -> list[float]:
     """
-    How well each document answers the query: sum over its words of  idf(w) * n (k1 + 1) / (n + k1 (1 - b + b length / mean length)).
+    How well each document answers the query: sum over its words of  idf(w) n (k1 + 1) / (n + k1 (1 - b + b length / mean length)).
 
     n = how often w is in the document, idf(w) = log(1 + (N - N_w + 1/2) / (N_w + 1/2)) with N_w of the N documents holding w.
     """
@@ -708,12 +690,12 @@ def look_around(repo: Repository, facts: Facts, commit: str, messages: list[str]
     sources = [(f, terms(text_path(f[0]))) for f in files if f[1].startswith("100") and not NOT_SOURCE.search(f[0])]
     if len(sources) > SHELF:  # in a large tree only the files whose paths fit best are opened
         sources = sorted(sources, key=lambda f: -len(query & f[1].keys()))[:SHELF]
-    sources = [(f, path) for f, path in sources if not facts.unfit(*f[1:])]
-    texts = [facts.terms(*f[1:]) for f, _ in sources]
-    in_query = [collections.Counter({w: path[w] + text[w] for w in query if w in path or w in text}) for (_, path), (text, _) in zip(sources, texts)]
-    scores = bm25(in_query, [length for _, length in texts], query)
+    sources = [(f, in_path, facts.terms(*f[1:])) for f, in_path in sources if not facts.unfit(*f[1:])]
+    counts = [collections.Counter({w: in_path[w] + text[w] for w in query if w in in_path or w in text}) for _, in_path, text in sources]
+    scores = bm25(counts, [text.total() for *_, text in sources], query)
     best = sorted((i for i in range(len(sources)) if scores[i] > 0), key=lambda i: (-scores[i], sources[i][0][0]))[:5]
-    return Context(readme, [quote(f[0]) for f in files[:2000]], [(quote(f[0]), facts.text(*f[1:]).decode()) for f in (sources[i][0] for i in best)])
+    fitting = [(quote(f[0]), facts.text(*f[1:]).decode()) for f in (sources[i][0] for i in best)]
+    return Context(readme, [quote(f[0]) for f in files[:2000]], fitting)
 
 
 # ------------------------------------------------------------------------------------------------------ triplets
@@ -755,7 +737,7 @@ def triplets(repo_dir: str, name: str | None = None, limit: int = LIMIT, by_time
                 candidate, patch, parts = choice
                 try:
                     around = look_around(repo, facts, history.chain[s], candidate.messages)
-                except Unreadable:
+                except Refused:
                     around = Context("", [], [])
                 taken.append(candidate.touched)
                 free = candidate.end + 1
@@ -772,16 +754,15 @@ def choose(history: History, facts: Facts, s: int, taken: list[frozenset], count
     for parts, candidate in sorted(found, key=lambda f: (-score(f[0]), f[1].end)):
         if score(parts) < MIN_SCORE:
             counts["score under 0.45"] += 1
-            return None
+            break
         sides = [(extension(c.path), *side) for c in candidate.changes if is_code(c.path) for side in (c[1:3], c[3:5])]
         try:
             if all(facts.parses(*side) for side in sides):
-                return candidate, make_patch(history.repo, candidate.changes), parts
+                old_texts = [facts.text(c.old_mode, c.old) for c in candidate.changes]
+                return candidate, make_patch(history.repo, candidate.changes, old_texts), parts
             counts["does not parse"] += 1
-        except Unreadable:
-            counts["unreadable object"] += 1
-        except ValueError:  # git will not have these paths in an index, or the patch does not give R_new
-            counts["patch not proven"] += 1
+        except Refused:
+            counts["refused by git"] += 1
     return None
 
 
@@ -928,7 +909,7 @@ def rival_files(triplet: Triplet, shortlist: int) -> tuple[list[str], set[str]]:
 
 
 def patch_bits(model, tokenizer, triplet: Triplet, context: int) -> float:
-    """Bits of the patch, given repository context and message; a patch beyond one row continues in further rows, seen from their own start."""
+    """Bits of the patch, given context and message; a patch beyond one row continues in further rows, seen from their own start."""
     parts = triplet_parts(triplet, new_state=False, budget=context, length=lambda text: len(tokenizer.encode(text)))
     ids, counts = tokenizer.encode_parts([(text, special, learn and not special) for text, special, learn in parts])
     rows = [(ids[i:i + context + 1], counts[i:i + context + 1]) for i in range(0, len(ids) - 1, context)]
@@ -936,7 +917,7 @@ def patch_bits(model, tokenizer, triplet: Triplet, context: int) -> float:
 
 
 def guess_file(model, tokenizer, triplet: Triplet, files: list[str], context: int) -> str:
-    """Which of these files changes first: the most likely line "diff --git a/FILE b/FILE", given these files as the tree and the message."""
+    """Which file changes first: the most likely line "diff --git a/FILE b/FILE", given the message and these files as the tree."""
     asked = Sample(triplet.repo, "", tuple(files), (), "\n\n".join(triplet.messages), "", ())
     head = [(text, special, False) for text, special, _ in format_sample(asked)[:-2]]  # up to ".git/patch\n"
     name = lambda side, path: f'"{side}/{path[1:]}' if path[0] == '"' else f"{side}/{path}"
@@ -976,47 +957,46 @@ def evaluate(model, tokenizer, triplets: list[Triplet], context: int = 1024, sho
 
 def scripted_history(folder: str, seed: int = 0, commits: int = 80) -> None:
     """
-    Write a bare repository of a small Python project that evolves as projects do: functions come with their tests, are renamed with
-    their callers, get a parameter, are fixed with a regression test. Message and tree say which files change; the same seed, the same history.
+    Write a bare repository of a small Python project that evolves as projects do: functions come with tests, are renamed with their
+    callers, get a parameter, are fixed with a regression test. Message and tree say which files change. One seed, one history.
     """
     rng, functions = random.Random(seed), {}  # name -> [module, operator, constant, parameter or "", whether it is fixed]
-    value = lambda name, x: eval(f"{abs(x) if functions[name][4] else x} {functions[name][1]} {functions[name][2]}")
-    fresh = lambda: rng.choice([n for v in ("scale", "shift", "price", "count", "blend", "clamp") for o in ("order", "total", "stock", "route", "label")
-                                if (n := f"{v}_{o}") not in functions])
+    verbs, nouns = ("scale", "shift", "price", "count", "blend"), ("order", "total", "stock", "route", "label")
+    names = [f"{verb}_{noun}" for verb in verbs for noun in nouns]
+    value = lambda f, x: {"+": x + f[2], "-": x - f[2], "*": x * f[2]}[f[1]]
 
     def render(module: str) -> dict[str, str]:
-        own = {name: f for name, f in functions.items() if f[0] == module}
-        bodies = [f"def {name}(x{f[3] and f', {f[3]}=0'}):\n    return {'abs(x)' if f[4] else 'x'} {f[1]} {f[2]}{f[3] and f' + {f[3]}'}\n"
-                  for name, f in own.items()]
-        tests = [f"def test_{name}():\n    assert {name}(2) == {value(name, 2)}\n" + f"    assert {name}(-2) == {value(name, -2)}\n" * f[4]
-                 for name, f in own.items()]
-        report = [f"def report_{name}(rows):\n    return sum({name}(row) for row in rows)\n" for name in own]
-        names = ", ".join(own)
-        return {f"shop/{module}.py": "\n\n".join(bodies), f"tests/test_{module}.py": f"from shop.{module} import {names}\n\n\n" + "\n\n".join(tests),
-                f"shop/{module}_report.py": f"from shop.{module} import {names}\n\n\n" + "\n\n".join(report)}
+        own = [(name, f) for name, f in functions.items() if f[0] == module]
+        head = f"from shop.{module} import {', '.join(name for name, _ in own)}\n"
+        body = [f"def {name}(x{f[3] and f', {f[3]}=0'}):\n    return {'abs(x)' if f[4] else 'x'} {f[1]} {f[2]}{f[3] and ' + ' + f[3]}\n"
+                for name, f in own]
+        test = [f"def test_{name}():\n    assert {name}(2) == {value(f, 2)}\n" + f"    assert {name}(-2) == {value(f, 2)}\n" * f[4]
+                for name, f in own]
+        call = [f"def report_{name}(rows):\n    return sum({name}(row) for row in rows)\n" for name, _ in own]
+        return {f"shop/{module}.py": "\n\n".join(body), f"tests/test_{module}.py": "\n\n".join([head] + test),
+                f"shop/{module}_report.py": "\n\n".join([head] + call)}
 
     stream = []
     for i in range(commits):
         act = rng.choice(["add", "rename", "parameter", "fix"]) if len(functions) > 3 else "add"
         name = rng.choice(sorted(functions)) if functions else ""
+        fresh = rng.choice([n for n in names if n not in functions])
         if act == "fix" and not functions[name][4]:
             functions[name][4], message = True, f"Fix {name} for negative numbers and test it"
         elif act == "parameter" and not functions[name][3]:
             functions[name][3], message = rng.choice(["step", "base", "extra"]), f"Add a parameter to {name} that is added to its result"
         elif act == "rename" or len(functions) > 16:
-            old, name = name, fresh()
-            functions = {name if n == old else n: f for n, f in functions.items()}
-            message = f"Rename {old} to {name} and update its callers"
+            functions = {fresh if n == name else n: f for n, f in functions.items()}
+            name, message = fresh, f"Rename {name} to {fresh} and update its callers"
         else:
-            name = fresh()
-            functions[name] = [rng.choice(["cart", "stock", "route", "label"]), rng.choice("+-*"), rng.randrange(2, 30), "", False]
-            message = f"Add {name} to {functions[name][0]} with a test and a report"
-        files = render(functions[name][0]) | {"README.md": "# shop\n\nA project that a script wrote.\n"}
-        stream.append(f"commit refs/heads/main\ncommitter Script <script@example.org> {1_600_000_000 + 3600 * i} +0000\ndata {len(message)}\n{message}\n")
+            functions[fresh] = [rng.choice(["cart", "store", "ledger", "parcel"]), rng.choice("+-*"), rng.randrange(2, 30), "", False]
+            name, message = fresh, f"Add {fresh} to {functions[fresh][0]} with a test and a report"
+        files = render(functions[name][0]) | ({} if i else {"README.md": "# shop\n\nA project that a script wrote.\n"})
+        stream.append(f"commit refs/heads/main\ncommitter Script <script@example.org> {1_600_000_000 + 3600 * i} +0000\n")
+        stream.append(f"data {len(message)}\n{message}\n")
         stream += [f"M 100644 inline {path}\ndata {len(text)}\n{text}\n" for path, text in files.items()]
-    run = lambda *command: subprocess.run(["git", *command], input="".join(stream).encode(), check=True, capture_output=True)
-    run("init", "--quiet", "--bare", "--template=", "--initial-branch=main", str(folder))
-    run("--git-dir", str(folder), "fast-import", "--quiet")
+    for command in (["init", "--bare", "--template=", "--initial-branch=main", folder], ["-C", folder, "fast-import"]):
+        subprocess.run(["git", *command], input="".join(stream).encode(), check=True, capture_output=True, env=clean_environment(folder))
 
 
 # -------------------------------------------------------------------------------------------------- bench, command line
@@ -1038,31 +1018,23 @@ def clone(url: str, folder: str) -> str:
 
 
 def read_everything(repo: Repository, commits: list[str]) -> Iterator[tuple[str, list[tuple[Change, bytes, bytes]], bytes]]:
-    """What PyDriller's traversal gives, for the bench: each commit's (id and message, changed files with old and new text, diff)."""
-    border = os.urandom(8).hex()  # between commits, and after the message: nothing that a history contains
-    command = ["git", "log", "--stdin", "--no-walk=unsorted", "-z", "--raw", "-p", "--no-abbrev", "--no-renames", "--no-ext-diff",
-               "--no-textconv", f"--format={border}%H%n%B{border}"]
-
-    def start(i: int):
-        """git log writes the next 300 commits into a file while we read what it wrote before."""
-        asked, written = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-        asked.write("\n".join(commits[i:i + 300]).encode())
-        asked.seek(0)
-        return subprocess.Popen(command, stdin=asked, stdout=written, cwd=repo.room, env=repo.environment), written
-
-    ahead = start(0)
-    for i in range(0, len(commits), 300):
-        (log, written), ahead = ahead, start(i + 300) if i + 300 < len(commits) else None
-        log.wait()
-        written.seek(0)
-        _, *pieces = written.read().split(border.encode())
-        for message, entry in zip(pieces[::2], pieces[1::2]):
-            raw, _, diff = entry.lstrip(b"\0\n").partition(b"\0\0")
-            fields = raw.split(b"\0")
-            changes = [Change(path, *(head[1:].decode().split(" ")[i] for i in (0, 2, 1, 3))) for head, path in zip(fields[::2], fields[1::2])]
-            blobs = [oid for c in changes for mode, oid in (c[1:3], c[3:5]) if mode not in (ABSENT, "160000")]
-            texts = dict(zip(blobs, repo.ask("--batch", blobs)))
-            yield message.decode("utf-8", "replace"), [(c, texts.get(c.old, b""), texts.get(c.new, b"")) for c in changes], diff
+    """What PyDriller's traversal gives, for the bench: each commit's id and message, changed files with old and new text, diff."""
+    border = os.urandom(8).hex()  # before and after a message: nothing that a history contains
+    form = f"--format={border}%H%n%B{border}"
+    command = ["log", "--stdin", "--no-walk=unsorted", "-z", "--raw", "-p", "--no-abbrev", "--no-renames", form]
+    blocks = ["\n".join(commits[i:i + 300]).encode() for i in range(0, len(commits), 300)]
+    with concurrent.futures.ThreadPoolExecutor(1) as ahead:  # git log writes the next block while we read this one
+        logs = collections.deque([ahead.submit(repo.git, *command, stdin=blocks[0])])
+        for block in blocks[1:] + [None]:
+            if block:
+                logs.append(ahead.submit(repo.git, *command, stdin=block))
+            _, *pieces = logs.popleft().result().split(border.encode())
+            for message, entry in zip(pieces[::2], pieces[1::2]):
+                raw, _, diff = entry.lstrip(b"\0\n").partition(b"\0\0")
+                changes = next(raw_changes(b"commit\0" + raw + b"\0"))[1]
+                blobs = [oid for c in changes for mode, oid in (c[1:3], c[3:5]) if mode not in (ABSENT, "160000")]
+                texts = dict(zip(blobs, repo.ask("--batch", blobs)))
+                yield message.decode("utf-8", "replace"), [(c, texts.get(c.old, b""), texts.get(c.new, b"")) for c in changes], diff
 
 
 def bench(path: str, rounds: int = 3, slice_of: int = 150) -> None:
@@ -1099,13 +1071,13 @@ def bench(path: str, rounds: int = 3, slice_of: int = 150) -> None:
 
 
 def show(triplet: Triplet, lines: int) -> None:
-    """One triplet, readably: which stretch, what was said, what it touches, the head of the patch."""
-    print(f"\n=== {triplet.repo} {triplet.old_commit[:10]} -> {triplet.new_commit[:10]} | score {triplet.score:.2f} | "
-          + " ".join(f"{name} {value:.2f}" for name, value in triplet.parts))
-    for message in triplet.messages:
-        print("  " + message.split("\n")[0])
-    patch = triplet.patch.decode("utf-8", "replace").split("\n")
-    print("\n".join("    " + row.rstrip("\r") for row in patch[:lines]) + (f"\n    ... {len(patch) - lines} more lines" if len(patch) > lines else ""))
+    """One triplet, readably: which stretch, what was said, the head of the patch."""
+    parts = " ".join(f"{name} {value:.2f}" for name, value in triplet.parts)
+    print(f"\n=== {triplet.repo} {triplet.old_commit[:10]} -> {triplet.new_commit[:10]} | score {triplet.score:.2f} | {parts}")
+    print("\n".join("  " + message.split("\n")[0] for message in triplet.messages))
+    patch = triplet.patch.decode("utf-8", "replace").splitlines()
+    more = [f"... {len(patch) - lines} more lines"] if len(patch) > lines else []
+    print("\n".join("    " + row for row in patch[:lines] + more))
 
 
 def main(argv=None) -> int:
