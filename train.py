@@ -42,7 +42,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import commits
 import data
+import fim
 import tasks
 from model import LoopCoder, LoopCoderConfig, flops_per_token, matmul_peak, parameter_count
 
@@ -894,19 +896,46 @@ def compressors(texts: list[bytes]) -> dict[str, float]:
     return {"gzip -9, one by one": 8 * alone / size, "xz -9, all together": 8 * len(lzma.compress(b"".join(texts), preset=9)) / size}
 
 
-def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World) -> list[tuple[str, str, float]]:
-    """Rows (what, of which, value) for one checkpoint: every metric that its data allows."""
-    model = LoopCoder.from_pretrained(checkpoint, device=world.device, dtype=torch.float32).eval()
-    heldout = Path(cfg.out) / "data" / "heldout"
-    rows = [("bits per byte", language, value) for language, value in bits_per_byte(model, heldout, cfg.eval_bytes, world).items()]
-    tokenizer = data.Tokenizer.load(checkpoint)
-    file, size, texts = data.TokenFile(heldout, "code"), 0, []
+def heldout_python(heldout: Path, tokenizer, max_bytes: int) -> dict[str, str]:
+    """{name: text} of the held-out Python documents that the bits per byte are measured on."""
+    file, size, texts = data.TokenFile(heldout, "code"), 0, {}
     for i in range(len(file.lengths)):
-        if file.language(i) == "python" and size + file.nbytes[i] <= cfg.eval_bytes:
-            texts.append(tokenizer.decode([t for t in file.ids(i).tolist() if t not in tokenizer.special.values()]).encode())
+        if file.language(i) == "python" and size + file.nbytes[i] <= max_bytes:
             size += int(file.nbytes[i])
-    rows += [("bits per byte", f"python by {name}", value) for name, value in compressors(texts).items()]
-    return rows
+            texts[f"file_{i}.py"] = tokenizer.decode(file.ids(i).tolist()[1:-1])  # without the two ends of text
+    return texts
+
+
+def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks: int, n_samples: int):
+    """
+    Yields rows (metric, of what, value) for one checkpoint, as they are measured.
+
+    bits per byte    of held-out projects by language; beside it what gzip and xz need for the same Python files
+    fim              exact match, edit similarity and parse rate by level, with and without similar files of the held-out set
+    commits          patch bits per byte and the file guessed right, on triplets of --git REPO
+    pass@k           unbiased, by family of tasks.py at levels 1 and 2, on held-out templates; pass@1 of a random answer beside it
+    """
+    model = LoopCoder.from_pretrained(checkpoint, device=world.device, dtype=torch.float32).eval()
+    tokenizer, heldout = data.Tokenizer.load(checkpoint), Path(cfg.out) / "data" / "heldout"
+    for language, value in bits_per_byte(model, heldout, cfg.eval_bytes, world).items():
+        yield "bits per byte", language, value
+    texts = heldout_python(heldout, tokenizer, cfg.eval_bytes)
+    for name, value in compressors([text.encode() for text in texts.values()]).items():
+        yield "bits per byte", f"python by {name}", value
+    for row in fim.evaluate(model, tokenizer, {"heldout": texts}, count=n_tasks, context=min(1024, model.config.max_position_embeddings)):
+        for metric in ("exact_match", "edit_similarity", "parse_rate"):
+            yield f"fim {metric}, %", f"{row['level']}, {row['context']} context", row[metric]
+    if git:
+        for name, value in commits.evaluate(model, tokenizer, list(commits.triplets(git))).items():
+            yield "commits", name, value
+    thinking = "thinking" in Path(checkpoint).name
+    cells = [(family, level) for family in tasks.FAMILIES for level in (1, 2)]
+    rates = solve_rates(model, tokenizer, cells, n_tasks, n_samples, thinking=thinking, seed=cfg.seed)
+    for family in tasks.FAMILIES:
+        marks = [mark for (name, _), row in rates.items() if name == family for mark in row]
+        for k in sorted({1, n_samples}):
+            yield f"pass@{k}", family, sum(tasks.pass_at_k(n, c, min(k, n)) for c, n in marks) / len(marks)
+        yield "chance", family, sum(tasks.chance(family, level, 20) for level in (1, 2)) / 2
 
 
 # ---------------------------------------------------------------------------------------------- the chain and its pictures
@@ -995,10 +1024,13 @@ def arguments(argv):
         else:
             parser.add_argument(name, type=type(f.default), default=f.default, help=help)
     parser.add_argument("--eval", metavar="CKPT", help="print one table for this checkpoint and leave")
+    parser.add_argument("--git", default="", metavar="REPO", help="with --eval: also how well the commits of this repository are foreseen")
+    parser.add_argument("--tasks", type=int, default=8, help="with --eval: problems a family and level, and holes a level")
+    parser.add_argument("--samples", type=int, default=8, help="with --eval: answers a problem; pass@1 and pass@SAMPLES are printed")
     parser.add_argument("--plot", action="store_true", help="draw the chain's curves to OUT/chain.png and leave (needs matplotlib)")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, tokens and FLOPs of the preset and leave")
     given = vars(parser.parse_args(argv))
-    extra = {name: given.pop(name) for name in ("eval", "plot", "dry_run")}
+    extra = {name: given.pop(name) for name in ("eval", "plot", "dry_run", "git", "tasks", "samples")}
     return TrainConfig(**given), extra
 
 
@@ -1010,8 +1042,8 @@ def main(argv=None):
         return print(plot(Path(cfg.out)))
     world = start_world(cfg)
     if extra["eval"]:
-        for what, which, value in evaluation_table(Path(extra["eval"]), cfg, world):
-            print(f"{what:<16} {which:<32} {value:.4f}")
+        for what, which, value in evaluation_table(Path(extra["eval"]), cfg, world, extra["git"], extra["tasks"], extra["samples"]):
+            print(f"{what:<22} {which:<34} {value:8.4f}", flush=True)
         return None
     if world.main:
         print(f"train.py: {json.dumps(dataclasses.asdict(cfg))}\n{world.device}, {world.dtype}, {world.size} process(es)")
