@@ -1,8 +1,51 @@
 """
-Reinforcement learning from answers that a program can check: GRPO, single turn and many turns.
+Reinforcement learning from answers that a program can check: how verifiable rewards make the thinking and the instruct model.
+
+    sample G answers to each prompt  ->  verify them  ->  A = reward - mean of the group  ->  a few clipped policy-gradient updates
+
+That is GRPO, here with the report's choices: no KL and no reference model, clip-higher, pass rates over 20 tests as reward, and one
+loss average over all tokens of a step. The same loop trains a repository agent over many turns (SWE-RL): there an answer is a
+call of a tool, observations are read but not learned, and hidden tests decide at the end.
+
+Read grpo_loss() first: it is the idea. Then single_turn() and swe_episode(), which are the two environments, and Rollout, which
+decodes many of them at a time; update() joins the two, train() repeats it. The study at the end is the evidence.
+Source: LoopCoder report, section 3.3 and 4.3 (GRPO, clip-higher, SWE-RL, 20 tests); DAPO for the clip's bounds, dynamic sampling and
+overlong shaping; Dr.GRPO for the missing division by the spread. Ours, since no source gives them: penalties, curriculum, nano sizes.
+
+    python rl.py                                   # GRPO on the thinking path, from out/sft_thinking to out/rl_thinking
+    python rl.py --path instruct                   # from out/sft_instruct to out/rl_instruct
+    python rl.py --path swe                        # the agent, from out/rl_thinking to out/rl_swe
+    python rl.py --eval out/rl_swe --against out/sft_thinking
+    python rl.py --study                           # gains and their controls on small models made for it, from nothing but this file
+    python rl.py --report                          # out/report.md: the whole chain, stage by stage, from its logs
+    torchrun --nproc_per_node 8 rl.py              # rollouts and updates in parallel
 """
 
+import argparse
+import ast
+import dataclasses
+import json
+import math
+import random
+import re
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import torch
+import torch.distributed as dist
+
+import sandbox
+import tasks
+import train as pipeline
+from data import Tokenizer
+from model import LoopCoder, head_loss
 
 # ---------------------------------------------------------------------------------------------- the objective
 
@@ -104,3 +147,970 @@ def swe_reward(fail_to_pass, pass_to_pass):
     if not all(pass_to_pass):
         return 0.0
     return 1.0 if all(fail_to_pass) else 0.3 * sum(fail_to_pass) / len(fail_to_pass)
+
+
+# ---------------------------------------------------------------------------------------------- episodes
+# An episode is a generator, the environment's side of a conversation. It yields Ask(ids, room): the model reads ids and writes up
+# to `room` tokens, and what it wrote is sent back as (ids, ended). It yields a function for work in the sandbox: the function is
+# called in another thread while other rows go on decoding, and its value is sent back. It returns the function that judges it.
+# Ids go in and ids come out: nothing is decoded and encoded again, so what is trained is what was sampled, token by token.
+
+
+@dataclass
+class Ask:
+    ids: list[int]
+    room: int
+
+
+@dataclass
+class Trajectory:
+    """One finished episode as the policy lived it."""
+
+    ids: torch.Tensor  # (n,) prompt, answers and observations in their order
+    action: torch.Tensor  # (n,) bool: True where the policy chose the token, its end token included
+    logp: torch.Tensor  # (n,) log-probability of each action at the sampling temperature; 0 elsewhere
+    ended: bool  # False: cut at the length limit
+    outcome: dict | None  # what the judge said: "reward", "primary", "solved", ...; None where the sandbox broke
+
+
+def prompt_ids(tokenizer, task):
+    """The chat up to where the assistant begins. The user's text never becomes a special token."""
+    return tokenizer.encode_parts(tasks.prompt_parts(task))[0]
+
+
+def observation_ids(tokenizer, text):
+    """What a tool says, from behind the assistant's end token to where the assistant goes on."""
+    start = [("<|im_start|>", True, False), ("assistant\n", False, False)]
+    return tokenizer.encode_parts([("\n", False, False)] + tasks.turn_parts("tool", text, False) + start)[0]
+
+
+class Verdicts:
+    """The sandbox with a memory: the same question (any hashable key) is run once, whoever asks. Counts runs and their seconds."""
+
+    def __init__(self):
+        self.lock, self.known, self.runs, self.seconds = threading.Lock(), {}, 0, 0.0
+
+    def __call__(self, key, work):
+        with self.lock:
+            mine = key not in self.known
+            future = self.known.setdefault(key, Future())
+        if mine:
+            start = time.perf_counter()
+            try:
+                future.set_result(work())
+            except Exception as error:  # raised again for everyone who asked; then forgotten, so that the next one tries again
+                self.known.pop(key)
+                future.set_exception(error)
+            with self.lock:
+                self.runs, self.seconds = self.runs + 1, self.seconds + time.perf_counter() - start
+        return future.result()
+
+
+def well_formed(task, text, thinking):
+    """Thinking: one closed thought, then an answer. Instruct: no thought; where the solution is a code block, one block and no more."""
+    if thinking:
+        return text.startswith("<think>") and text.count("</think>") == 1 and bool(tasks.final_answer(text))
+    return "<think>" not in text and (not task.solution.startswith("```") or bool(re.fullmatch(r"```\w*\n[^`]*```\s*", text)))
+
+
+def single_turn(task, tokenizer, verdicts, room, thinking, buffer=0):
+    """
+    One question, one answer. primary = what verify() says; a thinking answer earns nothing when its form is broken, an instruct
+    answer is paid 0.9 for being right and 0.1 for its form; on top comes the soft punishment for the last `buffer` tokens of room.
+    """
+    ids, ended = yield Ask(prompt_ids(tokenizer, task), room)
+
+    def judge():
+        text = tokenizer.decode(ids)
+        form = ended and well_formed(task, text, thinking)
+        right = verdicts((task.family, task.difficulty, task.seed, task.split, text), lambda: tasks.verify(task, text)) if ended else 0.0
+        primary = right * form if thinking else 0.9 * right + 0.1 * form
+        reward = primary + (overlong_penalty(len(ids), room, buffer) if buffer else 0.0)
+        return {"primary": primary, "reward": reward, "solved": right == 1.0, "right": right, "form": form, "calls": 1}
+
+    return judge
+
+
+# ---------------------------------------------------------------------------------------------- the repository agent
+
+
+def test_file(calls):
+    """Calls (path, function, arguments, value) as a test file; it says what it got instead, since the agent reads that."""
+    lines = []
+    for n, (path, function, args, want) in enumerate(calls):
+        module = path[:-3]
+        lines += [f"import {module}", f"def test_{n}():", f"    got = {module}.{function}(*{args!r})"]
+        lines += [f"    assert got == {want!r}, repr(got)"]
+    return "\n".join(lines) + "\n"
+
+
+def run_tests(files, calls):
+    """[(passed, what it got instead)] of each call. The tests never lie in the tree that the agent sees or edits."""
+    with sandbox.Workspace(files, tasks.LIMITS) as workspace:
+        grade = workspace.grade({"test_hidden.py": test_file(calls)})
+    if grade.status == "sandbox error":
+        raise RuntimeError("the sandbox broke during a test")
+    return [(passed, reason.removeprefix("AssertionError: ")) for passed, reason in zip(grade.passed, grade.reasons)]
+
+
+def parses(files):
+    """Does every Python file of {path: text} parse?"""
+    try:
+        return all(ast.parse(text) for path, text in files.items() if path.endswith(".py"))
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+
+
+def foreign_feedback(task):
+    """The failure line of some other task: the control in which feedback says nothing about one's own edit."""
+    other = tasks.generate("swe", task.difficulty, task.seed + 1_000_003, task.split)
+    return next(text for role, text in other.detour if text.startswith("FAIL"))
+
+
+def planted_start(task, tokenizer):
+    """(ids, files) after the demonstration's wrong edit and the test that failed: what recovery can be measured from, on every task."""
+    stop = next(i for i, (_, text) in enumerate(task.detour) if text.startswith("FAIL")) + 1
+    ids, files = prompt_ids(tokenizer, task), dict(task.files)
+    for role, text in task.detour[:stop]:
+        if role == "tool":
+            ids += observation_ids(tokenizer, text)
+        else:
+            ids += tokenizer.encode(text) + [tokenizer.special["<|im_end|>"]]
+            files = tasks.use_tool(files, text)[0] if text.startswith("edit") else files
+    return ids, files
+
+
+class SweState:
+    """What an episode in a repository has come to: the files, and what its rewards and penalties are counted from."""
+
+    def __init__(self, files):
+        self.files, self.seen, self.called = dict(files), [dict(files)], set()
+        self.redundant = self.unproductive = self.edits = self.calls = 0
+        self.first_failed = None  # did the first test after the first edit fail? None: there was no such test
+
+    def act(self, call):
+        """view, search, edit: the observation. An edit is unproductive if it changes nothing, breaks the syntax or leads back."""
+        self.calls += 1
+        self.redundant += (call, str(self.files)) in self.called
+        self.called.add((call, str(self.files)))
+        if call == "test":
+            return None
+        self.files, text = tasks.use_tool(self.files, call)
+        if call.startswith("edit "):
+            self.edits += 1
+            self.unproductive += self.files in self.seen or not parses(self.files)
+            self.seen.append(self.files)
+        return text
+
+
+def swe_episode(task, tokenizer, verdicts, room, budget, shuffled=False, planted=False):
+    """
+    Repair a repository with one-line calls: view FILE, search WORD, edit FILE LINE TEXT, test, submit.
+
+    room      tokens of one call        budget    tokens of the whole episode
+    shuffled  a failing test shows the failure line of another task        planted   start behind a wrong edit and its failure
+    An episode may make as many calls as the demonstration with one mistake and its repair: there is time for one second try, not
+    for trying everything. The agent never sees the tests that pay it: they run in another interpreter, on a copy, at the end.
+    """
+    ids, files = planted_start(task, tokenizer) if planted else (prompt_ids(tokenizer, task), task.files)
+    state, used = SweState(files), len(ids)
+    if planted:
+        state.edits, state.first_failed = 1, True
+    allowed = sum(role != "tool" for role, _ in task.detour) - planted * sum(role != "tool" for role, _ in task.turns[:-1])
+    key, shown = ("swe", task.difficulty, task.seed, task.split), task.tests["shown"]
+    while True:
+        answer, ended = yield Ask(ids, room)
+        used += len(answer) + 1
+        call = tokenizer.decode(answer).strip()
+        if not ended or call == "submit" or state.calls == allowed - 1:
+            stop = "length" if not ended else "submit" if call == "submit" else "calls"
+            break
+        text = state.act(call)
+        if text is None:
+            results = yield partial(verdicts, (key, "shown", str(state.files)), partial(run_tests, state.files, shown))
+            passed = all(ok for ok, _ in results)
+            (_, function, args, want), got = shown[0], results[0][1].partition(":")[0]
+            text = "PASS" if passed else foreign_feedback(task) if shuffled else tasks.failure_line(function, args, got, want)
+            if state.edits and state.first_failed is None:
+                state.first_failed = not passed
+        ids = observation_ids(tokenizer, text)
+        used += len(ids)
+
+    def judge():
+        hidden = task.tests["fail_to_pass"] + task.tests["pass_to_pass"]
+        results = verdicts((key, "hidden", str(state.files)), lambda: run_tests(state.files, hidden))
+        passed, n = [ok for ok, _ in results], len(task.tests["fail_to_pass"])
+        primary = swe_reward(passed[:n], passed[n:])
+        penalty = swe_penalty(used, budget, state.redundant, state.unproductive)
+        return {"primary": primary, "reward": primary - penalty, "solved": all(passed), "penalty": penalty, "calls": state.calls,
+                "redundant": state.redundant, "first_failed": state.first_failed, "stop": stop, "level": task.difficulty}
+
+    return judge
+
+
+# ---------------------------------------------------------------------------------------------- rollouts
+
+
+def draw(logits, uniform, temperature):
+    """
+    One token a row from softmax(logits / temperature), by its own uniform number: (tokens (n,), their log-probabilities (n,)).
+
+    The whole distribution, no top-k and no top-p: these log-probabilities are the denominator of GRPO's ratio. As the random numbers
+    belong to the episode and not to the batch, an episode does not depend on which others are decoded beside it.
+    """
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros_like(uniform)
+    logp = torch.log_softmax(logits / temperature, -1)
+    cdf = logp.exp().cumsum(-1)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    return token[:, 0], logp.gather(1, token)[:, 0]
+
+
+class Rollout:
+    """
+    Continuous batching: `slots` rows of one cache; a row whose episode ends takes the next one, while the others go on.
+
+    Every `every` decoding steps there is a stop, where free rows are refilled and observations are read in. An answer of the
+    sandbox is taken up at the second stop after it was asked for, never before: so it has time to run beside the decoding, and the
+    order of all events, and with it every sampled token, is the same however fast or slow the sandbox is.
+    """
+
+    PREFILL = 64  # prompts that are read at a time
+
+    def __init__(self, model, end_id, context, slots=256, temperature=1.0, every=4, workers=4):
+        self.model, self.end_id, self.context, self.slots = model, end_id, context, slots
+        self.temperature, self.every, self.workers = temperature, every, workers
+        self.tokens, self.seconds, self.waited_s = 0, 0.0, 0.0
+
+    @torch.no_grad()
+    def run(self, episodes, seed):
+        """episodes: generators; returns their Trajectories in the same order. seed: a list of ints; with the index it makes the noise."""
+        start = time.perf_counter()
+        rows, V, device = min(self.slots, len(episodes)), self.model.config.vocab_size, self.model.lm_head.weight.device
+        self.todo, self.done, self.seed = deque(enumerate(episodes)), [None] * len(episodes), list(seed)
+        self.cache = self.model.new_cache(rows, self.context + 1)  # one to spare: rows that wait take part in a step and leave no trace
+        self.episode = [None] * rows  # (index, generator); None: the row is free
+        self.logits = torch.zeros(rows, V, device=device)  # of the next token
+        self.ids = torch.zeros(rows, self.context, dtype=torch.int64, device=device)
+        self.action = torch.zeros(rows, self.context, dtype=torch.bool, device=device)
+        self.logp, self.uniform = (torch.zeros(rows, self.context, device=device) for _ in range(2))
+        self.length, self.room, self.spoken = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3))
+        self.asks, self.pending, self.stop = {}, [], 0  # what rows want to read: {row: Ask}; what the sandbox does: [(stop, row, future)]
+        with ThreadPoolExecutor(self.workers) as self.pool:
+            while self.todo or any(self.episode):
+                self.serve()
+                for _ in range(self.every):
+                    if not self.decode():
+                        break
+                self.stop += 1
+            finished = [self.judged(*parts) for parts in self.done]
+        self.seconds += time.perf_counter() - start
+        return finished
+
+    def answer_of(self, future):
+        """Wait for the sandbox; None where it broke, which says nothing about the episode."""
+        start = time.perf_counter()
+        try:
+            return future.result()
+        except (RuntimeError, OSError):
+            return None
+        finally:
+            self.waited_s += time.perf_counter() - start
+
+    def judged(self, ids, action, logp, ended, future):
+        return Trajectory(ids, action, logp, ended, future and self.answer_of(future))
+
+    def serve(self):
+        """A stop: take up what the sandbox answered, fill free rows, drop rows that nobody needs any more, read in."""
+        due, self.pending = [p for p in self.pending if p[0] <= self.stop - 2], [p for p in self.pending if p[0] > self.stop - 2]
+        for _, row, future in due:
+            value = self.answer_of(future)
+            self.finish(row, None) if value is None else self.advance(row, value)
+        free = [row for row, held in enumerate(self.episode) if held is None]
+        for row in free[: len(self.todo)]:
+            self.episode[row] = self.todo.popleft()
+            noise = np.random.default_rng([*self.seed, self.episode[row][0]]).random(self.context, dtype=np.float32)
+            self.cache.reset(row)
+            self.length[row], self.action[row], self.logp[row], self.uniform[row] = 0, False, 0, torch.from_numpy(noise)
+            self.advance(row, None)
+        busy = [row for row, held in enumerate(self.episode) if held is not None]
+        if not self.todo and busy and 2 * len(busy) <= len(self.episode):
+            self.shrink(busy)
+        if self.asks:
+            self.read()
+
+    def shrink(self, rows):
+        """The end of a batch: go on with these rows only."""
+        self.cache.keep(rows)
+        for name in ("logits", "ids", "action", "logp", "uniform", "length", "room", "spoken"):
+            setattr(self, name, getattr(self, name)[rows])
+        new = {old: row for row, old in enumerate(rows)}
+        self.episode = [self.episode[row] for row in rows]
+        self.asks = {new[row]: ask for row, ask in self.asks.items()}
+        self.pending = [(stop, new[row], future) for stop, row, future in self.pending]
+
+    def advance(self, row, value):
+        """Give an episode what it waits for, and note what it wants next."""
+        try:
+            wish = self.episode[row][1].send(value)
+        except StopIteration as end:
+            return self.finish(row, end.value)
+        if isinstance(wish, Ask):
+            self.asks[row] = wish
+        else:
+            self.pending.append((self.stop, row, self.pool.submit(wish)))
+
+    def finish(self, row, judge):
+        """The episode is over: keep what it was, and free its row. judge None: the sandbox broke."""
+        n, end = int(self.length[row]), bool(self.ids[row, self.length[row] - 1] == self.end_id)
+        parts = (x[row, :n].clone() for x in (self.ids, self.action, self.logp))
+        self.done[self.episode[row][0]] = (*parts, end, judge and self.pool.submit(judge))
+        self.episode[row], self.room[row] = None, 0
+
+    def read(self):
+        """Append to each row what its episode asked the model to read. Rows that begin with the same prompt share the work."""
+        fresh, going = {}, []
+        asks, self.asks = self.asks, {}
+        for row, ask in asks.items():
+            n = int(self.length[row])
+            room = min(ask.room, self.context - n - len(ask.ids))
+            if room <= 0 and n == 0:
+                raise ValueError(f"a prompt of {len(ask.ids)} tokens does not fit a context of {self.context}; raise --context")
+            if room <= 0:
+                self.advance(row, ([], False))
+                continue
+            if n == 0:
+                fresh.setdefault(tuple(ask.ids), []).append(row)
+            else:
+                going.append((row, self.ids[row, n - 1 : n].tolist() + ask.ids))  # its last token was sampled and not yet read
+            self.ids[row, n : n + len(ask.ids)] = torch.tensor(ask.ids)
+            self.length[row], self.spoken[row], self.room[row] = n + len(ask.ids), n + len(ask.ids), room
+        for batch in ([(rows[0], list(ids)) for ids, rows in fresh.items()], going):
+            batch.sort(key=lambda pair: len(pair[1]))
+            for i in range(0, len(batch), self.PREFILL):
+                rows, prompts = zip(*batch[i : i + self.PREFILL])
+                self.logits[list(rows)] = self.model.prefill(self.cache, prompts, rows)
+        for first, *others in fresh.values():
+            if others:
+                self.cache.copy(first, others)
+                self.logits[others] = self.logits[first].clone()
+
+    def decode(self):
+        """One token for every row that is writing. False: nobody is."""
+        rows = self.room.nonzero()[:, 0]
+        if len(rows) == 0:
+            return False
+        at = self.length[rows]
+        token, logp = draw(self.logits[rows], self.uniform[rows, at], self.temperature)
+        self.ids[rows, at], self.logp[rows, at], self.action[rows, at] = token, logp, True
+        self.length[rows] += 1
+        self.room[rows] -= 1
+        ended = token == self.end_id
+        self.room[rows[ended]] = 0
+        self.tokens += len(rows)
+        for row, end in zip(*(x[self.room[rows] == 0].tolist() for x in (rows, ended))):
+            answer = self.ids[row, self.spoken[row] : int(self.length[row]) - end].tolist()
+            self.advance(row, (answer, end))
+        active = self.room > 0
+        if active.any():
+            last = self.ids.gather(1, (self.length - 1).clamp(min=0)[:, None])[:, 0]
+            self.logits = self.model.decode(self.cache, last, active)
+        return True
+
+
+class RemoteRollout:
+    """
+    The same episodes, answered by a server that speaks the OpenAI completions protocol (vLLM, SGLang, ...): ids in, ids out.
+
+    The server must hold the weights that are being trained; its owner loads out/<stage> again as it changes. Log-probabilities are
+    computed here from the weights here, so the ratio starts at 1 whatever the server's kernels round.
+    """
+
+    def __init__(self, url, model, tokenizer, context, temperature=1.0, workers=32):
+        self.url, self.model, self.tokenizer, self.context = url.rstrip("/") + "/v1/completions", model, tokenizer, context
+        self.temperature, self.workers, self.end_id = temperature, workers, tokenizer.special["<|im_end|>"]
+        self.tokens, self.seconds, self.waited_s = 0, 0.0, 0.0
+
+    def complete(self, ids, room, seed):
+        """(ids of the answer, whether it came to its end). A server that returns no token ids has its text encoded again."""
+        import requests
+
+        body = {"model": "policy", "prompt": ids, "max_tokens": room, "temperature": self.temperature, "top_p": 1.0, "seed": seed,
+                "stop_token_ids": [self.end_id], "return_token_ids": True, "skip_special_tokens": False}  # fmt: skip
+        reply = requests.post(self.url, json=body, timeout=600)
+        if reply.status_code != 200:
+            raise OSError(f"{self.url}: status {reply.status_code}: {reply.text[:200]}")
+        choice = reply.json()["choices"][0]
+        answer = choice.get("token_ids") or self.tokenizer.encode(choice["text"].removesuffix("<|im_end|>"))
+        ended = choice["finish_reason"] == "stop"
+        return [i for i in answer if i != self.end_id], ended
+
+    def converse(self, index, episode, seed):
+        """One episode from its first prompt to its judge: (ids, action, ended, outcome)."""
+        ids, action, wish, ended = [], [], next(episode), False
+        try:
+            while True:
+                if not isinstance(wish, Ask):
+                    wish = episode.send(wish())
+                    continue
+                ids, action = ids + wish.ids, action + [False] * len(wish.ids)
+                room = min(wish.room, self.context - len(ids))
+                answer, ended = self.complete(ids, room, hash((*seed, index, len(ids))) % 2**31) if room > 0 else ([], False)
+                said = answer + [self.end_id] * ended
+                ids, action = ids + said, action + [True] * len(said)
+                wish = episode.send((answer, ended))
+        except StopIteration as end:
+            judge = end.value
+        try:
+            return ids, action, ended, judge()
+        except RuntimeError:
+            return ids, action, ended, None
+
+    def run(self, episodes, seed):
+        start = time.perf_counter()
+        with ThreadPoolExecutor(self.workers) as pool:
+            lived = list(pool.map(lambda pair: self.converse(*pair, seed), enumerate(episodes)))
+        found = []
+        for ids, action, ended, outcome in lived:
+            ids, action = torch.tensor(ids), torch.tensor(action)
+            found.append(Trajectory(ids, action, torch.zeros(len(ids)), ended, outcome))
+        with torch.no_grad():
+            for one in found:
+                ids, targets, _, mask = pad([one])
+                one.logp[1:] = token_logp(self.model, ids, targets, mask, self.temperature)[0].cpu()
+        self.tokens += sum(int(one.action.sum()) for one in found)
+        self.seconds += time.perf_counter() - start
+        return found
+
+
+# ---------------------------------------------------------------------------------------------- one update
+
+
+def pad(trajectories):
+    """
+    Rows for the training forward: (ids (B, T), targets (B, T), old_logp (B, T), mask (B, T)), padded at the right.
+
+    Everything but ids is shifted by one: position t stands for the choice of token t + 1. The model is causal, so padding behind
+    a row changes nothing in it.
+    """
+    T = max(len(t.ids) for t in trajectories) - 1
+    shape = (len(trajectories), T)
+    ids, targets, old_logp = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for b, t in enumerate(trajectories):
+        n = len(t.ids) - 1
+        ids[b, :n], targets[b, :n], old_logp[b, :n], mask[b, :n] = t.ids[:-1], t.ids[1:], t.logp[1:], t.action[1:]
+    return ids, targets, old_logp, mask
+
+
+def token_logp(model, ids, targets, mask, temperature):
+    """Log-probability (B, T) of each chosen token under the model at the sampling temperature; 0 elsewhere. Logits only where needed."""
+    device = model.lm_head.weight.device
+    mask = mask.to(device)
+    h = model.hidden(ids.to(device))[mask][None]  # (1, N, C)
+    nll = head_loss(h, model.lm_head.weight, targets.to(device)[mask][None], reduction="none", temperature=temperature)
+    return torch.zeros(mask.shape, device=device).masked_scatter(mask, -nll.float())
+
+
+def micro_batches(samples, most):
+    """Split [(trajectory, advantage)] into batches of at most `most` padded tokens; sorted by length, so that little is padding."""
+    batch = []
+    for pair in sorted(samples, key=lambda pair: len(pair[0].ids)):
+        if batch and (len(batch) + 1) * len(pair[0].ids) > most:
+            yield batch
+            batch = []
+        batch.append(pair)
+    if batch:
+        yield batch
+
+
+def all_sum(values, world):
+    """The sum over all processes of a list of numbers."""
+    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def update(model, optimizer, samples, cfg, lr, world):
+    """
+    One optimizer step on [(trajectory, advantage)]; returns {"loss", "cut": share of tokens whose gradient was clipped away, "grad"}.
+
+    The loss is an average over the tokens of this step in all micro-batches and on all processes.
+    """
+    count = sum(int(t.action.sum()) if cfg.average == "token" else 1 for t, _ in samples)
+    tokens = sum(int(t.action.sum()) for t, _ in samples)
+    total, all_tokens = all_sum([count, tokens], world)
+    loss, cut = 0.0, 0
+    for batch in micro_batches(samples, cfg.micro_tokens):
+        ids, targets, old_logp, mask = pad([t for t, _ in batch])
+        adv = torch.tensor([a for _, a in batch], device=world.device)
+        logp = token_logp(model, ids, targets, mask, cfg.temperature)
+        old_logp, mask = old_logp.to(world.device), mask.to(world.device)
+        part = grpo_loss(logp, old_logp, adv, mask, cfg.clip_low, cfg.clip_high, cfg.average, max(total, 1))
+        part.backward()
+        loss += float(part.detach())
+        cut += int(surrogate(logp.detach(), old_logp, adv, mask, cfg.clip_low, cfg.clip_high)[1].sum())
+    for p in optimizer.params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if world.size > 1:
+            dist.all_reduce(p.grad)
+    loss, cut = all_sum([loss, cut], world)
+    return {"loss": loss, "cut": cut / max(all_tokens, 1), "grad": optimizer.step(lr, cfg.clip_grad)}
+
+
+def split_evenly(samples, parts, rng):
+    """Shuffle, then cut into `parts` lists whose lengths differ by one at most."""
+    samples = rng.sample(samples, len(samples))
+    return [samples[i::parts] for i in range(parts)]
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+flag = pipeline.flag
+PATHS = {  # path: (starts from, stage it makes, families)
+    "thinking": ("sft_thinking", "rl_thinking", "compose,crux_output,crux_input,math"),
+    "instruct": ("sft_instruct", "rl_instruct", "compose,stdin,sql,math"),
+    "swe": ("rl_thinking", "rl_swe", "swe"),
+}
+
+
+@dataclass
+class RLConfig:
+    path: str = flag("thinking", "thinking, instruct (both: one answer to one question) or swe (a repository, many turns)")
+    start: str = flag("", "checkpoint to start from; empty: the path's own stage under --out")
+    out: str = flag("out", "folder of the chain; the result goes to its rl_<path>")
+    name: str = flag("", "folder of the result under --out; empty: the path's own")
+    families: str = flag("", "comma-separated task families; empty: the path's own")
+    levels: str = flag("1,2,3", "difficulties that are trained, the first at once, each next one when the last is solved well enough")
+    steps: int = flag(60, "rollouts, each followed by --updates optimizer steps")
+    prompts: int = flag(24, "prompts a step, over all processes")
+    samples: int = flag(16, "answers to each prompt: the group")
+    updates: int = flag(3, "optimizer steps a rollout, each on its share of the samples; with 1 the clip is dead")
+    lr: float = flag(1e-4, "learning rate after 3 steps of warm-up (1e-6 is for billions of parameters)")
+    clip_low: float = flag(0.2, "the ratio is clipped below 1 - this")
+    clip_high: float = flag(0.28, "and above 1 + this: clip-higher leaves rare good tokens room to grow")
+    clip_grad: float = flag(1.0, "largest gradient norm")
+    std: bool = flag(False, "divide advantages by the standard deviation of their group")
+    average: str = flag("token", "token: every token of a step weighs the same; sequence: every answer does")
+    band_low: float = flag(0.0, "groups with a lower mean of the primary reward are dropped")
+    band_high: float = flag(1.0, "groups with a higher one too (0.875 in Seed-Coder)")
+    rounds: int = flag(2, "dynamic sampling: rollouts a step at most, until enough groups carry signal")
+    temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained")
+    room: int = flag(192, "longest answer, or call of a tool, in tokens")
+    context: int = flag(768, "longest episode, in tokens")
+    overlong: int = flag(32, "soft punishment over the last tokens of the room; 0: none")
+    mask_cut: bool = flag(False, "learn nothing from episodes that were cut at a limit")
+    shuffle_rewards: bool = flag(False, "control: permute the rewards inside each group")
+    shuffle_feedback: bool = flag(False, "control: failing tests show another task's failure")
+    slots: int = flag(384, "rows that are decoded at a time")
+    micro_tokens: int = flag(8192, "padded tokens of one forward and backward")
+    eval_tasks: int = flag(100, "held-out tasks a family for the evaluation at the end; 0: none")
+    eval_samples: int = flag(4, "answers to each of them, at --temperature")
+    minutes: float = flag(0.0, "stop after this many minutes; 0: never")
+    seed: int = flag(1337, "of tasks and sampling")
+    resume: bool = flag(False, "go on where a killed run stopped")
+    rollout_url: str = flag("", "base URL of an OpenAI-compatible server that answers in place of this process")
+    device: str = flag("auto", "cpu, cuda, cuda:1, ...")
+    threads: int = flag(0, "CPU threads; 0: torch's choice")
+
+    def __post_init__(self):
+        if self.path not in PATHS:
+            raise ValueError(f"--path {self.path}: must be one of {', '.join(PATHS)}")
+        if self.average not in ("token", "sequence"):
+            raise ValueError(f"--average {self.average}: must be token or sequence")
+        self.families = self.families or PATHS[self.path][2]
+        unknown = [f for f in self.families.split(",") if f not in tasks.FAMILIES]
+        if unknown:
+            raise ValueError(f"--families: no family {unknown[0]!r}; there are {', '.join(tasks.FAMILIES)}")
+        if not all(level.isdigit() and int(level) in tasks.LEVELS for level in self.levels.split(",")):
+            raise ValueError(f"--levels {self.levels}: comma-separated numbers from {tasks.LEVELS[0]} to {tasks.LEVELS[-1]}")
+        for name in ("steps", "prompts", "samples", "updates", "room", "context", "slots", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.samples < 2:
+            raise ValueError("--samples 1: a group of one has no advantage; take at least 2")
+
+
+class Curriculum:
+    """
+    Levels open one after the other: the next when the newest open one was solved in over 0.7 of the samples of its last 64 groups.
+
+    Open levels are drawn alike, so that what was learned stays in the mix. The state is plain data and travels with the snapshot.
+    """
+
+    THRESHOLD, WINDOW = 0.7, 64
+
+    def __init__(self, levels):
+        self.levels, self.open, self.recent = levels, 1, []
+
+    def draw(self, rng):
+        return rng.choice(self.levels[: self.open])
+
+    def record(self, results):
+        """results: [(level, share of samples that solved it)] of one step's groups."""
+        self.recent += [share for level, share in results if level == self.levels[self.open - 1]]
+        self.recent = self.recent[-self.WINDOW :]
+        if len(self.recent) == self.WINDOW and sum(self.recent) > self.THRESHOLD * self.WINDOW and self.open < len(self.levels):
+            self.open, self.recent = self.open + 1, []
+
+    def state(self):
+        return {"open": self.open, "recent": self.recent}
+
+    def load_state(self, state):
+        self.open, self.recent = state["open"], state["recent"]
+
+
+# ---------------------------------------------------------------------------------------------- one step, many steps
+
+
+def episode_of(task, tokenizer, verdicts, cfg, planted=False):
+    """The environment of a task under this configuration."""
+    if task.family == "swe":
+        return swe_episode(task, tokenizer, verdicts, cfg.room, cfg.context, cfg.shuffle_feedback, planted)
+    return single_turn(task, tokenizer, verdicts, cfg.room, cfg.path == "thinking", cfg.overlong)
+
+
+def sample_groups(roller, tokenizer, cfg, curriculum, verdicts, rng, want, seed):
+    """
+    Roll out `want` fresh training tasks, cfg.samples times each: [(task, its trajectories)].
+    """
+    drawn = []
+    for _ in range(want):
+        family = rng.choice(cfg.families.split(","))
+        drawn.append(tasks.generate(family, curriculum.draw(rng), rng.randrange(10**9)))
+    lived = roller.run([episode_of(task, tokenizer, verdicts, cfg) for task in drawn for _ in range(cfg.samples)], seed)
+    return [(task, lived[i * cfg.samples : (i + 1) * cfg.samples]) for i, task in enumerate(drawn)]
+
+
+def credit(groups, cfg, rng):
+    """
+    From groups to what is learned: ([(trajectory, advantage)], how many groups carried signal).
+
+    Where the sandbox broke there is no reward, and with mask_cut none where the episode was cut: such samples are left out of their
+    group, not scored 0. Groups in which the verdict does not differ are left out whole.
+    """
+    table = lambda key: torch.tensor([[0.0 if t.outcome is None else float(t.outcome[key]) for t in lived] for _, lived in groups])
+    valid = torch.tensor([[t.outcome is not None and (t.ended or not cfg.mask_cut) for t in lived] for _, lived in groups])
+    rewards, keep = table("reward"), informative(table("primary"), valid, cfg.band_low, cfg.band_high)
+    if cfg.shuffle_rewards:
+        for row, ok in zip(rewards, valid):
+            row[ok] = row[ok][torch.tensor(rng.sample(range(int(ok.sum())), int(ok.sum())), dtype=torch.int64)]
+    adv = advantages(rewards, valid, cfg.std)
+    samples = [(t, float(a)) for (_, lived), row, ok, kept in zip(groups, adv, valid, keep) if kept for t, a, v in zip(lived, row, ok) if v]
+    return samples, int(keep.sum())
+
+
+def rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world):
+    """Roll out until enough groups carry signal, then cfg.updates optimizer steps; returns the record of the step."""
+    start, runs, busy = time.perf_counter(), verdicts.runs, verdicts.seconds
+    rng = random.Random(f"{cfg.seed}/{step}/{world.rank}")
+    end_id = tokenizer.special["<|im_end|>"]
+    roller = RemoteRollout(cfg.rollout_url, model, tokenizer, cfg.context, cfg.temperature) if cfg.rollout_url else \
+        Rollout(model, end_id, cfg.context, cfg.slots, cfg.temperature)
+    mine = len(range(world.rank, cfg.prompts, world.size))
+    groups, samples, informed = [], [], 0
+    model.eval()
+    for again in range(cfg.rounds):
+        new = sample_groups(roller, tokenizer, cfg, curriculum, verdicts, rng, mine - informed, [cfg.seed, step, world.rank, again])
+        groups += new
+        more, n = credit(new, cfg, rng)
+        samples, informed = samples + more, informed + n
+        if informed >= mine:
+            break
+    rolled = time.perf_counter() - start
+    model.train()
+    lr = cfg.lr * min(1.0, (step + 1) / 3)
+    done = [update(model, optimizer, part, cfg, lr, world) for part in split_evenly(samples, cfg.updates, rng)]
+    lived = [t for _, ts in groups for t in ts]
+    judged = [t.outcome for t in lived if t.outcome is not None]
+    curriculum.record([(task.difficulty, np.mean([t.outcome["solved"] for t in ts if t.outcome] or [0])) for task, ts in groups])
+    actions = sum(int(t.action.sum()) for t in lived)
+    sums = all_sum([len(lived), len(judged), sum(o["reward"] for o in judged), sum(o["solved"] for o in judged), len(groups), informed,
+                    actions, -sum(float(t.logp.sum()) for t in lived), sum(not t.ended for t in lived), verdicts.runs - runs,
+                    verdicts.seconds - busy, roller.waited_s], world)  # fmt: skip
+    n, n_judged, reward, solved, n_groups, n_informed, actions, entropy, cut_off, runs, busy, waited = sums
+    seconds = time.perf_counter() - start
+    return {"step": step + 1, "reward": reward / max(n_judged, 1), "pass": solved / max(n_judged, 1), "groups": int(n_groups),
+            "informative": int(n_informed), "clip": float(np.mean([d["cut"] for d in done])), "loss": done[0]["loss"],
+            "grad": float(np.mean([d["grad"] for d in done])), "entropy": entropy / max(actions, 1), "length": actions / n,
+            "cut_off": cut_off / n, "errors": int(n - n_judged), "tokens_per_s": actions / rolled, "sandbox_runs": int(runs),
+            "sandbox_s": busy, "sandbox_wait_s": waited / world.size,
+            "rollout_s": rolled, "seconds": seconds, "level": curriculum.open}  # fmt: skip
+
+
+def line_of(record, steps):
+    r = record
+    return (
+        f"step {r['step']:4d}/{steps} | reward {r['reward']:.3f} | pass@1 {r['pass']:.3f} | groups {r['informative']:3d}/{r['groups']:<3d}"
+        f" | clip {r['clip']:.3f} | entropy {r['entropy']:.3f} | length {r['length']:5.1f} | {r['tokens_per_s'] / 1e3:.2f}k tok/s"
+        f" | sandbox {r['sandbox_runs'] / r['seconds']:.0f}/s, {100 * r['sandbox_wait_s'] / r['seconds']:.0f}% | level {r['level']}"
+        f" | {r['seconds']:.1f}s"
+    )
+
+
+def train(cfg: RLConfig, world) -> Path:
+    """Run RL from cfg's start to its stage; a killed run loses at most the step it was in. Returns the folder of the new checkpoint."""
+    folder, start = result_folder(cfg), start_folder(cfg)
+    tokenizer, model = Tokenizer.load(start), LoopCoder.from_pretrained(start, device=world.device, dtype=torch.float32)
+    if cfg.context > model.config.max_position_embeddings:
+        raise ValueError(f"--context {cfg.context}: {start} was made for {model.config.max_position_embeddings} positions")
+    optimizer = pipeline.Optimizer(model, kind="adamw", weight_decay=0.0)
+    curriculum, verdicts = Curriculum([int(level) for level in cfg.levels.split(",")]), Verdicts()
+    folder.mkdir(parents=True, exist_ok=True)
+    snapshot, first, spent = folder / "state.pt", 0, 0.0
+    if cfg.resume and snapshot.exists():
+        state = torch.load(snapshot, map_location=world.device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        curriculum.load_state(state["curriculum"])
+        first, spent = state["step"], state["seconds"]
+    log, records = folder / "log.jsonl", []
+    if first:
+        records = [r for r in map(json.loads, log.read_text().splitlines()) if r.get("step", first + 1) <= first]
+    if world.main:
+        text = "".join(json.dumps(r) + "\n" for r in records)
+        pipeline.write_atomically(log, lambda path: path.write_text(text))
+    for step in range(first, cfg.steps):
+        verdicts.known.clear()  # tasks are new in every step
+        record = rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world)
+        spent += record["seconds"]
+        if world.main:
+            with open(log, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            print(line_of(record, cfg.steps), flush=True)
+            state = {"step": step + 1, "seconds": spent, "curriculum": curriculum.state()}
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            pipeline.write_atomically(snapshot, lambda path, state=state: torch.save(state, path))
+        if cfg.minutes and all_sum([spent], world)[0] > 60 * cfg.minutes * world.size:
+            break
+    if world.main:
+        tokenizer.save(folder)
+        model.save_pretrained(folder)
+        snapshot.unlink(missing_ok=True)
+    return folder
+
+
+def start_folder(cfg):
+    """The checkpoint that this run starts from; ValueError where there is none."""
+    start = Path(cfg.start or Path(cfg.out) / PATHS[cfg.path][0])
+    if not (start / "config.json").exists():
+        raise ValueError(f"{start}: no checkpoint there; make the chain up to it with python train.py, or give another with --start DIR")
+    return start
+
+
+def result_folder(cfg):
+    return Path(cfg.out) / (cfg.name or PATHS[cfg.path][1])
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(model, tokenizer, cfg, split="test", seed=0):
+    """
+    Every metric of a checkpoint on cfg.eval_tasks tasks a family, cfg.eval_samples episodes each: {name: (numerators, denominators)}.
+
+    Both are arrays with an entry a task, and the metric is sum / sum: so one bootstrap over tasks serves means and conditional shares.
+        pass@1, pass@k      solved, without bias (tasks.pass_at_k); for swe this is "resolved": every fail-to-pass and pass-to-pass test
+        recovery            solved, given that the first test after the first edit failed
+        planted recovery    solved from behind the demonstration's wrong edit and its failure: the same question to every checkpoint
+    """
+    found, verdicts, k = {}, Verdicts(), cfg.eval_samples
+    levels = [int(level) for level in cfg.levels.split(",")]
+    model.eval()
+    roller = Rollout(model, tokenizer.special["<|im_end|>"], cfg.context, cfg.slots, cfg.temperature)
+    for family in cfg.families.split(","):
+        chosen = [tasks.generate(family, levels[i % len(levels)], seed + i, split) for i in range(cfg.eval_tasks)]
+        for planted in (False, True) if family == "swe" else (False,):
+            lived = roller.run([episode_of(t, tokenizer, verdicts, cfg, planted) for t in chosen for _ in range(k)], [seed, int(planted)])
+            outcomes = [[t.outcome for t in lived[i * k : (i + 1) * k] if t.outcome] for i in range(len(chosen))]
+            solved = [(sum(o["solved"] for o in os), len(os)) for os in outcomes]
+            if planted:
+                found["swe planted recovery"] = tuple(zip(*solved))
+                continue
+            found[f"{family} pass@1"] = tuple(zip(*solved))
+            if k > 1:
+                found[f"{family} pass@{k}"] = tuple(zip(*[(tasks.pass_at_k(n, c, k), 1) if n == k else (0, 0) for c, n in solved]))
+            if family == "swe":
+                failed = [[o for o in os if o["first_failed"]] for os in outcomes]
+                found["swe recovery"] = tuple(zip(*[(sum(o["solved"] for o in os), len(os)) for os in failed]))
+                found["swe calls"] = tuple(zip(*[(sum(o["calls"] for o in os), len(os)) for os in outcomes]))
+    return {name: (np.array(a, dtype=float), np.array(b, dtype=float)) for name, (a, b) in found.items()}
+
+
+def interval(a, b=None, draws=4000, seed=0):
+    """
+    (value, low, high): the metric a, or its paired difference a - b, with the 95 % bootstrap interval over tasks.
+
+    a, b: (numerators (N,), denominators (N,)) over the same N tasks. nan where a metric has no cases at all.
+    """
+    index = np.random.default_rng(seed).integers(0, len(a[0]), (draws, len(a[0])))
+
+    def ratio(pair, at=None):
+        above, below = (x.sum() if at is None else x[at].sum(1) for x in pair)
+        return np.divide(above, below, out=np.full_like(np.asarray(below, dtype=float), np.nan), where=below > 0)
+
+    value, spread = ratio(a), ratio(a, index)
+    if b is not None:
+        value, spread = value - ratio(b), spread - ratio(b, index)
+    spread = spread[~np.isnan(spread)]
+    low, high = np.quantile(spread, [0.025, 0.975]) if len(spread) else (math.nan, math.nan)
+    return float(value), float(low), float(high)
+
+
+def evaluate_checkpoint(folder, cfg, world):
+    """Load, evaluate, and leave the result beside the weights as eval.json, from which the report is made."""
+    folder = Path(folder)
+    tokenizer, model = Tokenizer.load(folder), LoopCoder.from_pretrained(folder, device=world.device, dtype=torch.float32)
+    found = evaluate(model, tokenizer, cfg)
+    path = folder / "eval.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known |= {name: dict(zip(("value", "low", "high"), interval(pair))) | {"tasks": cfg.eval_tasks} for name, pair in found.items()}
+    pipeline.write_atomically(path, lambda at: at.write_text(json.dumps(known, indent=1) + "\n"))
+    return found
+
+
+def comparison(found, against=None):
+    """The lines of an evaluation: value and interval; beside another checkpoint also the paired difference."""
+    lines = []
+    for name, pair in found.items():
+        value, low, high = interval(pair)
+        line = f"{name:<24} {value:6.3f} [{low:.3f}, {high:.3f}]"
+        if against is not None and name in against:
+            gain, low, high = interval(pair, against[name])
+            line += f"   before {interval(against[name])[0]:6.3f}   gain {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append(line)
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def chain_folders(out):
+    """The finished stages under out/ in the order of the chain."""
+    names = [*pipeline.STAGES, "sft_thinking", "sft_instruct", *(stage for _, stage, _ in PATHS.values())]
+    return [out / name for name in dict.fromkeys(names) if (out / name / "config.json").exists()]
+
+
+def read_log(folder):
+    """The records of a stage's log.jsonl; [] where it has none."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def report(out) -> Path:
+    """Write out/report.md: one row a stage, from the logs and evaluations that the stages left behind; nothing is typed in by hand."""
+    out = Path(out)
+    folders = chain_folders(out)
+    if not folders:
+        raise ValueError(f"{out}: no finished stage to report on; run python train.py first")
+    evals = {f: json.loads((f / "eval.json").read_text()) if (f / "eval.json").exists() else {} for f in folders}
+    metrics = list(dict.fromkeys(name for found in evals.values() for name in found if "@1" in name or "recovery" in name))
+    rows = [["stage", "steps", "tokens", "minutes", "bits per byte", "reward", *metrics]]
+    for folder in folders:
+        records = read_log(folder)
+        steps = [r for r in records if "step" in r]
+        bits = next((r["bits_per_byte"] for r in reversed(records) if "bits_per_byte" in r), {})
+        rewards = [r["reward"] for r in steps if "reward" in r]
+        n = max(1, len(rewards) // 5)
+        tokens = sum(r["tokens_per_s"] * r["rollout_s"] for r in steps) if rewards else (steps[-1].get("tokens", 0) if steps else 0)
+        seconds = sum(r["seconds"] for r in steps) if rewards else (steps[-1].get("seconds", 0) if steps else 0)
+        row = [folder.name, str(len(steps)), f"{tokens / 1e6:.2f}M", f"{seconds / 60:.1f}",
+               ", ".join(f"{language} {value:.3f}" for language, value in bits.items()) or "-",
+               f"{np.mean(rewards[:n]):.3f} -> {np.mean(rewards[-n:]):.3f}" if rewards else "-"]  # fmt: skip
+        for name in metrics:
+            e = evals[folder].get(name)
+            row.append(f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" if e and e["value"] == e["value"] else "-")
+        rows.append(row)
+    source = "Made by `python rl.py --report` from `log.jsonl` and `eval.json` of each stage. 95 % intervals over held-out tasks."
+    lines = ["# The chain, stage by stage", "", source, ""]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(5, "|" + " --- |" * len(rows[0]))
+    path = out / "report.md"
+    pipeline.write_atomically(path, lambda at: at.write_text("\n".join(lines) + "\n"))
+    return path
+
+
+def plot(out) -> Path:
+    """Draw reward, pass@1, entropy and clip share of every RL stage under out/ to out/rl.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    out = Path(out)
+    logs = {stage: [r for r in read_log(out / stage) if "reward" in r] for _, stage, _ in PATHS.values()}
+    logs = {stage: records for stage, records in logs.items() if records}
+    if not logs:
+        raise ValueError(f"{out}: no RL stage to draw; run python rl.py first")
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2))
+    titles = {"reward": "reward", "pass": "pass@1 in training", "entropy": "entropy, nats a token", "clip": "clipped share"}
+    for ax, key in zip(axes, titles):
+        for stage, records in logs.items():
+            ax.plot([r["step"] for r in records], [r[key] for r in records], label=stage, lw=1)
+        ax.set(title=titles[key], xlabel="step")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(out / "rl.png", dpi=120)
+    return out / "rl.png"
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="rl.py",
+        description="Reinforcement learning with verifiable rewards: GRPO on the thinking or the instruct path, or an agent that repairs "
+        "repositories (swe), from the chain's checkpoint of that path. Prints a line a step, then held-out metrics with their paired "
+        "differences, and writes the checkpoint to its stage under --out.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    for f in dataclasses.fields(RLConfig):
+        name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if isinstance(f.default, bool):
+            parser.add_argument(name, action="store_true", default=f.default, help=help)
+        else:
+            parser.add_argument(name, type=type(f.default), default=f.default, help=help)
+    parser.add_argument("--eval", metavar="CKPT", help="print the held-out metrics of this checkpoint and leave")
+    parser.add_argument("--against", metavar="CKPT", help="with --eval: paired differences to this checkpoint")
+    parser.add_argument("--report", action="store_true", help="write OUT/report.md from the logs of the chain and leave")
+    parser.add_argument("--plot", action="store_true", help="draw OUT/rl.png and leave (needs matplotlib)")
+    given = vars(parser.parse_args(argv))
+    extra = {name: given.pop(name) for name in ("eval", "against", "report", "plot")}
+    if extra["against"] and not extra["eval"]:
+        raise ValueError("--against CKPT compares with --eval CKPT; give both")
+    return RLConfig(**given), extra
+
+
+def main(argv=None):
+    cfg, extra = arguments(argv)
+    if extra["report"] or extra["plot"]:
+        return print(report(cfg.out) if extra["report"] else plot(cfg.out))
+    world = pipeline.start_world(pipeline.TrainConfig(device=cfg.device, dtype="float32", threads=cfg.threads))
+    if extra["eval"]:
+        for folder in filter(None, (extra["eval"], extra["against"])):
+            start_folder(dataclasses.replace(cfg, start=folder))
+        before = evaluate_checkpoint(extra["against"], cfg, world) if extra["against"] else None
+        return print("\n".join(comparison(evaluate_checkpoint(extra["eval"], cfg, world), before)))
+    start = start_folder(cfg)
+    if world.main:
+        print(f"rl.py: {json.dumps(dataclasses.asdict(cfg))}\n{start} -> {result_folder(cfg)} on {world.device}, {world.size} process(es)")
+        print("\n".join(f"sandbox: {layer}: {words}" for layer, words in sandbox.protection().items()))
+    folder = train(cfg, world)
+    if world.main and cfg.eval_tasks:
+        print("\n".join(comparison(evaluate_checkpoint(folder, cfg, world), evaluate_checkpoint(start, cfg, world))))
+        print(report(cfg.out))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"rl.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rl
+import tasks
+from data import Tokenizer
+from model import LoopCoder, LoopCoderConfig
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small gain nothing from a second thread, and lose much where another program wants it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 # ---------------------------------------------------------------------------------------------- advantages
 
@@ -240,3 +255,154 @@ def test_a_repair_that_breaks_something_else_earns_nothing():
     assert rl.swe_reward([True, True], [True, False]) == 0
     assert rl.swe_reward([True, True], []) == 1
     assert rl.swe_reward([True, False], [True]) == pytest.approx(0.15)
+
+
+# ---------------------------------------------------------------------------------------------- rollouts
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [text for n in range(40) for t in [tasks.generate("swe", 2, n)] for text in (t.prompt, *(text for _, text in t.detour))]
+    return Tokenizer.train(texts, 340)
+
+
+def small_model(tokenizer, seed=0, **changes):
+    """Random weights, spread enough that its choices are neither uniform nor certain; a window shorter than the episodes."""
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=16, max_position_embeddings=512, loop_window_size=16, initializer_range=0.2)  # fmt: skip
+    return LoopCoder(LoopCoderConfig(**{**shape, **changes})).eval()
+
+
+def chatter(tokenizer, turns, room, seen):
+    """An episode of some turns with prompts and observations of varying length, which notes everything that passes by."""
+    text = "Fix pick in core.py. " * (1 + turns)
+    for turn in range(turns):
+        ids = tokenizer.encode(text)
+        seen += ids
+        answer, ended = yield rl.Ask(ids, room)
+        seen += answer + [tokenizer.special["<|im_end|>"]] * ended
+        text = f"observation {turn} of {len(answer)}"
+        value = yield lambda turn=turn: turn + 1
+        assert value == turn + 1
+    return lambda: {"reward": float(len(seen)), "primary": 1.0, "solved": True}
+
+
+def converse(model, tokenizer, temperature=1.0, n=23, **options):
+    notes = [[] for _ in range(n)]
+    roller = rl.Rollout(model, tokenizer.special["<|im_end|>"], context=200, temperature=temperature, **options)
+    lived = roller.run([chatter(tokenizer, 1 + i % 4, 5 + i % 7, notes[i]) for i in range(n)], seed=[7])
+    return lived, notes, roller
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("changes", [{"loop_num": 1}, {}, {"loop_num": 3}, {"loop_input": "shift"}], ids=["1", "2", "3", "shift"])
+def test_log_probs_stored_while_sampling_are_those_of_the_training_forward(tokenizer, changes, temperature):
+    model = small_model(tokenizer, **changes)
+    lived, *_ = converse(model, tokenizer, temperature, slots=6)
+    ids, targets, old_logp, mask = rl.pad(lived)
+    with torch.no_grad():
+        logp = rl.token_logp(model, ids, targets, mask, temperature)
+        alone = [rl.token_logp(model, ids, targets, mask, temperature)[mask] for t in lived for ids, targets, _, mask in [rl.pad([t])]]
+    assert mask.sum() == sum(int(t.action.sum()) for t in lived) > 300
+    torch.testing.assert_close(logp[mask], old_logp[mask], rtol=0, atol=1e-4)
+    torch.testing.assert_close(logp[mask], torch.cat(alone), rtol=0, atol=1e-4)
+    assert (logp[~mask] == 0).all()
+    if temperature != 1:
+        assert (rl.token_logp(model, ids, targets, mask, 1.0)[mask] - old_logp[mask]).abs().max() > 0.01
+
+
+def test_what_is_trained_is_what_was_seen_and_said_id_for_id(tokenizer):
+    lived, notes, roller = converse(small_model(tokenizer), tokenizer, slots=5)
+    for trajectory, seen in zip(lived, notes):
+        assert trajectory.ids.tolist() == seen
+        assert trajectory.outcome["reward"] == len(seen)
+    assert roller.tokens == sum(int(t.action.sum()) for t in lived)
+    # Sampled ids are not what encoding their text would give: a round trip through text would have changed what is trained.
+    said = [t.ids[t.action].tolist() for t in lived]
+    assert any(tokenizer.encode(tokenizer.decode(ids)) != ids for ids in said)
+
+
+def test_an_episode_does_not_depend_on_slots_neighbours_or_the_speed_of_the_sandbox(tokenizer):
+    model = small_model(tokenizer)
+    one, *_ = converse(model, tokenizer, slots=23, workers=8)
+    for options in ({"slots": 4}, {"slots": 1, "workers": 1}, {"slots": 9, "every": 1}, {"slots": 23, "every": 7}):
+        other, *_ = converse(model, tokenizer, **options)
+        assert all(torch.equal(a.ids, b.ids) for a, b in zip(one, other))
+        assert all(torch.allclose(a.logp, b.logp, atol=1e-5) for a, b in zip(one, other))
+
+
+def test_the_end_token_is_an_action_and_prompt_and_observations_are_not(tokenizer):
+    lived, notes, _ = converse(small_model(tokenizer), tokenizer, n=60, slots=30)
+    end = tokenizer.special["<|im_end|>"]
+    ends = [t for t in lived if t.ended]
+    assert ends and len(ends) < len(lived)
+    for t in lived:
+        assert bool(t.action[-1]) and t.ended == (int(t.ids[-1]) == end)
+        first = int(t.action.nonzero()[0])
+        assert tokenizer.decode(t.ids[:first].tolist()).startswith("Fix pick")
+        assert not t.action[:first].any() and (t.logp[~t.action] == 0).all() and (t.logp[t.action] < 0).all()
+
+
+def test_sampling_follows_the_distribution_and_greedy_takes_the_best():
+    logits = torch.tensor([2.0, 0.0, -torch.inf, 1.0, -1.0])
+    for temperature in (1.0, 0.5):
+        n = 20000
+        uniform = (torch.arange(n) + 0.5) / n  # every quantile once, so the shares are exact
+        token, logp = rl.draw(logits.expand(n, -1), uniform, temperature)
+        p = torch.softmax(logits / temperature, -1)
+        torch.testing.assert_close(torch.bincount(token, minlength=5) / n, p, rtol=0, atol=2e-4)
+        torch.testing.assert_close(logp, p.log()[token], rtol=0, atol=1e-5)
+    edge, _ = rl.draw(torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(2, -1), torch.tensor([0.0, 1 - 2**-24]), 1.0)
+    assert set(edge.tolist()) <= {1, 2}  # not even the ends of the unit interval draw what has no probability
+    assert rl.draw(logits[None], torch.zeros(1), 0)[0].item() == 0
+
+
+def test_a_sandbox_that_breaks_costs_its_episode_the_reward_and_no_other(tokenizer):
+    def broken(when):
+        yield rl.Ask(tokenizer.encode("Fix"), 3)
+
+        def fails():
+            raise RuntimeError("the sandbox broke")
+
+        if when == "during":
+            yield fails
+        return fails if when == "judge" else lambda: {"reward": 1.0}
+
+    lived = rl.Rollout(small_model(tokenizer), 0, 50, slots=2).run([broken(when) for when in ("", "during", "", "judge", "")], [1])
+    assert [t.outcome is None for t in lived] == [False, True, False, True, False]
+    assert all(t.action.sum() == 3 for t in lived)
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_and_an_observation_that_does_not_ends_the_episode(tokenizer):
+    def long(first, second, answers):
+        answers.append((yield rl.Ask([65] * first, 4)))
+        answers.append((yield rl.Ask([66] * second, 4)))
+        return lambda: {"reward": 0.0}
+
+    roller, answers = rl.Rollout(small_model(tokenizer), 0, context=40, slots=2), []
+    (t,) = roller.run([long(10, 30, answers)], [1])
+    assert answers[1] == ([], False) and len(t.ids) == 14 and t.outcome is not None
+    with pytest.raises(ValueError, match="--context"):
+        roller.run([long(41, 1, [])], [1])
+
+
+def test_the_same_question_goes_to_the_sandbox_once_even_from_many_threads():
+    verdicts, calls = rl.Verdicts(), []
+
+    def work():
+        calls.append(1)
+        time.sleep(0.05)
+        return 0.5
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda n: verdicts(n % 2, work), range(16))) == [0.5] * 16
+    assert len(calls) == verdicts.runs == 2
+
+    def fails():
+        raise RuntimeError
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            verdicts("x", fails)
+    assert verdicts("x", lambda: 1.0) == 1.0  # a failure of the machinery is not remembered as a verdict
