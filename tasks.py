@@ -313,7 +313,7 @@ def competitive(family: str):
         f = build(source, "f")
         shown = sorted(shown, key=lambda xs: f(xs) in ([], 0, xs))[:2]  # examples that show something
         chosen, trees = select_tests(source, "f", inputs)
-        calls = [("f", inputs[i], f(*inputs[i])) for i in chosen]
+        calls = [("f", list(inputs[i]), f(*inputs[i])) for i in chosen]
         wrong, style = ast.unparse(rng.choice(trees)), (rng.random() < 0.4 and nested(code)) or source
         examples, tests = [f"f({xs}) == {f(xs)}" for xs in shown], {"calls": calls, "references": [source, looped(code)]}
         if family == "stdin":
@@ -588,7 +588,8 @@ def sql(rng, level):
     keys = [key.replace("-", " ") for key in plan.split()]
     slots = [dict(name=name, cat=cat, t=table, num=rng.choice(numbers), word=rng.choice(values), n=rng.randint(8, 22)) for _ in keys]
     slots[-1]["n"] = rng.randint(2, 4) if keys[-1] == "limit" else slots[-1]["n"]
-    yield [f"{plan} {table} {slots[-1]['num'] if level == 1 else ''}"]
+    choice = "num" if "{num}" in CLAUSES[keys[-1]][0] else "word"
+    yield [f"{plan} {table} {slots[-1][choice]}" if level == 1 else f"{plan} {table}"]
     said, code = ([CLAUSES[key][part].format(**s) for key, s in zip(keys, slots)] for part in (0, 1))
     question, query, ordered = sentence("".join(said)), "".join(code), bool({"up", "down"} & set(keys))
     near = [code[:i] + [CLAUSES[NEAR[key]][1].format(**slots[i])] + code[i + 1:] for i, key in enumerate(keys) if key in NEAR]
@@ -1034,17 +1035,17 @@ def visit(create, insert, rows, requests):
     return pages
 '''
 HANDLERS = {  # function: (what it returns, its body)
-    "show": ("a <ul> with one escaped <li> per {name}, sorted", """rows = db.execute("SELECT {name} FROM {t} ORDER BY {name}")
+    "show": ("a <ul> with one escaped <li> per {name}, by {num}", """rows = db.execute("SELECT {name} FROM {t} ORDER BY {num}")
     return "<ul>" + "".join(f"<li>{{escape(r[0])}}</li>" for r in rows) + "</ul>\""""),
-    "count": ("a <p> with the number of {t}", """r = db.execute("SELECT COUNT(*) FROM {t}").fetchone()
+    "count": ("a <p> with the number of {t} with {num} over {n}", """r = db.execute("SELECT COUNT(*) FROM {t} WHERE {num} > {n}").fetchone()
     return f"<p>{{r[0]}}</p>\""""),
     "top": ("a <b> with the highest {num}", """r = db.execute("SELECT MAX({num}) FROM {t}").fetchone()
     return f"<b>{{r[0]}}</b>\""""),
-    "find": ("an <i> with the number of {t} of form's {cat}", """cat = [form["{cat}"]]
-    r = db.execute("SELECT COUNT(*) FROM {t} WHERE {cat} = ?", cat).fetchone()
+    "total": ("an <i> with the total {num} of form's {cat}", """cat = [form["{cat}"]]
+    r = db.execute("SELECT SUM({num}) FROM {t} WHERE {cat} = ?", cat).fetchone()
     return f"<i>{{r[0]}}</i>\""""),
-    "add": ("<p>ok</p>, stores form's {name} and {cat}", """row = [form["{name}"], form["{cat}"]]
-    db.execute("INSERT INTO {t} ({name}, {cat}) VALUES (?, ?)", row)
+    "add": ("<p>ok</p>, stores form's {name} and {num}", """row = [form["{name}"], form["{num}"]]
+    db.execute("INSERT INTO {t} ({name}, {num}) VALUES (?, ?)", row)
     return "<p>ok</p>\""""),
 }
 
@@ -1053,16 +1054,17 @@ def web(rng, level):
     """`level` handlers over one table. Names hold markup and the requests an SQL injection, so what is not escaped or bound fails."""
     t, kinds = rng.choice(list(TABLES)), rng.sample(list(HANDLERS), level)
     name, cat, values, *numbers = TABLES[t]
-    v = {"t": t, "name": name, "cat": cat, "num": rng.choice(numbers)}
+    v = {"t": t, "name": name, "cat": cat, "num": rng.choice(numbers), "n": rng.randint(5, 20)}
     yield pairs([f"{kind} {t}" for kind in kinds], f"{kinds[0]} {t} {v['num']}")
+    frame = rng.choice(["Write Python", "Wanted in Python", "Code these", "Define"])
     said = [f"{kind}(db, form) returns " + HANDLERS[kind][0].format(**v) for kind in kinds]
     code = "\n".join(f"def {kind}(db, form):\n    " + HANDLERS[kind][1].format(**v) for kind in kinds)
     rows = [[n, rng.choice(values), *rng.sample(range(1, 30), 2)] for n in rng.sample(["Ada", "Bo", "Cy", "<i>Di", "Ed", "Flo & Co"], 5)]
-    forms = [{name: "<b>Zed", cat: values[0]}, {name: "x", cat: "x' OR 1=1 --"}]
-    visit = [f"CREATE TABLE {t} ({name}, {cat}, {numbers[0]}, {numbers[1]})", f"INSERT INTO {t} VALUES (?, ?, ?, ?)", rows,
+    forms = [{name: "<b>Zed", cat: values[0], v["num"]: "7"}, {name: "x", cat: "x' OR 1=1 --", v["num"]: "8"}]
+    visit = [f"CREATE TABLE {t} ({name}, {cat}, {numbers[0]} INTEGER, {numbers[1]} INTEGER)", f"INSERT INTO {t} VALUES (?, ?, ?, ?)", rows,
              [[kind, form] for form in forms for kind in kinds] + [["nothing", {}]]]
     spoiled = [re.sub("<(p|b|i|li)>", "<td>", code), code.replace("SELECT ", "SELECT 1+")]
-    yield dict(prompt=f"SQLite table {t}({name}, {cat}, {', '.join(numbers)}).\nWrite Python: {'; '.join(said)}.", solution=fenced(code),
+    yield dict(prompt=f"SQLite table {t}({name}, {cat}, {', '.join(numbers)}).\n{frame}: {'; '.join(said)}.", solution=fenced(code),
                wrong=fenced(spoiled[rng.random() < 0.5 and "SELECT " in code]), trace="\n".join(said),
                tests={"visit": visit, "pages": build(WEB + code, "visit")(*visit)}, names=(t,))
 
@@ -1308,8 +1310,8 @@ MULTIPLY, PLUS = np.random.default_rng(7).integers(1, 2**63, (2, 128), dtype=np.
 
 
 def pieces(text: str, n: int) -> set:
-    """The n-grams of words and signs of a text, as hashes that are the same on every machine."""
-    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    """The n-grams of a text's words, as hashes that are the same on every machine."""
+    words = re.findall(r"\w+", text.lower())
     return {zlib.crc32(" ".join(words[i:i + n]).encode()) for i in range(len(words) - n + 1)}
 
 
@@ -1320,25 +1322,31 @@ def minhash(shingles: set) -> np.ndarray:
 
 class Contamination:
     """
-    Does a text hold something of an evaluation set? By whole text, by 13-gram (GPT-3's length) and by MinHash over 5-grams.
+    Does a text hold an evaluation problem? The whole of one, half of its 13-grams (GPT-3's length), or a near copy by MinHash of 5-grams.
 
     Pieces that three or more evaluation texts share are a frame ("Answer with a diff."), not a problem: they do not count.
     """
-    def __init__(self, evaluation_texts: dict, n: int = 13, threshold: float = 0.7):
-        self.n, self.threshold = n, threshold
-        texts = {" ".join(text.split()): name for name, many in evaluation_texts.items() for text in many}
-        often = Counter(piece for text in texts for length in (5, n) for piece in pieces(text, length))
+    def __init__(self, evaluation_texts: dict, n: int = 13, share: float = 0.5, threshold: float = 0.4):
+        self.n, self.share, self.threshold = n, share, threshold
+        self.whole = {" ".join(text.split()): name for name, many in evaluation_texts.items() for text in many}
+        self.names = list(self.whole.values())
+        often = Counter(piece for text in self.whole for length in (5, n) for piece in pieces(text, length))
         self.frame = {piece for piece, count in often.items() if count >= 3}
-        self.whole, self.grams = texts, {piece: name for text, name in texts.items() for piece in pieces(text, n) - self.frame}
-        near = [(minhash(own), name) for text, name in texts.items() if len(own := pieces(text, 5) - self.frame) >= 8]
-        self.signatures, self.names = np.array([s for s, _ in near]), [name for _, name in near]
+        grams, shingles = ([pieces(text, length) - self.frame for text in self.whole] for length in (n, 5))
+        self.sizes, self.holders = list(map(len, grams)), {}
+        for i, own in enumerate(grams):
+            for piece in own:
+                self.holders.setdefault(piece, []).append(i)
+        self.signatures = np.array([minhash(own if len(own) >= 8 else {0}) for own in shingles])
 
     def of(self, text: str) -> str:
         """ "" for a clean text, else how it is known and from which set."""
         if (name := self.whole.get(" ".join(text.split()))) is not None:
             return f"text of {name}"
-        if hits := pieces(text, self.n) & self.grams.keys():
-            return f"{self.n}-gram of {self.grams[min(hits)]}"
+        held = Counter(i for piece in pieces(text, self.n) for i in self.holders.get(piece, ()))
+        for i, count in held.items():
+            if count >= max(4, self.share * self.sizes[i]):
+                return f"{self.n}-grams of {self.names[i]}"
         if self.names and len(own := pieces(text, 5) - self.frame) >= 8:
             alike = (self.signatures == minhash(own)).mean(1)
             return f"near {self.names[int(alike.argmax())]}" if alike.max() >= self.threshold else ""
@@ -1346,8 +1354,9 @@ class Contamination:
 
 
 def sample_text(task: Task, answer: str | None = None) -> str:
-    """What counts when a sample is compared with an evaluation: the question and the answer, without the thinking."""
-    return task.prompt + "\n" + final_answer(task.solution if answer is None else answer)
+    """What counts when a sample is compared with an evaluation: the question, its files, the answer without the thinking."""
+    unseen = [text for text in task.files.values() if text not in task.prompt]
+    return "\n".join([task.prompt, *unseen, final_answer(task.solution if answer is None else answer)])
 
 
 def admit(samples, evaluation_texts: dict) -> tuple[list, Counter]:
