@@ -32,6 +32,7 @@ with CommitPackFT's message rules and Seed-Coder's context (README, tree, BM25).
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import io
@@ -89,21 +90,22 @@ BAD_MESSAGES = [  # the first that matches names the reason
     ("version bump", re.compile(r"^\W*((prepare|tag|start|begin)\b.*(version|release|v?\d+\.\d|dev)|v?\d+\.\d[\w.]*\s*$)"
                                 r"|^\W*(bump|release)\b|version (bump|number)|back to dev", re.I)),
     ("link", re.compile(r"https?://|www\.", re.I)),
-    ("issue number", re.compile(r"(^|\W)#\d+|\bgh-\d+|\b(?!(UTF|SHA|PEP|ISO|RFC|HTTP)-)[A-Z][A-Z0-9]+-\d+\b|\b(issue|ticket|bug|pull request|pr) \d+")),
+    ("issue number", re.compile(r"(^|\W)#\d+|\bgh-\d+|\b(?!(UTF|SHA|PEP|ISO|RFC|HTTP)-)[A-Z][A-Z0-9]+-\d+\b"
+                                r"|\b(issue|ticket|bug|pull request|pr) \d+")),
     ("work in progress", re.compile(r"\bwip\b|work in progress|\bfixup!|\bsquash!", re.I)),
     ("object id", re.compile(r"\b[0-9a-f]{40}\b")),
 ]
 IMPERATIVE = frozenset("""
-    add adjust allow apply avoid bump cache call change check clarify clean clear close collect convert copy correct create
-    deprecate detect disable document drop enable ensure escape exclude expand expose extend extract factor fix format generate handle hide
-    ignore implement import improve include increase inline introduce keep limit load log make mark merge move name normalize open optimize
-    parse pass pin prefer prevent print propagate protect provide raise read reduce refactor reject remove rename reorder replace report
-    require reset resolve respect restore return reuse rewrite run save send set show simplify skip sort split stop store strip support
-    swap switch test tidy treat trim tune turn tweak unify update upgrade use validate verify warn wrap write""".split())
+    add adjust allow apply avoid bump cache call change check clarify clean clear close collect convert copy correct create deprecate detect
+    disable document drop enable ensure escape exclude expand expose extend extract factor fix format generate handle hide ignore implement
+    import improve include increase inline introduce keep limit load log make mark merge move name normalize open optimize parse pass pin
+    prefer prevent print propagate protect provide raise read reduce refactor reject remove rename reorder replace report require reset
+    resolve respect restore return reuse rewrite run save send set show simplify skip sort split stop store strip support swap switch test
+    tidy treat trim tune turn tweak unify update upgrade use validate verify warn wrap write""".split())
 COMMON = IMPERATIVE | frozenset("""
-    about after all also and any are been before but can class code def does else file files for from function
-    has have import into its just like method more not now one only other out self should some tests than that the them then there these
-    this true false none null used uses using value was when where which while will with work works would you""".split())
+    about after all also and any are been before but can class code def does else file files for from function has have import into its
+    just like method more not now one only other out self should some tests than that the them then there these this true false none null
+    used uses using value was when where which while will with work works would you""".split())
 
 # ---------------------------------------------------------------------------- git, behind a directory of our own
 
@@ -240,12 +242,6 @@ class Repository:
             self._stop(kind)
         self._room.cleanup()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
 
 def quote(path: bytes) -> str:
     """A path as git writes it in a patch: as it is, or "in quotes" with C escapes where a byte is not plain ASCII. Never has a newline."""
@@ -256,8 +252,7 @@ def quote(path: bytes) -> str:
 
 
 def text_path(path: bytes) -> str:
-    """Bytes that are not UTF-8 survive as lone surrogates, as in os.fsdecode."""
-    return path.decode("utf-8", "surrogateescape")
+    return path.decode("utf-8", "surrogateescape")  # bytes that are not UTF-8 survive as lone surrogates, as in os.fsdecode
 
 
 # ------------------------------------------------------------------------------------- the chain and its steps
@@ -269,20 +264,11 @@ class Step(NamedTuple):
     changes: list[Change]
 
 
-def first_parent_chain(repo: Repository) -> tuple[list[str], list[int]]:
-    """-> commit ids, oldest first, and their times (seconds)."""
-    rows = [row.split() for row in repo.git("log", "--first-parent", "--format=%H %ct", repo.tip).decode().splitlines()]
-    return [row[0] for row in rows[::-1]], [int(row[1]) for row in rows[::-1]]
-
-
 def band(times: list[int], by_time: bool = False) -> list[int]:
     """The positions where a stretch may start: 0.40 <= s / (n - 1) <= 0.80, or the same shares of the time between first and last."""
-    n = len(times)
-    life = [s / (n - 1) for s in range(n)]
-    if by_time:
-        first, span = min(times), max(max(times) - min(times), 1)
-        life = [(t - first) / span for t in times]
-    return [s for s in range(n - 1) if BAND[0] <= life[s] <= BAND[1]]
+    clock = times if by_time else range(len(times))
+    first, span = min(clock), max(max(clock) - min(clock), 1)
+    return [s for s in range(len(times) - 1) if BAND[0] <= (clock[s] - first) / span <= BAND[1]]
 
 
 def raw_changes(output: bytes) -> Iterator[tuple[str, list[Change]]]:
@@ -298,18 +284,14 @@ def raw_changes(output: bytes) -> Iterator[tuple[str, list[Change]]]:
             commit, changes = field.decode(), []
 
 
-def clean_message(message: str) -> str:
-    """The message without what a tool appended: sign-offs, review trailers, the "(#123)" of a squashed pull request."""
-    return LANDED.sub("", TRAILER.sub("", message.replace("\r\n", "\n"))).strip()
-
-
 class History:
     """The chain, with its steps read in blocks as the search comes by (128 of them cost two git processes)."""
     BLOCK = 128
 
     def __init__(self, repo: Repository):
         self.repo = repo
-        self.chain, self.times = first_parent_chain(repo)
+        rows = [row.split() for row in repo.git("log", "--first-parent", "--format=%H %ct", repo.tip).decode().splitlines()][::-1]
+        self.chain, self.times = [row[0] for row in rows], [int(row[1]) for row in rows]  # oldest first
         if len(self.chain) < MIN_STEPS:
             raise ValueError(f"{repo.path}: only {len(self.chain)} commits on the first-parent chain; a life needs at least {MIN_STEPS}")
         self._blocks = functools.lru_cache(maxsize=2)(self._read_block)
@@ -337,13 +319,13 @@ class History:
             parents[commit], said[commit], order[commit] = parents_of, clean_message(body), len(order)
         messages, seen = {}, set()
         for i in range(lo, hi):
-            fresh, todo = [], [self.chain[i]]
-            while todo:
-                commit = todo.pop()
+            fresh, ahead = [], [self.chain[i]]
+            while ahead:
+                commit = ahead.pop()
                 if commit in parents and commit not in seen:
                     seen.add(commit)
                     fresh.append(commit)
-                    todo += parents[commit]
+                    ahead += parents[commit]
             messages[i] = [said[c] for c in sorted(fresh, key=order.get, reverse=True) if len(parents[c]) < 2]
         return messages
 
@@ -412,7 +394,8 @@ def parsers(extension: str) -> list:
     """The tree-sitter parsers that may read a file of this extension."""
     import tree_sitter
     names = [name.split(".") for name, extensions in GRAMMARS.items() if extension in extensions.split()]
-    return [tree_sitter.Parser(tree_sitter.Language(getattr(import_module(f"tree_sitter_{package}"), function)())) for package, function in names]
+    languages = [getattr(import_module(f"tree_sitter_{package}"), function)() for package, function in names]
+    return [tree_sitter.Parser(tree_sitter.Language(language)) for language in languages]
 
 
 def extension(path: bytes) -> str:
@@ -439,6 +422,11 @@ def unfit_content(data: bytes) -> str:
     except UnicodeDecodeError:
         return "not UTF-8"
     return ""
+
+
+def clean_message(message: str) -> str:
+    """The message without what a tool appended: sign-offs, review trailers, the "(#123)" of a squashed pull request."""
+    return LANDED.sub("", TRAILER.sub("", message.replace("\r\n", "\n"))).strip()
 
 
 def unfit_message(message: str) -> str:
@@ -703,6 +691,7 @@ def look_around(repo: Repository, facts: Facts, commit: str, messages: list[str]
 
 @dataclass(frozen=True)
 class Triplet:
+    """One stretch of a project's life; messages, texts and patch are what git holds, names as the file system would give them."""
     repo: str
     old_commit: str
     new_commit: str
@@ -725,7 +714,7 @@ def triplets(repo_dir: str, name: str | None = None, limit: int = LIMIT, by_time
     """
     counts = collections.Counter() if counts is None else counts
     name = name or Path(repo_dir).resolve().name.removesuffix(".git")
-    with Repository(str(repo_dir)) as repo:
+    with contextlib.closing(Repository(str(repo_dir))) as repo:
         history, facts = History(repo), Facts(repo)
         taken, free, starts = [], 0, band(history.times, by_time)
         for i, s in enumerate(starts):
@@ -926,16 +915,17 @@ def guess_file(model, tokenizer, triplet: Triplet, files: list[str], context: in
     return files[costs.index(min(costs))]
 
 
-def evaluate(model, tokenizer, triplets: list[Triplet], context: int = 1024, shortlist: int = 16) -> dict[str, float]:
+def evaluate(model, tokenizer, triplets: list[Triplet], context: int | None = None, shortlist: int = 16) -> dict[str, float]:
     """
     How well a model foresees changes; rows of the table of `train.py --eval`.
 
-    patch_bits_per_byte  of the patches, in rows of `context` tokens
+    patch_bits_per_byte  of the patches, in rows of `context` tokens (at most 1024, if not said)
     file_top1            share of the triplets where the file guessed from message and tree, among `shortlist` files of R_old, does change;
                          file_chance is what guessing blindly gives. Triplets that only add files are left out of these two.
     """
     import torch
     bits, size, right, chance = 0.0, 0, [], []
+    context = context or min(1024, model.config.max_position_embeddings)
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -957,44 +947,33 @@ def evaluate(model, tokenizer, triplets: list[Triplet], context: int = 1024, sho
 
 def scripted_history(folder: str, seed: int = 0, commits: int = 80) -> None:
     """
-    Write a bare repository of a small Python project that evolves as projects do: functions come with tests, are renamed with their
-    callers, get a parameter, are fixed with a regression test. Message and tree say which files change. One seed, one history.
+    Write a bare repository of a small Python project that evolves as projects do: functions come with a test and a caller, are renamed
+    in all three places, are corrected together with their test. Message and tree say which files change. One seed, one history.
     """
-    rng, functions = random.Random(seed), {}  # name -> [module, operator, constant, parameter or "", whether it is fixed]
-    verbs, nouns = ("scale", "shift", "price", "count", "blend"), ("order", "total", "stock", "route", "label")
-    names = [f"{verb}_{noun}" for verb in verbs for noun in nouns]
-    value = lambda f, x: {"+": x + f[2], "-": x - f[2], "*": x * f[2]}[f[1]]
-
-    def render(module: str) -> dict[str, str]:
-        own = [(name, f) for name, f in functions.items() if f[0] == module]
-        head = f"from shop.{module} import {', '.join(name for name, _ in own)}\n"
-        body = [f"def {name}(x{f[3] and f', {f[3]}=0'}):\n    return {'abs(x)' if f[4] else 'x'} {f[1]} {f[2]}{f[3] and ' + ' + f[3]}\n"
-                for name, f in own]
-        test = [f"def test_{name}():\n    assert {name}(2) == {value(f, 2)}\n" + f"    assert {name}(-2) == {value(f, 2)}\n" * f[4]
-                for name, f in own]
-        call = [f"def report_{name}(rows):\n    return sum({name}(row) for row in rows)\n" for name, _ in own]
-        return {f"shop/{module}.py": "\n\n".join(body), f"tests/test_{module}.py": "\n\n".join([head] + test),
-                f"shop/{module}_report.py": "\n\n".join([head] + call)}
-
-    stream = []
+    rng, functions, stream = random.Random(seed), {}, []  # name -> [module, factor]
+    names = [f"{verb}_{noun}" for verb in ("scale", "shift", "price", "count") for noun in ("order", "total", "stock", "route", "label")]
     for i in range(commits):
-        act = rng.choice(["add", "rename", "parameter", "fix"]) if len(functions) > 3 else "add"
-        name = rng.choice(sorted(functions)) if functions else ""
-        fresh = rng.choice([n for n in names if n not in functions])
-        if act == "fix" and not functions[name][4]:
-            functions[name][4], message = True, f"Fix {name} for negative numbers and test it"
-        elif act == "parameter" and not functions[name][3]:
-            functions[name][3], message = rng.choice(["step", "base", "extra"]), f"Add a parameter to {name} that is added to its result"
-        elif act == "rename" or len(functions) > 16:
+        name, fresh = rng.choice(sorted(functions) or [""]), rng.choice([n for n in names if n not in functions])
+        act = rng.choice(["add", "rename", "correct"]) if 3 < len(functions) < 16 else "rename" if functions and i > 3 else "add"
+        if act == "add":
+            functions[fresh] = [rng.choice(["cart", "store", "ledger", "parcel"]), rng.randrange(2, 30)]
+            name, message = fresh, f"Add {fresh} to {functions[fresh][0]} with a test and a report"
+        elif act == "rename":
             functions = {fresh if n == name else n: f for n, f in functions.items()}
             name, message = fresh, f"Rename {name} to {fresh} and update its callers"
         else:
-            functions[fresh] = [rng.choice(["cart", "store", "ledger", "parcel"]), rng.choice("+-*"), rng.randrange(2, 30), "", False]
-            name, message = fresh, f"Add {fresh} to {functions[fresh][0]} with a test and a report"
-        files = render(functions[name][0]) | ({} if i else {"README.md": "# shop\n\nA project that a script wrote.\n"})
+            functions[name][1] += 1
+            message = f"Correct the factor of {name} and its test"
+        module = functions[name][0]
+        own = [(n, factor) for n, (where, factor) in functions.items() if where == module]
+        head = f"from shop.{module} import {', '.join(n for n, _ in own)}\n"
+        body = [f"def {n}(x):\n    factor = {factor}\n    return x * factor\n" for n, factor in own]
+        test = [f"def test_{n}():\n    assert {n}(2) == {2 * factor}\n    assert {n}(-1) == {-factor}\n" for n, factor in own]
+        call = [f"def report_{n}(rows):\n    return sum({n}(row) for row in rows)\n" for n, _ in own]
+        files = {f"shop/{module}.py": body, f"tests/test_{module}.py": [head] + test, f"shop/{module}_report.py": [head] + call}
         stream.append(f"commit refs/heads/main\ncommitter Script <script@example.org> {1_600_000_000 + 3600 * i} +0000\n")
         stream.append(f"data {len(message)}\n{message}\n")
-        stream += [f"M 100644 inline {path}\ndata {len(text)}\n{text}\n" for path, text in files.items()]
+        stream += [f"M 100644 inline {path}\ndata {len(text)}\n{text}\n" for path, rows in files.items() for text in ["\n\n".join(rows)]]
     for command in (["init", "--bare", "--template=", "--initial-branch=main", folder], ["-C", folder, "fast-import"]):
         subprocess.run(["git", *command], input="".join(stream).encode(), check=True, capture_output=True, env=clean_environment(folder))
 
@@ -1043,7 +1022,7 @@ def bench(path: str, rounds: int = 3, slice_of: int = 150) -> None:
         import pydriller
     except ImportError:
         pydriller = None
-    with Repository(path) as repo:
+    with contextlib.closing(Repository(path)) as repo:
         commits = repo.git("rev-list", "--no-merges", "--reverse", repo.tip).decode().split()
         print(f"{path}: {len(commits)} commits that are no merges; messages, old and new texts, diffs")
         ours, theirs = [], []
@@ -1064,7 +1043,8 @@ def bench(path: str, rounds: int = 3, slice_of: int = 150) -> None:
     found = sum(1 for _ in triplets(path, counts=counts))
     seconds = time.perf_counter() - began
     memory = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(f"triplets | {found} in {seconds:.1f} s | {len(commits) / seconds:,.0f} commits/s | peak {memory[0]:.0f} MB, git {memory[1]:.0f} MB")
+    print(f"triplets | {found} in {seconds:.1f} s | {len(commits) / seconds:,.0f} commits/s of the history"
+          f" | peak {memory[0]:.0f} MB, git {memory[1]:.0f} MB")
     if theirs:
         ours, theirs = statistics.median(ours), statistics.median(theirs)
         print(f"medians  | reading {ours / theirs:.1f} x PyDriller | triplets {len(commits) / seconds / theirs:.1f} x")
@@ -1081,6 +1061,7 @@ def show(triplet: Triplet, lines: int) -> None:
 
 
 def main(argv=None) -> int:
+    """-> exit status: 0, or 2 where no repository could be read."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description="""
         Print the (R_old, patch, R_new) triplets of git repositories: stretches of the first-parent chain that start between 40 and 80
         percent of a project's life, scored, non-overlapping, each patch proven by git apply. No program of a repository runs and nothing
@@ -1108,6 +1089,8 @@ def main(argv=None) -> int:
                 for triplet in triplets(path, name=Path(repo).name.removesuffix(".git") if is_url(repo) else None, limit=args.limit,
                                         by_time=args.by_time, counts=counts):
                     show(triplet, args.lines)
+            except BrokenPipeError:
+                raise
             except (ValueError, OSError) as error:
                 skipped += 1
                 print(f"commits.py: {error}", file=sys.stderr)
@@ -1124,6 +1107,8 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"commits.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,5 +1,6 @@
 """Commit triplets: git itself is the oracle wherever it can be one; histories are written with git fast-import."""
 import collections
+import contextlib
 import hashlib
 import math
 import os
@@ -67,12 +68,14 @@ def build(folder, steps, kind="sha1") -> str:
 
 def source(seed: int, functions: int = 3) -> str:
     """A small Python file that no other seed gives."""
-    return "".join(f"def work_{seed}_{i}(value):\n    total_{seed} = value + {seed * 7 + i}\n    return total_{seed} * {i}\n\n\n" for i in range(functions))
+    return "".join(f"def work_{seed}_{i}(value):\n    total_{seed} = value + {seed * 7 + i}\n    return total_{seed} * {i}\n\n\n"
+                   for i in range(functions))
 
 
 def plain_steps(n: int) -> list:
     """n commits that each would make a triplet: a module and its test change under a fair message."""
-    return [(f"Rewrite work_{i}_0 in the module of step {i}", {f"pkg/mod{i % 3}.py": source(i), f"tests/test_mod{i % 3}.py": source(1000 + i)})
+    name = lambda i: f"mod{i % 3}.py"
+    return [(f"Rewrite work_{i}_0 in the module of step {i}", {f"pkg/{name(i)}": source(i), f"tests/test_{name(i)}": source(1000 + i)})
             for i in range(n)]
 
 
@@ -110,6 +113,7 @@ def shop_triplets(shop):
 def random_history(rng, n, paths=8):
     """Random edits: lines in and out, files that come, go, come back, change mode, lose their last newline, turn to CRLF or Latin-1."""
     tree, steps = {}, []
+    odd_lines = [b"x = 1", b"", b"y = 2\r", b"\xff\xfe", b"-- a", b"+++ b", b"index 12..34", b"\\ no"]
     for i in range(n):
         files = {}
         for _ in range(rng.randrange(1, 4)):
@@ -121,7 +125,7 @@ def random_history(rng, n, paths=8):
             lines = tree.get(path, b"").split(b"\n")
             for _ in range(rng.randrange(1, 6)):
                 at = rng.randrange(len(lines) + 1)
-                lines[at:at + rng.randrange(3)] = [rng.choice([b"x = 1", b"", b"y = 2\r", b"\xff\xfe", b"-- a", b"+++ b", b"index 12..34", b"\\ no"])] * rng.randrange(3)
+                lines[at:at + rng.randrange(3)] = [rng.choice(odd_lines)] * rng.randrange(3)
             tree[path] = b"\n".join(lines)
             files[path] = (rng.choice(["100644", "100644", "100755"]), tree[path])
         steps.append((f"Random edit number {i} of many", files))
@@ -130,7 +134,7 @@ def random_history(rng, n, paths=8):
 
 def test_composed_steps_are_what_git_says_lies_between_any_two_commits(tmp_path):
     repo_dir = build(tmp_path / "r", random_history(random.Random(3), 40))
-    with commits.Repository(repo_dir) as repo:
+    with contextlib.closing(commits.Repository(repo_dir)) as repo:
         history = commits.History(repo)
         pairs = [(s, e) for s in range(0, 39, 3) for e in range(s + 1, 40, 4)]
         asked = "".join(f"{history.chain[e]} {history.chain[s]}\n" for s, e in pairs)
@@ -146,7 +150,7 @@ def test_composed_steps_are_what_git_says_lies_between_any_two_commits(tmp_path)
 
 def test_patches_of_random_edits_are_proven_and_say_as_many_lines_as_we_count(tmp_path):
     repo_dir = build(tmp_path / "r", random_history(random.Random(5), 50))
-    with commits.Repository(repo_dir) as repo:
+    with contextlib.closing(commits.Repository(repo_dir)) as repo:
         history, facts = commits.History(repo), commits.Facts(repo)
         for s in range(0, 48, 6):
             net = {}
@@ -182,18 +186,21 @@ def proven(repo, changes):
 def hard_case():
     """(before, after): every kind of change that a patch can get wrong, in one step."""
     text = b"".join(b"line %d\n" % i for i in range(30))
+    accented = "naïve.py".encode()
     before = {
         b"moved.py": text, b"mode.sh": b"#!/bin/sh\necho\n", b"no_newline.py": b"a = 1\nb = 2", b"gains_newline.py": b"a = 1",
-        b"crlf.txt": b"one\r\ntwo\r\nthree\r\n", b"mixed.txt": b"one\r\ntwo\nlone\rcr\n", b"image.png": bytes(range(256)) * 4, b"gone.py": b"x = 1\n",
-        b"caf\xe9.py": b"n = 1\n", "naïve.py".encode(): b"n = 1\n", b'tab\tquote".py': b"n = 1\n", b"empties.py": b"x\n", b"link": ("120000", b"mode.sh"),
-        b"sub": ("160000", b"1" * 40), b"becomes_link.py": b"z = 1\n", b"node": b"a file\n", b"latin.txt": b"caf\xe9\n", b"spaces": b"a \t\n \n",
+        b"crlf.txt": b"one\r\ntwo\r\nthree\r\n", b"mixed.txt": b"one\r\ntwo\nlone\rcr\n", b"image.png": bytes(range(256)) * 4,
+        b"gone.py": b"x = 1\n", b"caf\xe9.py": b"n = 1\n", accented: b"n = 1\n", b'tab\tquote".py': b"n = 1\n", b"empties.py": b"x\n",
+        b"link": ("120000", b"mode.sh"), b"sub": ("160000", b"1" * 40), b"becomes_link.py": b"z = 1\n", b"node": b"a file\n",
+        b"latin.txt": b"caf\xe9\n", b"spaces": b"a \t\n \n",
     }
     after = {
         b"moved.py": None, b"deep/er/moved.py": text.replace(b"line 7\n", b"line seven\n"), b"mode.sh": ("100755", b"#!/bin/sh\necho\n"),
-        b"no_newline.py": b"a = 1\nb = 3", b"gains_newline.py": b"a = 1\n", b"crlf.txt": b"one\r\nTWO\r\nthree", b"mixed.txt": b"one\ntwo\r\nlone\rCR\n",
-        b"image.png": bytes(range(256)) * 3, b"gone.py": None, b"caf\xe9.py": b"n = 2\n", "naïve.py".encode(): b"n = 2\n", b'tab\tquote".py': b"n = 2\n",
-        b"empties.py": b"", b"empty_new.py": b"", b"link": ("120000", b"crlf.txt"), b"sub": ("160000", b"2" * 40), b"becomes_link.py": ("120000", b"mode.sh"),
-        b"node": None, b"node/inside.py": b"b = 1\n", b"latin.txt": b"caff\xe8\n", b"spaces": b"a\n\t\n", b"new.bin": b"\0\1\2" * 50,
+        b"no_newline.py": b"a = 1\nb = 3", b"gains_newline.py": b"a = 1\n", b"crlf.txt": b"one\r\nTWO\r\nthree",
+        b"mixed.txt": b"one\ntwo\r\nlone\rCR\n", b"image.png": bytes(range(256)) * 3, b"gone.py": None, b"caf\xe9.py": b"n = 2\n",
+        accented: b"n = 2\n", b'tab\tquote".py': b"n = 2\n", b"empties.py": b"", b"empty_new.py": b"", b"link": ("120000", b"crlf.txt"),
+        b"sub": ("160000", b"2" * 40), b"becomes_link.py": ("120000", b"mode.sh"), b"node": None, b"node/inside.py": b"b = 1\n",
+        b"latin.txt": b"caff\xe8\n", b"spaces": b"a\n\t\n", b"new.bin": b"\0\1\2" * 50,
     }
     return before, after
 
@@ -201,7 +208,7 @@ def hard_case():
 def test_a_patch_with_every_hard_kind_of_change_gives_the_new_tree_to_the_bit(tmp_path):
     before, after = hard_case()
     repo_dir = build(tmp_path / "r", plain_steps(20) + [("Set the scene for it", before), ("Change everything at once now", after)])
-    with commits.Repository(repo_dir) as repo:
+    with contextlib.closing(commits.Repository(repo_dir)) as repo:
         history = commits.History(repo)
         changes = history.step(21).changes
         assert {c.path for c in changes} == set(after)
@@ -219,7 +226,7 @@ def test_a_patch_with_every_hard_kind_of_change_gives_the_new_tree_to_the_bit(tm
 def test_the_proof_fails_when_a_single_byte_of_the_patch_is_wrong(tmp_path, monkeypatch):
     repo_dir = build(tmp_path / "r", plain_steps(22))
     true_apply = commits.apply_patch
-    with commits.Repository(repo_dir) as repo:
+    with contextlib.closing(commits.Repository(repo_dir)) as repo:
         changes = commits.History(repo).step(21).changes
         for wrong in (lambda p: p.replace(b"+    total_21", b"+    total_22", 1), lambda p: p.replace(b"-    return", b"-    Return", 1),
                       lambda p: p[:-1], lambda p: p[:len(p) // 2]):
@@ -230,11 +237,13 @@ def test_the_proof_fails_when_a_single_byte_of_the_patch_is_wrong(tmp_path, monk
 
 def test_triplets_beside_hard_neighbours_hold_only_source_and_apply_outside(tmp_path):
     before, after = hard_case()
-    code = {b"pkg/caf\xe9.py": source(1).encode(), b"pkg/win.py": source(2).replace("\n", "\r\n").encode(), b"pkg/old.py": source(3).encode(),
-            b"pkg/open.py": source(4).encode().rstrip(b"\n"), b"package-lock.json": b"{}\n" * 5, b"vendor/lib.py": source(5).encode()}
-    later = {b"pkg/caf\xe9.py": source(1).replace("total", "amount").encode(), b"pkg/win.py": source(2).replace("total", "sum").replace("\n", "\r\n").encode(),
-             b"pkg/old.py": None, b"pkg/new.py": source(3).replace("return", "return 1 +", 1).encode(),
-             b"pkg/open.py": source(4).encode().rstrip(b"\n").replace(b"def", b"async def"), b"package-lock.json": b"[]\n" * 5, b"vendor/lib.py": b"x = 1\n"}
+    one, two, three, four = (source(i).encode() for i in range(1, 5))
+    code = {b"pkg/caf\xe9.py": one, b"pkg/win.py": two.replace(b"\n", b"\r\n"), b"pkg/old.py": three, b"pkg/open.py": four.rstrip(b"\n"),
+            b"package-lock.json": b"{}\n" * 5, b"vendor/lib.py": b"y = 1\n"}
+    later = {b"pkg/caf\xe9.py": one.replace(b"total", b"amount"), b"pkg/win.py": two.replace(b"total", b"sum").replace(b"\n", b"\r\n"),
+             b"pkg/old.py": None, b"pkg/new.py": three.replace(b"return", b"return 1 +", 1),
+             b"pkg/open.py": four.rstrip(b"\n").replace(b"def", b"async def"),
+             b"package-lock.json": b"[]\n" * 5, b"vendor/lib.py": b"x = 1\n"}
     quiet = [("", {"notes.txt": f"{i}\n"}) for i in range(14)]  # an empty message ends every stretch
     keep = {path: content for path, content in after.items() if path in (b"image.png", b"sub", b"link", b"new.bin")}
     repo_dir = build(tmp_path / "r", quiet[:10] + [("", before | code), ("Rename total to amount in the package", keep | later)] + quiet)
@@ -263,9 +272,10 @@ def test_stretches_start_in_the_band_never_overlap_and_are_the_same_every_time(s
     spans = [(chain.index(t.old_commit), chain.index(t.new_commit)) for t in shop_triplets]
     assert all(0.40 <= s / (len(chain) - 1) <= 0.80 and 0 < e - s <= 32 for s, e in spans)
     assert all(later[0] > earlier[1] for earlier, later in zip(spans, spans[1:]))
-    command = [sys.executable, "-c", "import commits, sys; print(*[(t.old_commit, t.new_commit, t.score) for t in commits.triplets(sys.argv[1])])", shop]
-    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOM, env=os.environ | {"PYTHONHASHSEED": "7"}, check=True).stdout
-    assert again.split("\n")[0] == " ".join(str((t.old_commit, t.new_commit, t.score)) for t in shop_triplets)
+    program = "import commits, sys; print(*[(t.old_commit, t.new_commit, t.score) for t in commits.triplets(sys.argv[1])])"
+    again = subprocess.run([sys.executable, "-c", program, shop], capture_output=True, text=True, cwd=ROOM, check=True,
+                           env=os.environ | {"PYTHONHASHSEED": "7"})
+    assert again.stdout.strip() == " ".join(str((t.old_commit, t.new_commit, t.score)) for t in shop_triplets)
 
 
 @given(st.integers(2, 400))
@@ -281,7 +291,7 @@ def test_by_time_the_band_follows_the_clock_and_not_the_count():
 
 def test_the_chosen_end_is_the_best_of_all_ends_and_better_than_a_random_one(shop, shop_triplets):
     rng, lucky, chosen = random.Random(0), [], []
-    with commits.Repository(shop) as repo:
+    with contextlib.closing(commits.Repository(shop)) as repo:
         history, facts = commits.History(repo), commits.Facts(repo)
         taken = []
         for triplet in shop_triplets:
@@ -297,18 +307,20 @@ def test_the_chosen_end_is_the_best_of_all_ends_and_better_than_a_random_one(sho
 
 
 @pytest.mark.parametrize("message, reason", [
-    ("Merge branch 'topic' into main", "merge"), ('Revert "Add the new parser"', "revert"), ("Undo it\n\nThis reverts commit abc.", "revert"),
+    ("Merge branch 'topic' into main", "merge"), ('Revert "Add the new parser"', "revert"), ("Undo\n\nThis reverts commit abc.", "revert"),
     ("Bump version to 1.2.0 for release", "version bump"), ("Release 2.0 of the library", "version bump"), ("v1.2.3", "version bump"),
-    ("See https://example.org for the reasons", "link"), ("Fix the crash of #123 at last", "issue number"), ("Fix PROJ-12 in the new parser", "issue number"),
-    ("wip on the new parser today", "work in progress"), ("fixup! Add the new parser", "work in progress"), ("Copied from " + "0123456789" * 4 + " by hand", "object id"),
-    ("Fix the parser", "message under 4 words"), ("", "message under 4 words"), ("Read the file as UTF-8 text", ""), ("Stop the release of a lock twice", ""),
+    ("See https://example.org for the reasons", "link"), ("Fix the crash of #123 at last", "issue number"),
+    ("Fix PROJ-12 in the new parser", "issue number"), ("wip on the new parser today", "work in progress"),
+    ("fixup! Add the new parser", "work in progress"), ("Copied from " + "0123456789" * 4 + " by hand", "object id"),
+    ("Fix the parser", "message under 4 words"), ("", "message under 4 words"), ("Read the file as UTF-8 text", ""),
+    ("Stop the release of a lock twice", ""),
 ])
 def test_a_message_is_turned_down_for_the_right_reason(message, reason):
     assert commits.unfit_message(commits.clean_message(message)) == reason
 
 
 def test_what_tools_append_to_a_message_is_cut_off():
-    squashed = "Add a parser for dates (#512)\n\nIt reads ISO dates.\n\nCo-authored-by: A <a@example.org>\nSigned-off-by: B <b@example.org>\n"
+    squashed = "Add a parser for dates (#512)\n\nIt reads ISO dates.\n\nCo-authored-by: A <a@x.org>\nSigned-off-by: B <b@x.org>\n"
     assert commits.clean_message(squashed) == "Add a parser for dates\n\nIt reads ISO dates."
 
 
@@ -339,7 +351,7 @@ def test_a_stretch_is_turned_down_for_its_files_for_the_right_reason(tmp_path):
         "large change log": ({"m.py": a, "CHANGES.md": "x\n" * 30000}, {"m.py": b, "CHANGES.md": "y\n" + "x\n" * 30000}, {}),
         "latin": ({"m.py": a}, {"m.py": b.encode() + b"# caf\xe9\n"}, {"not UTF-8"}),
         "vendored": ({"vendor/m.py": a}, {"vendor/m.py": b}, {"under 5 lines"}),
-        "generated": ({"m.py": "# Code generated by make. DO NOT EDIT.\n" + a}, {"m.py": "# Code generated by make. DO NOT EDIT.\n" + b}, {"under 5 lines"}),
+        "generated": ({"m.py": "# Code generated by make.\n" + a}, {"m.py": "# Code generated by make.\n" + b}, {"under 5 lines"}),
         "minified": ({"m.js": "var a;" * 400}, {"m.js": "var b;" * 400 + "\na\nb\nc\nd\ne\nf\n"}, {"under 5 lines"}),
         "binary": ({"m.py": b"\0" + a.encode()}, {"m.py": b"\0" + b.encode()}, {"under 5 lines"}),
     }
@@ -349,7 +361,8 @@ def test_a_stretch_is_turned_down_for_its_files_for_the_right_reason(tmp_path):
 
 def test_a_merge_on_the_chain_speaks_with_the_messages_of_its_branch(tmp_path):
     quiet = [("", {"notes.txt": f"{i}\n"}) for i in range(12)]
-    branch = [("Rename total to sum in the module", {"m.py": source(1).replace("total", "sum")}), ("Add a second module beside it", {"n.py": source(2)})]
+    branch = [("Rename total to sum in the module", {"m.py": source(1).replace("total", "sum")}),
+              ("Add a second module beside it", {"n.py": source(2)})]
     merge = ("Merge branch 'side' into main", branch[0][1] | branch[1][1], branch)
     repo_dir = build(tmp_path / "r", quiet[:9] + [("", {"m.py": source(1)}), merge] + quiet)
     (triplet,) = commits.triplets(repo_dir)
@@ -360,7 +373,8 @@ def test_a_merge_on_the_chain_speaks_with_the_messages_of_its_branch(tmp_path):
 
 
 def test_the_triplets_of_a_long_history_are_spread_over_its_band(tmp_path):
-    repo_dir = build(tmp_path / "r", [step for pair in zip(plain_steps(60), [("", {"notes.txt": f"{i}\n"} ) for i in range(60)]) for step in pair])
+    silent = [("", {"notes.txt": f"{i}\n"}) for i in range(60)]
+    repo_dir = build(tmp_path / "r", [step for pair in zip(plain_steps(60), silent) for step in pair])
     chain = git(repo_dir, "rev-list", "--first-parent", "--reverse", "main").decode().split()
     everything = [chain.index(t.old_commit) for t in commits.triplets(repo_dir)]
     few = [chain.index(t.old_commit) for t in commits.triplets(repo_dir, limit=4)]
@@ -393,11 +407,12 @@ def test_no_program_of_a_hostile_repository_runs_and_nothing_in_it_changes(tmp_p
     git(tmp_path, "clone", "-q", "--no-local", bare, "hostile")
     inside = tmp_path / "hostile" / ".git"
     config = f"""
-[core]\n\tfsmonitor = {program}\n\thooksPath = {inside}/hooks\n\tpager = {program}\n\tsshCommand = {program}\n\tgitProxy = {program}\n\teditor = {program}
+[core]\n\tfsmonitor = {program}\n\thooksPath = {inside}/hooks\n\tpager = {program}\n\tsshCommand = {program}\n\tgitProxy = {program}
 [diff]\n\texternal = {program}
 [diff "evil"]\n\ttextconv = {program}\n\tcommand = {program}
 [filter "evil"]\n\tclean = {program}\n\tsmudge = {program}\n\tprocess = {program}\n\trequired = true
-[gpg]\n\tprogram = {program}\n[log]\n\tshowSignature = true\n[pager]\n\tlog = {program}\n\tdiff-tree = {program}\n[alias]\n\tcat-file = !{program}
+[gpg]\n\tprogram = {program}\n[log]\n\tshowSignature = true\n[pager]\n\tlog = {program}\n\tdiff-tree = {program}
+[alias]\n\tcat-file = !{program}
 [apply]\n\twhitespace = error-all\n[diff]\n\tnoprefix = true\n\trenames = false\n\torderFile = /dev/null
 [extensions]\n\tpartialClone = origin\n[remote "origin"]\n\turl = ext::{program} %S\n\tpromisor = true\n\tuploadpack = {program}
 """
@@ -411,8 +426,6 @@ def test_no_program_of_a_hostile_repository_runs_and_nothing_in_it_changes(tmp_p
     git(tmp_path / "hostile", "diff", "HEAD~1", check=False)
     assert mark.exists(), "the trap is not armed, so the test would prove nothing"
     mark.unlink()
-    victim = git(bare, "rev-parse", "HEAD~6:pkg/mod2.py").decode().strip()
-    git(tmp_path / "hostile", "unpack-objects", "-q", stdin=b"".join(p.read_bytes() for p in (inside / "objects" / "pack").glob("*.pack")), check=False)
     everything = lambda: {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted((tmp_path / "hostile").rglob("*")) if p.is_file()}
     before = everything()
     from_hostile = list(commits.triplets(str(tmp_path / "hostile"), name="same"))
@@ -421,6 +434,7 @@ def test_no_program_of_a_hostile_repository_runs_and_nothing_in_it_changes(tmp_p
     # and with an object missing, which a partial clone would fetch through the program named as its remote
     for pack in list((inside / "objects" / "pack").glob("*")):
         pack.rename(tmp_path / pack.name)
+    victim = git(bare, "rev-parse", "HEAD~6:pkg/mod2.py").decode().strip()
     for pack in tmp_path.glob("*.pack"):
         git(tmp_path / "hostile", "-c", "core.fsmonitor=false", "unpack-objects", "-q", stdin=pack.read_bytes(), check=False)
     mark.unlink(missing_ok=True)
@@ -457,8 +471,9 @@ def test_a_history_without_triplets_to_give_says_why_in_one_line(tmp_path):
     for pack in (tmp_path / "broken" / "objects" / "pack").glob("*.pack"):
         pack.chmod(0o644)
         pack.write_bytes(b"PACK" + bytes(200))
-    for name, word in [("folder", "not a git repository"), ("file", "not a git repository"), ("missing", "not a git repository"), ("short", "19 commits"),
-                       ("empty", "no commits"), ("shallow", "shallow"), ("broken", "git: ")]:
+    no_git = "not a git repository"
+    for name, word in [("folder", no_git), ("file", no_git), ("missing", no_git), ("short", "19 commits"), ("empty", "no commits"),
+                       ("shallow", "shallow"), ("broken", "git: ")]:
         with pytest.raises(ValueError, match=word) as error:
             list(commits.triplets(str(tmp_path / name)))
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
@@ -504,7 +519,8 @@ def test_bm25_is_its_formula():
 
 def test_the_context_is_of_r_old_and_the_best_file_is_the_one_the_message_speaks_of(tmp_path):
     steps = plain_steps(30)
-    steps[0][1].update({"README.md": "# The project\n" + "more\n" * 100, "zebra/stripes.py": "def stripe_width():\n    return 3\n", "data.bin": b"\0stripe"})
+    steps[0][1].update({"README.md": "# The project\n" + "more\n" * 100, "data.bin": b"\0stripe",
+                        "zebra/stripes.py": "def stripe_width():\n    return 3\n"})
     steps = [("Measure the stripe width of a zebra" if i else m, f | {f"gone{i}.py": "x = 1\n"}) for i, (m, f) in enumerate(steps)]
     for triplet in commits.triplets(build(tmp_path / "r", steps)):
         assert triplet.context.files[0][0] == "zebra/stripes.py" and len(triplet.context.files) <= 5
@@ -537,7 +553,8 @@ def test_parse_is_the_inverse_of_format_whatever_the_texts_spell(repo, readme, t
     assert commits.parse_sample(merged) == sample
 
 
-@pytest.mark.parametrize("parts", [[], [("text", False, True)], [("<|repo_name|>", True, False), ("a\n", False, False), ("<|im_end|>", True, True)]])
+@pytest.mark.parametrize("parts", [[], [("text", False, True)],
+                                   [("<|repo_name|>", True, False), ("a\n", False, False), ("<|im_end|>", True, True)]])
 def test_parts_that_are_no_sample_are_an_error(parts):
     with pytest.raises(ValueError, match="not a commit sample"):
         commits.parse_sample(parts)
@@ -632,8 +649,31 @@ def test_file_choice_is_right_for_a_model_that_knows_and_wrong_for_one_that_errs
     assert knows["file_chance"] == pytest.approx(len(changed) / len(files))
 
 
+def test_the_metric_of_a_real_model_is_the_sum_over_its_forward_pass(shop_triplets):
+    from data import Tokenizer
+    from model import LoopCoder, LoopCoderConfig
+    torch.manual_seed(0)
+    texts = ["".join(text for text, _, _ in commits.triplet_parts(t)) for t in shop_triplets]
+    tokenizer = Tokenizer.train(texts, 400)
+    config = LoopCoderConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=4096)
+    model = LoopCoder(config).train()
+    triplet = shop_triplets[0]
+    result = commits.evaluate(model, tokenizer, [triplet], context=4000)
+    assert model.training
+    ids, _ = tokenizer.encode_parts(commits.triplet_parts(triplet, new_state=False))
+    patch = tokenizer.encode(triplet.patch.decode().removesuffix("\n") + "\n")
+    first = len(ids) - 1 - len(patch)
+    assert ids[first:-1] == patch
+    with torch.no_grad():
+        logp = model.eval()(torch.tensor([ids]))[0][0].double().log_softmax(-1)
+    bits = -sum(logp[first + i - 1, token].item() for i, token in enumerate(patch)) / math.log(2)
+    assert result["patch_bits_per_byte"] == pytest.approx(bits / len(triplet.patch), rel=1e-4)
+    assert result["file_top1"] in (0.0, 1.0)
+
+
 def test_nothing_to_evaluate_gives_nan_and_not_a_score():
-    result = commits.evaluate(Believer(), ByteTokenizer(), [])
+    result = commits.evaluate(Believer(), ByteTokenizer(), [], context=64)
     assert math.isnan(result["patch_bits_per_byte"]) and math.isnan(result["file_top1"]) and result["triplets"] == 0
 
 
@@ -662,7 +702,7 @@ def test_the_scripted_project_is_shown_without_arguments_and_bad_input_ends_with
 
 def test_reading_everything_gives_gits_own_messages_texts_and_diffs(tmp_path):
     repo_dir = build(tmp_path / "r", random_history(random.Random(9), 30))
-    with commits.Repository(repo_dir) as repo:
+    with contextlib.closing(commits.Repository(repo_dir)) as repo:
         ids = repo.git("rev-list", repo.tip).decode().split()
         read = list(commits.read_everything(repo, ids))
         assert [message.split("\n")[0] for message, _, _ in read] == ids
