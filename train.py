@@ -242,13 +242,19 @@ def start_world(cfg: TrainConfig) -> World:
     return World(rank, size, device, number_format(cfg.dtype, device), compiled=cfg.compile != "off")
 
 
+@functools.cache
+def device_peak(device, dtype) -> float:
+    """Matmul FLOP/s that this device reaches: what MFU is a share of. Measured, not read from a datasheet."""
+    return matmul_peak(device, dtype, size=1024 if device.type == "cpu" else 8192)
+
+
 def number_format(name: str, device) -> torch.dtype:
     """bfloat16 on a GPU. On a CPU what a matrix product measures as faster: some have bfloat16 instructions that run at half speed."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16
-    choice = [matmul_peak(device, dtype, size=1024) for dtype in (torch.float32, torch.bfloat16)]
+    choice = [device_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
     return torch.bfloat16 if choice[1] > 1.25 * choice[0] else torch.float32
 
 
@@ -708,6 +714,8 @@ def write_atomically(path: Path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's word for a disk that is full
+        raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -800,7 +808,7 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
         mixture.load_state(saved["mixture"])
         first, seconds = saved["step"], saved["seconds"]
     flops_token = flops_per_token(model.config, context)
-    ceiling = matmul_peak(world.device, world.dtype)
+    ceiling = device_peak(world.device, world.dtype)
     if world.main:
         parts = ", ".join(f"{n} {100 * s:.1f}%" for n, s in shares.items())
         missing = "; absent: " + ", ".join(f"{n} {100 * s:.1f}%" for n, s in absent.items()) if absent else ""

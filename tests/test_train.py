@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -280,17 +281,33 @@ def command(*words, **more):
 
 @pytest.mark.parametrize("words, says", [
     (["--preset", "huge"], "unknown; one of nano"),
-    (["--stages", "pretrain,poetry"], "no stage 'poetry'"),
     (["--source", "/no/such/folder"], "no such folder"),
     (["--stages", "mid1", "--source", "."], "which is not there"),
     (["--learning-rat", "1"], "unrecognized arguments"),
-    (["--eval", "nowhere"], "nowhere"),
 ])
 def test_bad_input_is_one_clear_line_and_status_2(words, says, tmp_path, corpus):
     out = tmp_path if "--source" in words and "/no/such/folder" in words else linked(corpus, tmp_path)
     done = command("--out", out, *words)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("train.py: ")
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_whole(tmp_path, corpus):
+    """A limit on the size of files stands in for the disk."""
+    out = linked(corpus, tmp_path)
+    words = ["--out", out, "--stages", "pretrain", "--scale", "0.001", "--batch-tokens", "512", "--compile", "off", "--eval-bytes", "3000"]
+    assert command(*words).returncode == 0
+    before = weights(out / "pretrain")
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    for more in ([], ["--save-every", "1"]):
+        done = command(*words, "--seed", "5", *more, preexec_fn=small_disk)
+        assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("train.py: ") and "Traceback" not in done.stderr
+        after = weights(out / "pretrain")
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert not list((out / "pretrain").glob("*.tmp"))
 
 
 def test_a_dry_run_of_the_largest_preset_needs_no_memory():
