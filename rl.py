@@ -824,7 +824,7 @@ def rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world)
     done = [update(model, optimizer, part, cfg, lr, world) for part in split_evenly(samples, cfg.updates, rng)]
     lived = [t for _, ts in groups for t in ts]
     judged = [t.outcome for t in lived if t.outcome is not None]
-    curriculum.record([(task.difficulty, np.mean([t.outcome["solved"] for t in ts if t.outcome] or [0])) for task, ts in groups])
+    curriculum.record([(task.difficulty, float(np.mean([t.outcome["solved"] for t in ts if t.outcome] or [0]))) for task, ts in groups])
     actions = sum(int(t.action.sum()) for t in lived)
     sums = all_sum([len(lived), len(judged), sum(o["reward"] for o in judged), sum(o["solved"] for o in judged), len(groups), informed,
                     actions, -sum(float(t.logp.sum()) for t in lived), sum(not t.ended for t in lived), verdicts.runs - runs,

@@ -2,9 +2,13 @@
 
 import itertools
 import math
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +18,8 @@ import rl
 import tasks
 from data import Tokenizer
 from model import LoopCoder, LoopCoderConfig
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -406,3 +412,209 @@ def test_the_same_question_goes_to_the_sandbox_once_even_from_many_threads():
         with pytest.raises(RuntimeError):
             verdicts("x", fails)
     assert verdicts("x", lambda: 1.0) == 1.0  # a failure of the machinery is not remembered as a verdict
+
+
+# ---------------------------------------------------------------------------------------------- the repository agent
+
+
+def play(task, tokenizer, calls, verdicts, **options):
+    """Drive one swe_episode by hand with a list of calls: (what it was shown after each, outcome)."""
+    episode, seen, answer = rl.swe_episode(task, tokenizer, verdicts, 64, 768, **options), [], None
+    try:
+        for call in [None, *calls]:
+            answer = episode.send(answer if call is None else (tokenizer.encode(call), True))
+            while not isinstance(answer, rl.Ask):
+                answer = episode.send(answer())
+            seen.append(tokenizer.decode(answer.ids))
+            answer = None
+    except StopIteration as end:
+        return seen, end.value()
+    raise AssertionError("the episode did not end")
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 5])
+def test_the_demonstrations_solve_their_task_and_read_what_was_demonstrated(tokenizer, level):
+    verdicts = rl.Verdicts()
+    for seed in (0, 1):
+        task = tasks.generate("swe", level, seed)
+        for turns, failed in ((task.turns, False), (task.detour, True)):
+            seen, outcome = play(task, tokenizer, [text for role, text in turns if role != "tool"], verdicts)
+            assert outcome["solved"] and outcome["primary"] == 1.0 and outcome["first_failed"] is failed and outcome["stop"] == "submit"
+            assert outcome["reward"] == 1.0 - outcome["penalty"] and outcome["redundant"] == 0
+            told = [text for role, text in turns if role == "tool"]
+            assert len(seen) == len(told) + 1
+            for text, shown in zip(told, seen[1:]):
+                assert f"tool\n{text}" in shown
+
+
+def test_wrong_edits_stay_unsolved_and_the_budget_ends_blind_trying(tokenizer):
+    task, verdicts = tasks.generate("swe", 2, 3), rl.Verdicts()
+    view = next(text for role, text in task.turns if role == "assistant")
+    wrong = [edit for edit in task.tests["candidates"] if edit != task.solution]
+    assert play(task, tokenizer, ["submit"], verdicts)[1]["primary"] < 0.31
+    _, outcome = play(task, tokenizer, [view, wrong[0], "test", wrong[1], "test", task.solution], verdicts)
+    assert not outcome["solved"] and outcome["stop"] == "calls" and outcome["first_failed"]
+    _, outcome = play(task, tokenizer, [view, view, wrong[0], wrong[0], "submit"], verdicts)
+    assert outcome["redundant"] == 2 - 1 + 0 and outcome["penalty"] == pytest.approx(0.05 + 0.05)  # one repeated call, one idle edit
+    lines = play(task, tokenizer, [view, "edit nowhere.py 1 x = 1", "test", "submit"], verdicts)
+    assert "no such file" in lines[0][2] and "FAIL" in lines[0][3]
+
+
+def test_nothing_an_agent_writes_reaches_the_tests_that_pay_it(tokenizer):
+    task, verdicts = tasks.generate("swe", 1, 5), rl.Verdicts()
+    path, cheats = next(iter(task.files)), [
+        "import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "class A(int): __eq__ = lambda s, o: True",
+        "import builtins; builtins.repr = lambda x: 'PASS'", "open('test_hidden.py', 'w').write('')", "print('1 passed')",
+    ]  # fmt: skip
+    assert not any("test" in name for name in task.files)
+    for cheat in cheats:
+        _, outcome = play(task, tokenizer, [f"edit {path} 1 {cheat}", "submit"], verdicts)
+        assert outcome["primary"] < 0.31 and not outcome["solved"], cheat
+
+
+def test_shuffled_feedback_shows_another_tasks_failure_and_a_planted_start_stands_behind_a_failed_test(tokenizer):
+    task, verdicts = tasks.generate("swe", 2, 4), rl.Verdicts()
+    view, wrong = task.turns[0][1], next(text for role, text in task.detour if role == "mistake")
+    true, _ = play(task, tokenizer, [view, wrong, "test", "submit"], verdicts)
+    false, _ = play(task, tokenizer, [view, wrong, "test", "submit"], verdicts, shuffled=True)
+    assert "FAIL" in true[-1] and "FAIL" in false[-1] and true[-1] != false[-1]
+    seen, outcome = play(task, tokenizer, [task.solution, "test", "submit"], verdicts, planted=True)
+    assert "FAIL" in seen[0] and wrong in seen[0] and outcome["solved"] and outcome["first_failed"]
+    assert not play(task, tokenizer, ["submit"], verdicts, planted=True)[1]["solved"]
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def start(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer.save(folder)
+    model = small_model(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.special["<|im_end|>"]] *= 8  # it ends some answers and not others: for form alone there is a reward
+    model.save_pretrained(folder)
+    return folder
+
+
+def config(start, out, **changes):
+    base = dict(path="instruct", families="math", levels="1,2", start=str(start), out=str(out), steps=3, prompts=4, samples=4, updates=2,
+                rounds=1, room=8, overlong=4, context=220, slots=8, eval_tasks=3, eval_samples=2, device="cpu")  # fmt: skip
+    return rl.RLConfig(**{**base, **changes})
+
+
+def world():
+    return rl.pipeline.start_world(rl.pipeline.TrainConfig(device="cpu", dtype="float32"))
+
+
+def weights(folder):
+    return LoopCoder.from_pretrained(folder).state_dict()
+
+
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(start, tmp_path, monkeypatch):
+    whole = rl.train(config(start, tmp_path / "whole"), world())
+    step, cfg = rl.rl_step, config(start, tmp_path / "cut")
+
+    def killed(*args):
+        if args[6] == 2:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(rl, "rl_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rl.train(cfg, world())
+    monkeypatch.undo()
+    resumed = rl.train(rl.dataclasses.replace(cfg, resume=True), world())
+    a, b, first = weights(whole), weights(resumed), weights(start)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not (resumed / "state.pt").exists()
+    assert [r["step"] for r in rl.read_log(resumed)] == [1, 2, 3]
+    for record in rl.read_log(whole):
+        assert record["groups"] == 4 and record["errors"] == 0 and record["informative"] > 0 and record["grad"] > 0
+    assert any(not torch.equal(a[name], first[name]) for name in a)
+
+
+def test_groups_without_signal_leave_the_weights_alone(start, tmp_path):
+    folder = rl.train(config(start, tmp_path, families="gui", room=1, overlong=0, steps=1), world())
+    (record,) = rl.read_log(folder)
+    assert record["informative"] == 0 and record["grad"] == 0
+    a, b = weights(folder), weights(start)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_shuffled_rewards_keep_each_groups_rewards_and_lose_whose_they_are(start):
+    rewards = [[1.0, 0.0, 0.0, 0.0, 0.5, 0.0], [0.0] * 6]
+    blank = torch.zeros(0)
+    lived = [[rl.Trajectory(blank, blank, blank, True, {"reward": r, "primary": r, "n": i}) for i, r in enumerate(row)] for row in rewards]
+    groups = [(None, row) for row in lived]
+    plain, kept = rl.credit(groups, config(start, "x"), rl.random.Random(0))
+    assert kept == 1 and [a for _, a in plain] == pytest.approx([0.75, -0.25, -0.25, -0.25, 0.25, -0.25])
+    seen = set()
+    for seed in range(20):
+        mixed, _ = rl.credit(groups, config(start, "x", shuffle_rewards=True), rl.random.Random(seed))
+        assert sorted(a for _, a in mixed) == pytest.approx(sorted(a for _, a in plain))
+        seen.add(tuple(a for _, a in mixed))
+    assert len(seen) > 5
+    lived[0][0].outcome, lived[0][1].ended = None, False
+    assert len(rl.credit(groups, config(start, "x"), rl.random.Random(0))[0]) == 5
+    assert len(rl.credit(groups, config(start, "x", mask_cut=True), rl.random.Random(0))[0]) == 4
+
+
+def test_levels_open_one_after_the_other_and_none_closes():
+    curriculum, rng, opened = rl.Curriculum([1, 2, 3]), rl.random.Random(0), []
+    for step in range(40):
+        skill = {1: 0.9, 2: min(0.9, step / 20), 3: 0.1}
+        drawn = [curriculum.draw(rng) for _ in range(16)]
+        curriculum.record([(level, skill[level]) for level in drawn])
+        opened.append(curriculum.open)
+        again = rl.Curriculum([1, 2, 3])
+        again.load_state(rl.json.loads(rl.json.dumps(curriculum.state())))
+        assert again.state() == curriculum.state()
+    assert opened == sorted(opened) and opened[0] == 1 and opened[-1] == 3
+    assert set(drawn) == {1, 2, 3}
+
+
+# ---------------------------------------------------------------------------------------------- evaluation and report
+
+
+def test_the_paired_interval_sees_a_gain_that_two_separate_intervals_hide():
+    rng = np.random.default_rng(0)
+    before = rng.random(200)
+    after, ones = np.clip(before + 0.03 + 0.02 * rng.standard_normal(200), 0, 1), np.ones(200)
+    gain, low, high = rl.interval((after, ones), (before, ones))
+    assert low > 0 and low < gain < high and gain == pytest.approx((after - before).mean())
+    assert rl.interval((after, ones))[1] < rl.interval((before, ones))[2]  # the two intervals overlap
+    value, low, high = rl.interval((np.array([1.0, 0, 3]), np.array([1.0, 0, 4])))  # a share of shares: an empty task counts for nothing
+    assert value == pytest.approx(0.8) and low <= value <= high
+    assert math.isnan(rl.interval((np.zeros(3), np.zeros(3)))[0])
+
+
+def test_evaluation_finds_no_difference_between_a_checkpoint_and_itself_and_the_report_is_made_of_its_files(start, tmp_path):
+    cfg = config(start, tmp_path, families="math,swe", levels="1,2", steps=1, room=6)
+    folder = rl.train(cfg, world())
+    one, two = rl.evaluate_checkpoint(folder, cfg, world()), rl.evaluate_checkpoint(folder, cfg, world())
+    assert {"math pass@1", "math pass@2", "swe pass@1", "swe recovery", "swe planted recovery"} <= one.keys()
+    for name in one:
+        assert all(np.array_equal(a, b) for a, b in zip(one[name], two[name]))
+    assert any("gain +0.000" in line for line in rl.comparison(one, two))
+    text = rl.report(tmp_path).read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("| rl_instruct")]
+    assert f"{rl.read_log(folder)[0]['reward']:.3f}" in row and row.count("|") == text.splitlines()[4].count("|")
+    with pytest.raises(ValueError, match="train.py"):
+        rl.report(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [({"path": "chat"}, "--path"), ({"families": "magic"}, "magic"), ({"levels": "9"}, "--levels"), ({"samples": 1}, "--samples"),
+     ({"average": "mean"}, "--average"), ({"prompts": 0}, "--prompts")],
+)  # fmt: skip
+def test_wrong_settings_are_named_before_any_work_starts(start, changes, says):
+    with pytest.raises(ValueError, match=says):
+        config(start, "x", **changes)
+
+
+def test_the_command_line_says_what_is_missing_in_one_line_and_exits_with_2(tmp_path):
+    run = subprocess.run([sys.executable, "rl.py", "--out", str(tmp_path / "nowhere")], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "sft_thinking" in run.stderr and "train.py" in run.stderr
+    assert not (tmp_path / "nowhere").exists()
