@@ -22,25 +22,20 @@ No load is masked: a row past the end repeats the last row, and only its store, 
 
 Source: LoopCoder report, equations 2 to 5 and section 2.3, which names the kernel and shows no code. FlashAttention-2
 (arXiv 2307.08691) for the order of the loops. Departures: none in the values; no dropout, no bias, D is 16, 32, 64 or 128.
-loop_attention_reference() in loop_attention.py is the slow form that this must agree with; tests/test_kernels.py proves it.
+loop_attention_reference() in loop_attention.py is the slow form that this must agree with. tests/test_kernels.py proves it, and
+compiles the kernels for an H100 where there is none, to see that no register spills to memory.
 
-    python kernels.py              # GPU: correctness, then one table of times. CPU: a small check in Triton's interpreter
-    python kernels.py --compile    # no GPU needed: compiles every kernel for an H100 and prints the assembler's report
+    python kernels.py    # with a GPU: correctness, then one table of times. Without: a small check in Triton's interpreter
 """
 import argparse
-import io
-import json
 import math
 import os
-import re
 import subprocess
 import sys
-import tempfile
 import time
 import types
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from functools import lru_cache, partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -86,14 +81,13 @@ def store_rows(head, rows, tile, T, D: tl.constexpr):
 # ---- what a row sees -------------------------------------------------------------------------------------------------
 # Every mask in this file is an interval of keys per row: row i stands at key position i + shift and sees
 #     max(start of its document, i + shift - W + 1)  <=  j  <=  i + shift.
-# Causal attention is W >= S; a window is a small W; packed documents are `starts`; a batch is one more grid axis. Both ends grow
-# with i, so a tile of rows sees one run of keys, only the ends of the run need a mask, and keys outside it are never loaded.
+# Causal attention is a W that hides nothing; a window is a small W; packed documents are `starts`; a batch is one more grid axis.
+# Both ends grow with i, so a tile of rows sees one run of keys, only the ends of the run need a mask, and no other key is loaded.
 
 
 @jit
-def reach(row, mask):
-    """The keys lo <= j < hi that `row` (one number or a vector of them) sees; mask = (starts or None, shift, W, S)."""
-    starts, shift, W, S = mask
+def reach(row, starts, shift, W, S):
+    """The keys lo <= j < hi that `row` (one number or a vector of them) sees, of S keys; starts may be None."""
     lo = tl.maximum(row + shift + 1 - W, 0)
     if starts is not None:
         lo = tl.maximum(lo, tl.load(starts + row))
@@ -101,21 +95,22 @@ def reach(row, mask):
 
 
 @jit
-def reach_of_tile(first, last, mask, BLOCK_N: tl.constexpr):
+def reach_of_tile(row, first, last, starts, shift, W, S, BLOCK_N: tl.constexpr):
     """
-    The run of keys that rows first..last see, cut in three: [begin, full) is masked, [full, edge) is whole blocks that every row
-    sees, [edge, end) is masked again. With documents or a window all three may be there; plain causal rows have begin = full.
+    What a tile (rows first..last) sees: lo and hi of each row, and the run of keys of the tile cut in three: [begin, full) needs a
+    mask, [full, edge) is blocks that every row sees whole, [edge, end) needs a mask again. Plain causal rows have begin = full.
     """
-    begin, shortest = reach(first, mask)
-    latest, end = reach(last, mask)
+    lo, hi = reach(row, starts, shift, W, S)
+    begin, shortest = reach(first, starts, shift, W, S)
+    latest, end = reach(last, starts, shift, W, S)
     full = tl.minimum(begin + tl.cdiv(latest - begin, BLOCK_N) * BLOCK_N, end)
     edge = full + tl.maximum(shortest - full, 0) // BLOCK_N * BLOCK_N
-    return begin, full, edge, end
+    return lo, hi, begin, full, edge, end, S
 
 
 @jit
-def sees(lo, hi, keys):
-    """(rows, keys): True where the row sees the key."""
+def is_seen(lo, hi, keys):
+    """(rows, keys): True where lo <= key < hi."""
     return (lo[:, None] <= keys[None, :]) & (keys[None, :] < hi[:, None])
 
 
@@ -126,45 +121,43 @@ def sees(lo, hi, keys):
 
 
 @jit
-def attend_block(acc, peak, total, q, k, v, n, lo, hi, S, scale2, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+def attend_block(acc, peak, total, q, k, v, n, seen, scale2, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
     """One block of keys n .. n + BLOCK_N - 1 for a tile of rows. scale2 = log2(e) / sqrt(D)."""
+    lo, hi, begin, full, edge, end, S = seen
     keys = n + tl.arange(0, BLOCK_N)
     at = tl.minimum(keys, S - 1) if MASKED else keys
-    s = tl.dot(q, tl.trans(load_rows(k, at, D)), input_precision="ieee")               # (M, N)
+    s = tl.dot(q, tl.trans(load_rows(k, at, q.shape[1])), input_precision="ieee")      # (M, N)
     if MASKED:
-        s = tl.where(sees(lo, hi, keys), s, float("-inf"))
+        s = tl.where(is_seen(lo, hi, keys), s, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(s, 1) * scale2)
     # a row that has seen no key yet has peak -inf, and -inf - -inf is not a number
     origin = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
     p = tl.exp2(s * scale2 - origin[:, None])                                          # one fused multiply-add and one exp2
     decay = tl.exp2(peak - origin)
-    v_tile = load_rows(v, at, D)
+    v_tile = load_rows(v, at, q.shape[1])
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
     return acc, new_peak, total * decay + tl.sum(p, 1)
 
 
 @jit
-def attend(q, k, v, rows, first, last, mask, scale2, NARROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+def attend(q, k, v, seen, scale2, NARROW: tl.constexpr, BLOCK_N: tl.constexpr):
     """
     Attention of a query tile (M, D) to every key it sees: (M, D) in float32 and its log-sum-exp (M,). A row that sees no key
     gives 0 and -inf. NARROW: the run of keys is a few blocks (a window), so one masked loop replaces three.
     """
-    lo, hi = reach(rows, mask)
-    begin, full, edge, end = reach_of_tile(first, last, mask, BLOCK_N)
-    S = mask[3]
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    lo, hi, begin, full, edge, end, S = seen
+    acc = tl.zeros(q.shape, tl.float32)
+    peak, total = tl.full([q.shape[0]], float("-inf"), tl.float32), tl.zeros([q.shape[0]], tl.float32)
     if NARROW:
         for n in range(begin, end, BLOCK_N):
-            acc, peak, total = attend_block(acc, peak, total, q, k, v, n, lo, hi, S, scale2, True, BLOCK_N, D)
+            acc, peak, total = attend_block(acc, peak, total, q, k, v, n, seen, scale2, True, BLOCK_N)
     else:
         for n in range(begin, full, BLOCK_N):
-            acc, peak, total = attend_block(acc, peak, total, q, k, v, n, lo, hi, S, scale2, True, BLOCK_N, D)
+            acc, peak, total = attend_block(acc, peak, total, q, k, v, n, seen, scale2, True, BLOCK_N)
         for n in range(full, edge, BLOCK_N):
-            acc, peak, total = attend_block(acc, peak, total, q, k, v, n, lo, hi, S, scale2, False, BLOCK_N, D)
+            acc, peak, total = attend_block(acc, peak, total, q, k, v, n, seen, scale2, False, BLOCK_N)
         for n in range(edge, end, BLOCK_N):
-            acc, peak, total = attend_block(acc, peak, total, q, k, v, n, lo, hi, S, scale2, True, BLOCK_N, D)
+            acc, peak, total = attend_block(acc, peak, total, q, k, v, n, seen, scale2, True, BLOCK_N)
     total = tl.where(total == 0.0, 1.0, total)
     return acc / total[:, None], peak + tl.log2(total)
 
@@ -173,9 +166,8 @@ def attend(q, k, v, rows, first, last, mask, scale2, NARROW: tl.constexpr, BLOCK
 def my_rows(T, BLOCK_M: tl.constexpr):
     """This program's tile of query rows, the longest (last) tiles first: tile, first, last, row numbers, and where to load them."""
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    first = tile * BLOCK_M
-    row = first + tl.arange(0, BLOCK_M)
-    return tile, first, tl.minimum(first + BLOCK_M, T) - 1, row, tl.minimum(row, T - 1)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    return tile, tile * BLOCK_M, tl.minimum(tile * BLOCK_M + BLOCK_M, T) - 1, row, tl.minimum(row, T - 1)
 
 
 @jit
@@ -193,16 +185,15 @@ def forward_kernel(q, k1, v1, k2, v2, gate_weight, gate_bias, starts, o, o1, lse
     if starts is not None:
         starts += b.to(tl.int64) * T
     kv, scale2 = h // GROUP, scale * LOG2E                                             # GQA: GROUP query heads share a key/value head
+    seen_global = reach_of_tile(at, first, last, starts, 0, T, T, BLOCK_N)
+    seen_local = reach_of_tile(at, first, last, starts, 0, W, T, BLOCK_N)
+
     q_tile = load_rows(head_of(q, b, h), at, D)
     w = tl.load(gate_weight + h * D + tl.arange(0, D)).to(tl.float32)
     z = tl.sum(q_tile.to(tl.float32) * w[None, :], 1) + tl.load(gate_bias + h).to(tl.float32)
-
-    o_global, lse_global = attend(q_tile, head_of(k1, b, kv), head_of(v1, b, kv), at, first, last, (starts, 0, T, T), scale2,
-                                  False, BLOCK_M, BLOCK_N, D)
-    o_local, lse_local = attend(q_tile, head_of(k2, b, kv), head_of(v2, b, kv), at, first, last, (starts, 0, W, T), scale2,
-                                True, BLOCK_M, BLOCK_N, D)
-    mixed = sigmoid(z)[:, None] * o_global + sigmoid(-z)[:, None] * o_local
-    store_rows(head_of(o, b, h), row, mixed, T, D)
+    o_global, lse_global = attend(q_tile, head_of(k1, b, kv), head_of(v1, b, kv), seen_global, scale2, False, BLOCK_N)
+    o_local, lse_local = attend(q_tile, head_of(k2, b, kv), head_of(v2, b, kv), seen_local, scale2, True, BLOCK_N)
+    store_rows(head_of(o, b, h), row, sigmoid(z)[:, None] * o_global + sigmoid(-z)[:, None] * o_local, T, D)
     if SAVE:
         stat = (b.to(tl.int64) * H + h) * T + row
         store_rows(head_of(o1, b, h), row, o_global, T, D)
@@ -228,55 +219,50 @@ def log2_sigmoid(z):
 
 
 @jit
-def weights(q, do, k_tile, v_tile, keys, lo, hi, lse, scale2, MASKED: tl.constexpr):
-    """Softmax weights P (M, N), recomputed from the log-sum-exp, and their gradient dP = do V^T."""
+def weights(q, do, k, v, n, seen, lse, scale2, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For one block of keys: softmax weights P (M, N), recomputed from the log-sum-exp, their gradient dP = do V^T, and the keys."""
+    lo, hi, begin, full, edge, end, S = seen
+    keys = n + tl.arange(0, BLOCK_N)
+    at = tl.minimum(keys, S - 1) if MASKED else keys
+    k_tile = load_rows(k, at, q.shape[1])
     s = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
     p = tl.exp2(s * scale2 - lse[:, None])
     if MASKED:
-        p = tl.where(sees(lo, hi, keys), p, 0.0)
-    return p, tl.dot(do, tl.trans(v_tile), input_precision="ieee")
+        p = tl.where(is_seen(lo, hi, keys), p, 0.0)
+    return p, tl.dot(do, tl.trans(load_rows(v, at, q.shape[1])), input_precision="ieee"), k_tile
 
 
 @jit
-def dq_block(dq, q, do, k, v, n, lo, hi, lse, delta, S, scale2, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+def dq_block(dq, q, do, k, v, n, seen, lse, delta, scale2, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
     """Adds dS K of one block of keys to dq."""
-    keys = n + tl.arange(0, BLOCK_N)
-    at = tl.minimum(keys, S - 1) if MASKED else keys
-    k_tile = load_rows(k, at, D)
-    p, dp = weights(q, do, k_tile, load_rows(v, at, D), keys, lo, hi, lse, scale2, MASKED)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+    p, dp, k_tile = weights(q, do, k, v, n, seen, lse, scale2, MASKED, BLOCK_N)
+    return tl.dot((p * (dp - delta[:, None])).to(k_tile.dtype), k_tile, dq, input_precision="ieee")
 
 
 @jit
-def dq_branch(dq, q, do, k, v, rows, first, last, mask, lse, delta, scale2, NARROW: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+def dq_branch(dq, q, do, k, v, seen, lse, delta, scale2, NARROW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Adds dS K over every key that the tile sees; the same walk as attend()."""
-    lo, hi = reach(rows, mask)
-    begin, full, edge, end = reach_of_tile(first, last, mask, BLOCK_N)
-    S = mask[3]
+    lo, hi, begin, full, edge, end, S = seen
     if NARROW:
         for n in range(begin, end, BLOCK_N):
-            dq = dq_block(dq, q, do, k, v, n, lo, hi, lse, delta, S, scale2, True, BLOCK_N, D)
+            dq = dq_block(dq, q, do, k, v, n, seen, lse, delta, scale2, True, BLOCK_N)
     else:
         for n in range(begin, full, BLOCK_N):
-            dq = dq_block(dq, q, do, k, v, n, lo, hi, lse, delta, S, scale2, True, BLOCK_N, D)
+            dq = dq_block(dq, q, do, k, v, n, seen, lse, delta, scale2, True, BLOCK_N)
         for n in range(full, edge, BLOCK_N):
-            dq = dq_block(dq, q, do, k, v, n, lo, hi, lse, delta, S, scale2, False, BLOCK_N, D)
+            dq = dq_block(dq, q, do, k, v, n, seen, lse, delta, scale2, False, BLOCK_N)
         for n in range(edge, end, BLOCK_N):
-            dq = dq_block(dq, q, do, k, v, n, lo, hi, lse, delta, S, scale2, True, BLOCK_N, D)
+            dq = dq_block(dq, q, do, k, v, n, seen, lse, delta, scale2, True, BLOCK_N)
     return dq
 
 
 @jit
-def delta_branch(q, do, k, v, rows, first, last, mask, lse, scale2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+def delta_branch(q, do, k, v, seen, lse, scale2, BLOCK_N: tl.constexpr):
     """rowsum(do * output) of a branch whose output was not kept: the sum over keys of P dP."""
-    lo, hi = reach(rows, mask)
-    begin, full, edge, end = reach_of_tile(first, last, mask, BLOCK_N)
-    delta = tl.zeros([BLOCK_M], tl.float32)
+    lo, hi, begin, full, edge, end, S = seen
+    delta = tl.zeros([q.shape[0]], tl.float32)
     for n in range(begin, end, BLOCK_N):
-        keys = n + tl.arange(0, BLOCK_N)
-        at = tl.minimum(keys, mask[3] - 1)
-        p, dp = weights(q, do, load_rows(k, at, D), load_rows(v, at, D), keys, lo, hi, lse, scale2, True)
+        p, dp, _ = weights(q, do, k, v, n, seen, lse, scale2, True, BLOCK_N)
         delta += tl.sum(p * dp, 1)
     return delta
 
@@ -292,14 +278,16 @@ def dq_kernel(do, q, k1, v1, k2, v2, gate_weight, starts, o1, lse1, lse2, z_in, 
     tile, first, last, row, at = my_rows(T, BLOCK_M)
     if starts is not None:
         starts += b.to(tl.int64) * T
-    kv, scale2 = h // GROUP, scale * LOG2E
-    stat = (b.to(tl.int64) * H + h) * T
+    kv, scale2, stat = h // GROUP, scale * LOG2E, (b.to(tl.int64) * H + h) * T
+    seen_global = reach_of_tile(at, first, last, starts, 0, T, T, BLOCK_N)
+    seen_local = reach_of_tile(at, first, last, starts, 0, W, T, BLOCK_N)
+
     q_tile = load_rows(head_of(q, b, h), at, D)
     do_tile = load_rows(head_of(do, b, h), at, D).to(q_tile.dtype)
     k_local, v_local = head_of(k2, b, kv), head_of(v2, b, kv)
     lse_global, lse_local, z = tl.load(lse1 + stat + at), tl.load(lse2 + stat + at), tl.load(z_in + stat + at)
     d_global = tl.sum(do_tile.to(tl.float32) * load_rows(head_of(o1, b, h), at, D).to(tl.float32), 1)
-    d_local = delta_branch(q_tile, do_tile, k_local, v_local, at, first, last, (starts, 0, W, T), lse_local, scale2, BLOCK_M, BLOCK_N, D)
+    d_local = delta_branch(q_tile, do_tile, k_local, v_local, seen_local, lse_local, scale2, BLOCK_N)
 
     dz = sigmoid(z) * sigmoid(-z) * (d_global - d_local)
     dz = tl.where(row < T, dz, 0.0)                                                    # repeated rows must not count twice
@@ -315,10 +303,9 @@ def dq_kernel(do, q, k1, v1, k2, v2, gate_weight, starts, o1, lse1, lse2, z_in, 
     tl.store(delta2 + stat + row, d_local, mask=row < T)
 
     ds_k = tl.zeros([BLOCK_M, D], tl.float32)
-    ds_k = dq_branch(ds_k, q_tile, do_tile, k_local, v_local, at, first, last, (starts, 0, W, T), lse_local, d_local, scale2,
-                     True, BLOCK_N, D)
-    ds_k = dq_branch(ds_k, q_tile, do_tile, head_of(k1, b, kv), head_of(v1, b, kv), at, first, last, (starts, 0, T, T), lse_global, d_global,
-                     scale2, False, BLOCK_N, D)
+    ds_k = dq_branch(ds_k, q_tile, do_tile, k_local, v_local, seen_local, lse_local, d_local, scale2, True, BLOCK_N)
+    k_global, v_global = head_of(k1, b, kv), head_of(v1, b, kv)
+    ds_k = dq_branch(ds_k, q_tile, do_tile, k_global, v_global, seen_global, lse_global, d_global, scale2, False, BLOCK_N)
     w = tl.load(gate_weight + h * D + tl.arange(0, D)).to(tl.float32)
     store_rows(head_of(dq, b, h), row, ds_k * scale + dz[:, None] * w[None, :], T, D)
 
@@ -342,13 +329,10 @@ def dkv_kernel(do, q, k, v, lse, delta, ends, dk, dv, shift, W, scale, H, T, S,
     lo, hi = tl.maximum(key - shift, 0), tl.minimum(key - shift + W, T)
     if ends is not None:
         ends += b.to(tl.int64) * S
-        end = tl.minimum(end, tl.load(ends + last))
-        hi = tl.minimum(hi, tl.load(ends + at))
+        end, hi = tl.minimum(end, tl.load(ends + last)), tl.minimum(hi, tl.load(ends + at))
     tiles, scale2 = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M), scale * LOG2E
-    k_tile = load_rows(head_of(k, b, kv), at, D)
-    v_tile = load_rows(head_of(v, b, kv), at, D)
-    dk_tile = tl.zeros([BLOCK_N, D], tl.float32)
-    dv_tile = tl.zeros([BLOCK_N, D], tl.float32)
+    k_tile, v_tile = load_rows(head_of(k, b, kv), at, D), load_rows(head_of(v, b, kv), at, D)
+    dk_tile, dv_tile = tl.zeros([BLOCK_N, D], tl.float32), tl.zeros([BLOCK_N, D], tl.float32)
     for i in range(GROUP * tiles):                                                     # one loop over (head of the group, row tile)
         h = kv * GROUP + i // tiles
         row = begin + i % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -358,7 +342,7 @@ def dkv_kernel(do, q, k, v, lse, delta, ends, dk, dv, shift, W, scale, H, T, S,
         do_tile = load_rows(head_of(do, b, h), row_at, D).to(q_tile.dtype)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")                   # (N, M): everything here is transposed
         p = tl.exp2(s * scale2 - tl.load(lse + stat)[None, :])
-        p = tl.where(sees(lo, hi, row), p, 0.0)
+        p = tl.where(is_seen(lo, hi, row), p, 0.0)
         dv_tile = tl.dot(p.to(do_tile.dtype), do_tile, dv_tile, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
         ds = p * (dp - tl.load(delta + stat)[None, :])
@@ -378,10 +362,9 @@ def flash_forward_kernel(q, k, v, starts, o, lse, shift, W, scale, H, T, S,
     tile, first, last, row, at = my_rows(T, BLOCK_M)
     if starts is not None:
         starts += b.to(tl.int64) * T
-    mask = (starts, shift, W, S)
-    q_tile = load_rows(head_of(q, b, h), at, D)
-    o_tile, lse_row = attend(q_tile, head_of(k, b, h // GROUP), head_of(v, b, h // GROUP), at, first, last, mask, scale * LOG2E,
-                             False, BLOCK_M, BLOCK_N, D)
+    seen = reach_of_tile(at, first, last, starts, shift, W, S, BLOCK_N)
+    q_tile, k_head, v_head = load_rows(head_of(q, b, h), at, D), head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
+    o_tile, lse_row = attend(q_tile, k_head, v_head, seen, scale * LOG2E, False, BLOCK_N)
     store_rows(head_of(o, b, h), row, o_tile, T, D)
     tl.store(lse + (b.to(tl.int64) * H + h) * T + row, lse_row, mask=row < T)
 
@@ -394,13 +377,12 @@ def flash_dq_kernel(do, q, k, v, lse, delta, starts, dq, shift, W, scale, H, T, 
     tile, first, last, row, at = my_rows(T, BLOCK_M)
     if starts is not None:
         starts += b.to(tl.int64) * T
-    mask = (starts, shift, W, S)
+    seen = reach_of_tile(at, first, last, starts, shift, W, S, BLOCK_N)
     stat = (b.to(tl.int64) * H + h) * T + at
-    q_tile = load_rows(head_of(q, b, h), at, D)
+    q_tile, k_head, v_head = load_rows(head_of(q, b, h), at, D), head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
     do_tile = load_rows(head_of(do, b, h), at, D).to(q_tile.dtype)
-    ds_k = tl.zeros([BLOCK_M, D], tl.float32)
-    ds_k = dq_branch(ds_k, q_tile, do_tile, head_of(k, b, h // GROUP), head_of(v, b, h // GROUP), at, first, last, mask,
-                     tl.load(lse + stat), tl.load(delta + stat), scale * LOG2E, False, BLOCK_N, D)
+    ds_k = dq_branch(tl.zeros([BLOCK_M, D], tl.float32), q_tile, do_tile, k_head, v_head, seen, tl.load(lse + stat), tl.load(delta + stat),
+                     scale * LOG2E, False, BLOCK_N)
     store_rows(head_of(dq, b, h), row, ds_k * scale, T, D)
 
 
@@ -417,17 +399,12 @@ def attend_part(q, k, v, b, kv, start, stop, part, parts, part_o, part_lse, scal
     row = tl.arange(0, PADDED)
     head = kv * GROUP + tl.minimum(row, GROUP - 1)
     q_tile = tl.load(q[0] + b.to(tl.int64) * q[1] + head[:, None] * q[2] + tl.arange(0, D)[None, :])
-    acc = tl.zeros([PADDED, D], tl.float32)
-    peak = tl.full([PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([PADDED], tl.float32)
-    lo, hi = start + row * 0, stop + row * 0
-    for n in range(start, stop, BLOCK_N):
-        # S = stop: what lies behind it in the cache is not loaded, whatever it is
-        acc, peak, total = attend_block(acc, peak, total, q_tile, k, v, n, lo, hi, stop, scale2, True, BLOCK_N, D)
-    total = tl.where(total == 0.0, 1.0, total)
+    # S = stop: what lies behind it in the cache is not loaded, whatever it is
+    seen = (start + row * 0, stop + row * 0, start, stop, stop, stop, stop)
+    o, lse = attend(q_tile, k, v, seen, scale2, True, BLOCK_N)
     slot = (b * H + head).to(tl.int64) * parts + part
-    tl.store(part_o + slot[:, None] * D + tl.arange(0, D)[None, :], acc / total[:, None], mask=row[:, None] < GROUP)
-    tl.store(part_lse + slot, peak + tl.log2(total), mask=row < GROUP)
+    tl.store(part_o + slot[:, None] * D + tl.arange(0, D)[None, :], o, mask=row[:, None] < GROUP)
+    tl.store(part_lse + slot, lse, mask=row < GROUP)
 
 
 @kernel
@@ -435,16 +412,17 @@ def decode_kernel(q, k1, v1, k2, v2, lengths, part_o, part_lse, W, scale, H, n_g
                   GROUP: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
     """Grid (n_global + n_local parts, KV, B): the first n_global parts are the long cache, the rest is the ring."""
     part, kv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths + b)
-    parts = n_global + n_local
+    length, parts, scale2 = tl.load(lengths + b), n_global + n_local, scale * LOG2E
     if part < n_global:
         start = part * PART
-        attend_part(q, head_of(k1, b, kv), head_of(v1, b, kv), b, kv, start, tl.minimum(length, start + PART), part, parts,
-                    part_o, part_lse, scale * LOG2E, H, GROUP, PADDED, BLOCK_N, D)
+        stop = tl.minimum(length, start + PART)
+        attend_part(q, head_of(k1, b, kv), head_of(v1, b, kv), b, kv, start, stop, part, parts, part_o, part_lse, scale2, H,
+                    GROUP, PADDED, BLOCK_N, D)
     else:
         start = (part - n_global) * PART
-        attend_part(q, head_of(k2, b, kv), head_of(v2, b, kv), b, kv, start, tl.minimum(tl.minimum(length, W), start + PART), part, parts,
-                    part_o, part_lse, scale * LOG2E, H, GROUP, PADDED, BLOCK_N, D)
+        stop = tl.minimum(tl.minimum(length, W), start + PART)
+        attend_part(q, head_of(k2, b, kv), head_of(v2, b, kv), b, kv, start, stop, part, parts, part_o, part_lse, scale2, H,
+                    GROUP, PADDED, BLOCK_N, D)
 
 
 @jit
@@ -457,34 +435,32 @@ def merge_parts(part_o, part_lse, begin, end, BLOCK_P: tl.constexpr, D: tl.const
         at = tl.minimum(parts, end - 1)
         lse = tl.where(parts < end, tl.load(part_lse + at), float("-inf"))
         new_peak = tl.maximum(peak, tl.max(lse, 0))
-        origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        share, decay = tl.exp2(lse - origin), tl.exp2(peak - origin)
-        o = tl.load(part_o + at[:, None] * D + tl.arange(0, D)[None, :])
-        acc = acc * decay + tl.sum(o * share[:, None], 0)
+        share, decay = tl.exp2(lse - new_peak), tl.exp2(peak - new_peak)                # part 0 has a key: the peak is finite at once
+        acc = acc * decay + tl.sum(tl.load(part_o + at[:, None] * D + tl.arange(0, D)[None, :]) * share[:, None], 0)
         total = total * decay + tl.sum(share, 0)
         peak = new_peak
-    return acc / tl.where(total == 0.0, 1.0, total)
+    return acc / total
 
 
 @kernel
 def merge_kernel(q, gate_weight, gate_bias, part_o, part_lse, o, H, n_global, n_local, BLOCK_P: tl.constexpr, D: tl.constexpr):
     """Grid (H, B)."""
-    h, b = tl.program_id(0), tl.program_id(1)
-    d = tl.arange(0, D)
-    head, _ = head_of(q, b, h)
-    z = tl.sum(tl.load(head + d).to(tl.float32) * tl.load(gate_weight + h * D + d).to(tl.float32), 0) + tl.load(gate_bias + h).to(tl.float32)
+    h, b, d = tl.program_id(0), tl.program_id(1), tl.arange(0, D)
+    q_row, _ = head_of(q, b, h)
+    o_row, _ = head_of(o, b, h)
+    z = tl.sum(tl.load(q_row + d).to(tl.float32) * tl.load(gate_weight + h * D + d).to(tl.float32), 0)
+    z += tl.load(gate_bias + h).to(tl.float32)
     parts = n_global + n_local
     slot = (b * H + h).to(tl.int64) * parts
     o_global = merge_parts(part_o + slot * D, part_lse + slot, 0, n_global, BLOCK_P, D)
     o_local = merge_parts(part_o + slot * D, part_lse + slot, n_global, parts, BLOCK_P, D)
-    out, _ = head_of(o, b, h)
-    tl.store(out + d, (sigmoid(z) * o_global + sigmoid(-z) * o_local).to(o[0].dtype.element_ty))
+    tl.store(o_row + d, (sigmoid(z) * o_global + sigmoid(-z) * o_local).to(o[0].dtype.element_ty))
 
 
 # ---- launching -------------------------------------------------------------------------------------------------------
 # (BLOCK_M rows, BLOCK_N keys, warps, pipeline stages) by kernel and D. A fixed table, not an autotuner: timing noise may choose
 # different tiles on different ranks, and then different bits. The H100 rows are the largest tiles that compile without a register
-# spill and keep the loads of the next block in flight (`--compile` shows it, `--tiles` times the candidates on a GPU).
+# spill (a test reads the assembler's report); `--tiles` times the candidates on a GPU.
 
 TILES = {
     "hopper": {"forward": {128: (128, 64, 8, 3), 64: (128, 128, 8, 3), 32: (128, 64, 8, 3), 16: (128, 64, 8, 3)},
@@ -518,9 +494,14 @@ def tile_for(name, q):
 
 
 def view(x):
-    """A tensor as the kernels take it: (tensor, stride of B, of H, of T). A gradient that came expanded is made real first."""
+    """A tensor as the kernels take it: (tensor, stride of B, of H, of T). Where D is not contiguous, a copy of it."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     return (x, *x.stride()[:3])
+
+
+def new_like(x, dtype=None):
+    """An output in the memory order of x, but with D contiguous, so that view() never copies it."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.preserve_format if x.stride(-1) == 1 else torch.contiguous_format)
 
 
 def launch(launches, device):
@@ -583,8 +564,8 @@ def decode_launches(q, k1, v1, k2, v2, gate_weight, gate_bias, lengths, o):
 def gated_outputs(q, save):
     """o, and what a backward needs: A, its log-sum-exp, the local one, and the gate's logit (empty without `save`)."""
     rows = q.shape[:3] if save else (0, 0, 0)
-    o1 = torch.empty_like(q) if save else q.new_empty(0, 0, 0, q.shape[-1])
-    return torch.empty_like(q), o1, *(q.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    o1 = new_like(q) if save else q.new_empty(0, 0, 0, q.shape[-1])
+    return new_like(q), o1, *(q.new_empty(rows, dtype=torch.float32) for _ in range(3))
 
 
 @torch.library.custom_op("nanoloopcoder::gated_forward", mutates_args=())
@@ -606,17 +587,17 @@ def gated_backward(do: Tensor, q: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2
                    starts: Tensor | None, o1: Tensor, lse1: Tensor, lse2: Tensor, z: Tensor, window: int
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The seven gradients: of q, both pairs of keys and values, gate weight and gate bias."""
-    grads = [torch.empty_like(x) for x in (q, k1, v1, k2, v2)]
+    grads = [new_like(x) for x in (q, k1, v1, k2, v2)]
     ends = None if starts is None else document_ends(starts, q.shape[2])
     launches, dgate = gated_backward_launches(do, q, k1, v1, k2, v2, gate_weight, starts, ends, o1, lse1, lse2, z, window, *grads)
     launch(launches, q.device)
     dw_db = dgate.sum(0)                                                                    # (H, D + 1); in a fixed order
-    return *grads, dw_db[:, :-1].to(gate_weight.dtype, copy=True), dw_db[:, -1].to(gate_bias.dtype, copy=True)
+    return *grads, dw_db[:, :-1].contiguous().to(gate_weight.dtype), dw_db[:, -1].contiguous().to(gate_bias.dtype)
 
 
 @gated_backward.register_fake
 def _(do, q, k1, v1, k2, v2, gate_weight, gate_bias, starts, o1, lse1, lse2, z, window):
-    return tuple(torch.empty_like(x) for x in (q, k1, v1, k2, v2, gate_weight, gate_bias))
+    return *(new_like(x) for x in (q, k1, v1, k2, v2)), gate_weight.new_empty(gate_weight.shape), gate_bias.new_empty(gate_bias.shape)
 
 
 def _save_gated(ctx, inputs, output):
@@ -632,10 +613,11 @@ gated_forward.register_autograd(_differentiate_gated, setup_context=_save_gated)
 
 
 @torch.library.custom_op("nanoloopcoder::flash_forward", mutates_args=())
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, shift: int, window: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, shift: int, window: int, dtype: torch.dtype
+                  ) -> tuple[Tensor, Tensor]:
     """o (B, H, T, D) in `dtype` and the natural log-sum-exp (B, H, T) of attention to one set of keys."""
     (B, H, T, D), constants = q.shape, tile_for("forward", q)
-    o, lse = torch.empty_like(q, dtype=dtype), q.new_empty(B, H, T, dtype=torch.float32)
+    o, lse = new_like(q, dtype), q.new_empty(B, H, T, dtype=torch.float32)
     args = (*map(view, (q, k, v)), starts, view(o), lse, shift, window, D**-0.5, H, T, k.shape[2])
     launch([(flash_forward_kernel, (H, triton.cdiv(T, constants["BLOCK_M"]), B), args, dict(constants, GROUP=H // k.shape[1]))], q.device)
     return o, lse * math.log(2)
@@ -643,7 +625,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, shift:
 
 @flash_forward.register_fake
 def _(q, k, v, starts, shift, window, dtype):
-    return torch.empty_like(q, dtype=dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return new_like(q, dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("nanoloopcoder::flash_backward", mutates_args=())
@@ -651,7 +633,7 @@ def flash_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, del
                    dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in `dtype`."""
     (B, H, T, D), constants = q.shape, tile_for("dq", q)
-    dq, dk, dv = (torch.empty_like(x, dtype=dtype) for x in (q, k, v))
+    dq, dk, dv = (new_like(x, dtype) for x in (q, k, v))
     delta = delta.masked_fill(lse == -math.inf, 0.0).contiguous()                           # a row that saw nothing gives nothing
     lse = (lse * math.log2(math.e)).contiguous()
     ends = None if starts is None else document_ends(starts, k.shape[2])
@@ -663,7 +645,7 @@ def flash_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, del
 
 @flash_backward.register_fake
 def _(do, q, k, v, lse, delta, starts, shift, window, dtype):
-    return tuple(torch.empty_like(x, dtype=dtype) for x in (q, k, v))
+    return tuple(new_like(x, dtype) for x in (q, k, v))
 
 
 def _save_flash(ctx, inputs, output):
@@ -681,16 +663,17 @@ flash_forward.register_autograd(_differentiate_flash, setup_context=_save_flash)
 
 
 @torch.library.custom_op("nanoloopcoder::gated_decode", mutates_args=())
-def gated_decode(q: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor, gate_weight: Tensor, gate_bias: Tensor, lengths: Tensor) -> Tensor:
+def gated_decode(q: Tensor, k1: Tensor, v1: Tensor, k2: Tensor, v2: Tensor, gate_weight: Tensor, gate_bias: Tensor, lengths: Tensor
+                 ) -> Tensor:
     """o (B, H, 1, D)."""
-    o = torch.empty_like(q)
+    o = new_like(q)
     launch(decode_launches(q, k1, v1, k2, v2, gate_weight, gate_bias, lengths, o), q.device)
     return o
 
 
 @gated_decode.register_fake
 def _(q, k1, v1, k2, v2, gate_weight, gate_bias, lengths):
-    return torch.empty_like(q)
+    return new_like(q)
 
 
 # ---- what other files call -------------------------------------------------------------------------------------------
@@ -746,11 +729,6 @@ def check_gate(q, gate_weight, gate_bias):
         require(x.device == q.device, f"{name} is on {x.device} and q on {q.device}: they must be on one device")
 
 
-def check_window(window):
-    """A window is a whole number of positions, the row's own included."""
-    require(isinstance(window, int) and window >= 1, f"window must be an int of at least 1 (a row sees itself), got {window!r}")
-
-
 def fused_gated_attention(q, k_global, v_global, k_local, v_local, gate_weight, gate_bias, window, segment_ids=None):
     """
     o = g Attn(q, K1, V1; causal) + (1 - g) Attn(q, K2, V2; causal, the last `window` positions), g = sigmoid(q . w_h + b_h).
@@ -764,10 +742,9 @@ def fused_gated_attention(q, k_global, v_global, k_local, v_local, gate_weight, 
 
     Gradients reach the first seven. Twice the same call gives twice the same bits, backward included.
     """
-    require(q.dim() == 4, f"q must be (B, H, T, D), got {tuple(q.shape)}")
     check_attention(q, k_global=k_global, v_global=v_global, k_local=k_local, v_local=v_local)
     check_gate(q, gate_weight, gate_bias)
-    check_window(window)
+    require(isinstance(window, int) and window >= 1, f"window must be an int of at least 1 (a row sees itself), got {window!r}")
     B, _, T, _ = q.shape
     for name, x in (("k_global", k_global), ("v_global", v_global), ("k_local", k_local), ("v_local", v_local)):
         require(x.shape[2] == T, f"{name} must have the {T} positions of q, got {x.shape[2]}")
@@ -796,7 +773,7 @@ def flash_partial(q, k, v, shift=0, window=None, starts=None, dtype=torch.float3
     check_attention(q, k=k, v=v)
     require(k.shape == v.shape, f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
     require(isinstance(shift, int) and abs(shift) < EVERYTHING, f"shift must be an int below 2^30, got {shift!r}")
-    check_window(EVERYTHING if window is None else window)
+    require(window is None or isinstance(window, int) and window >= 1, f"window must be None or an int of at least 1, got {window!r}")
     require(starts is None or (tuple(starts.shape) == (q.shape[0], q.shape[2]) and starts.dtype == torch.int32),
             f"starts must be int32 of shape (B, T) = ({q.shape[0]}, {q.shape[2]})")
     return flash_forward(q, k, v, None if starts is None else starts.contiguous(), shift, min(window or EVERYTHING, EVERYTHING), dtype)
@@ -824,12 +801,13 @@ def fused_gated_decode(q, k_global, v_global, k_ring, v_ring, gate_weight, gate_
     check_attention(q, k_global=k_global, v_global=v_global, k_ring=k_ring, v_ring=v_ring)
     check_gate(q, gate_weight, gate_bias)
     require(q.shape[2] == 1, f"q must hold one position per row, got {q.shape[2]}")
-    require(k_global.shape == v_global.shape and k_ring.shape == v_ring.shape, "v_global and v_ring must have the shapes of k_global and k_ring")
+    for name, k, v in (("global", k_global, v_global), ("ring", k_ring, v_ring)):
+        require(k.shape == v.shape, f"v_{name} must have the shape of k_{name}, {tuple(k.shape)}, got {tuple(v.shape)}")
     require(tuple(lengths.shape) == (q.shape[0],) and not lengths.is_floating_point(), f"lengths must be {q.shape[0]} integers")
     return gated_decode(q, k_global, v_global, k_ring, v_ring, gate_weight, gate_bias, lengths.to(q.device, torch.int32))
 
 
-# ---- correctness, and what the compiler says -------------------------------------------------------------------------
+# ---- correctness -----------------------------------------------------------------------------------------------------
 
 NAMES = ("o", "dq", "dk_global", "dv_global", "dk_local", "dv_local", "dgate_weight", "dgate_bias")
 
@@ -860,7 +838,8 @@ def check(reference, device):
     gpu, fine = device.type == "cuda", True
     H, KV, T, D, window = (10, 2, 1000, 128, 64) if gpu else (4, 2, 100, 16, 9)
     segments = (torch.arange(T, device=device) // (T * 2 // 5)).expand(2, T)               # three documents, off the block grid
-    print(f"kernel against the reference in float64, relative error; T {T}, window {window}, three documents\n" + " " * 9, *(f"{n:>12}" for n in NAMES))
+    print(f"kernel against the reference in float64, relative error; T {T}, window {window}, three documents")
+    print(" " * 9, *(f"{name:>12}" for name in NAMES))
     for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)) if gpu else ((torch.float32, 1e-5), (torch.float16, 3e-3)):
         inputs, do = random_inputs(2, H, KV, T, D, device, dtype)
         errors = relative_errors(fused_gated_attention, reference, inputs, do, window, segments)
@@ -871,81 +850,147 @@ def check(reference, device):
     return fine
 
 
-class AnH100:
-    """What Triton asks a driver before it compiles, answered for an H100 that need not be there."""
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-    get_active_torch_device = staticmethod(lambda: torch.device("meta"))
+# ---- times -----------------------------------------------------------------------------------------------------------
+# What people would run instead, each from torch alone: FA2 chain, the FlashAttention-2 inside torch, once plain and once with a
+# window, and a compiled mix; flex, two FlexAttention calls and the gate, compiled together; cuDNN chain, the same as the first with
+# cuDNN for the global branch (it has no documents); 2 SDPA, two calls with dense masks where a mask is needed, as a first version does it.
 
-    @staticmethod
-    def get_current_target():
-        from triton.backends.compiler import GPUTarget
-        return GPUTarget("cuda", 90, 32)
-
-
-def gpu_launches(D, H=40, KV=8, T=4096):
-    """Every launch of this file at a head size, on tensors without data: exactly what the wrappers would run on a GPU, in bfloat16."""
-    heads = lambda n, length=T: torch.empty(1, length, n, D, dtype=torch.bfloat16, device="meta").transpose(1, 2)
-    q, k, lengths = heads(H), heads(KV), torch.empty(1, dtype=torch.int32, device="meta")
-    w, b = torch.empty(H, D, device="meta"), torch.empty(H, device="meta")
-    out = gated_outputs(q, save=True)
-    yield "forward, training", gated_forward_launches(q, k, k, k, k, w, b, None, 64, *out)[0]
-    backward, _ = gated_backward_launches(q, q, k, k, k, k, w, None, None, *out[1:], 64, q, k, k, k, k)
-    yield "backward, dq", backward[0]
-    yield "backward, dk dv", backward[2]
-    yield "forward", gated_forward_launches(q, k, k, k, k, w, b, None, 64, *gated_outputs(q, save=False))[0]
-    new = q[:, :, :1]
-    for name, one in zip(("decoding, parts", "decoding, merge"), decode_launches(new, k, k, heads(KV, 64), heads(KV, 64), w, b, lengths, new)):
-        yield name, one
+PREDICTION = """
+prediction, made before any run on a GPU, from a roofline: time = products / rate + traffic / 3.0 TB/s + 5 us a launch, where a rate is
+    best * n / (n + 300) TFLOP/s for documents of n tokens. Best, forward and backward: ours 465 and 450, FA2 340 and 330, flex 380 and 300,
+    cuDNN 550 and 520, dense mask 200 and 150 (published H100 charts for the libraries, a guess for ours). Ours reads q once, writes o once
+    and has no mix: at T 4k that is a quarter of the forward, at 32k 3 %. Its backward recomputes the weights twice (7 products for 5) to
+    have one writer for every gradient: the price of equal bits."""
+RATES = {"ours": (465, 450), "FA2 chain": (340, 330), "flex": (380, 300), "cuDNN chain": (550, 520), "2 SDPA": (200, 150)}   # TFLOP/s
 
 
-def compiler_report(D, names=None):
-    """Compiles the launches of gpu_launches() for an H100 and yields what ptxas, the assembler, says of each: needs Triton, no GPU."""
-    require(not INTERPRETED, "TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
-    triton.runtime.driver.set_active(AnH100())
-    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-    for name, (function, grid, args, constants) in gpu_launches(D):
-        if names is None or name in names:
-            with redirect_stdout(io.StringIO()) as said:
-                compiled = function.warmup(*args, grid=grid, **constants)
-            number = lambda pattern: int(re.search(pattern, said.getvalue()).group(1))
-            yield dict(kernel=name, D=D, registers=number(r"Used (\d+) registers"), spill_stores=number(r"(\d+) bytes spill stores"),
-                       spill_loads=number(r"(\d+) bytes spill loads"), shared_kb=compiled.metadata.shared / 1024,
-                       wgmma=compiled.asm["ptx"].count("wgmma.mma_async"), warps=constants["num_warps"])
+def predicted_ms(name, T, documents, backward, H=40, D=128):
+    """The roofline above. A pair of a query and a key costs 4 D H operations forward and 2.5 times that backward (ours: 3.5)."""
+    n, X = T / documents, T * H * D * 2                                                     # X: bytes of one query-sized tensor
+    fill = n / (n + 300) * 1e12
+    near = T * 192                                                                          # W 64: a tile of 128 rows meets 192 keys
+    pairs = T * n / 2 + near
+    if name == "2 SDPA":
+        pairs = T * T * (1.5 if documents == 1 else 2)
+    forward, ours = pairs * 4 * D * H, name == "ours"
+    s = forward / (RATES[name][0] * fill) + (0 if ours else 4 * X / 3e12) + (1 if ours else 3) * 5e-6
+    if backward:
+        s += forward * (3.5 if ours else 2.5) / (RATES[name][1] * fill) + (0 if ours else 10 * X / 3e12) + (4 if ours else 8) * 5e-6
+    return s * 1e3
+
+
+def baselines(mix, T, documents, W, device):
+    """{name: function of the seven inputs} for rows of T tokens made of equal documents; `mix` is the gate in plain PyTorch."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    n, compiled_mix = T // documents, torch.compile(mix, dynamic=False)
+    cuts = torch.arange(documents + 1, device=device, dtype=torch.int32) * n if documents > 1 else None
+    near = lambda b, h, i, j: (j <= i) & (i - j < W) & (i // n == j // n)
+    far = lambda b, h, i, j: (j <= i) & (i // n == j // n)
+    i, j = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)[None, :]
+    dense = [see(0, 0, i, j) for see in (far, near)]
+    blocks = [create_block_mask(see, None, None, T, T, device=device, _compile=True) for see in (far, near)]
+
+    def fa2(q, k, v, window=None):
+        q, k, v = (x.transpose(1, 2) if cuts is None else x.transpose(1, 2)[0] for x in (q, k, v))
+        o = torch.ops.aten._flash_attention_forward(q, k, v, cuts, cuts, n, n, 0.0, True, False, window_size_left=window and window - 1,
+                                                    window_size_right=0 if window else None)[0]
+        return (o if cuts is None else o[None]).transpose(1, 2)
+
+    def fa2_chain(q, k1, v1, k2, v2, w, b):
+        return compiled_mix(q, fa2(q, k1, v1), fa2(q, k2, v2, W), w, b)
+
+    def cudnn_chain(q, k1, v1, k2, v2, w, b):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            o = F.scaled_dot_product_attention(q, k1, v1, is_causal=True, enable_gqa=True)
+        return compiled_mix(q, o, fa2(q, k2, v2, W), w, b)
+
+    def two_sdpa(q, k1, v1, k2, v2, w, b):
+        k1, v1, k2, v2 = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k1, v1, k2, v2))
+        a = F.scaled_dot_product_attention(q, k1, v1, **(dict(is_causal=True) if documents == 1 else dict(attn_mask=dense[0])))
+        return mix(q, a, F.scaled_dot_product_attention(q, k2, v2, attn_mask=dense[1]), w, b)
+
+    @partial(torch.compile, dynamic=False)
+    def flex(q, k1, v1, k2, v2, w, b):
+        return mix(q, flex_attention(q, k1, v1, block_mask=blocks[0], enable_gqa=True),
+                   flex_attention(q, k2, v2, block_mask=blocks[1], enable_gqa=True), w, b)
+
+    chains = {"FA2 chain": fa2_chain, "flex": flex, "cuDNN chain": cudnn_chain, "2 SDPA": two_sdpa}
+    return {name: f for name, f in chains.items() if documents == 1 or name != "cuDNN chain"}
+
+
+def milliseconds(function, inputs, do):
+    """Median time of a call, or with `do` of a call and its backward; the L2 cache is cleared between calls."""
+    call = (lambda: function(*inputs)) if do is None else (lambda: torch.autograd.grad(function(*inputs), inputs, do))
+    with torch.set_grad_enabled(do is not None):
+        return triton.testing.do_bench(call, warmup=100, rep=400, return_mode="median")
+
+
+def bench(mix, H=40, KV=8, D=128, W=64):
+    """Prints the table of times. `x` is how many times faster we are, predicted in brackets; TF is executed TFLOP/s."""
+    device = torch.device("cuda")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {time.strftime('%d %B %Y')}; "
+          f"bfloat16, B 1, heads {H}/{KV}, D {D}, window {W}; medians\n{PREDICTION}\n")
+    for T, documents in ((1024, 1), (4096, 1), (32768, 1), (32768, 8)):
+        torch.compiler.reset()
+        inputs, do = random_inputs(1, H, KV, T, D, device, torch.bfloat16)
+        segments = (torch.arange(T, device=device) // (T // documents))[None] if documents > 1 else None
+        ours = lambda *x: fused_gated_attention(*x, W, segments)                            # noqa: B023 - called in this round only
+        others, expected = baselines(mix, T, documents, W, device), ours(*inputs).detach()
+        for backward in (False, True):
+            gradient = do if backward else None
+            ms = milliseconds(ours, inputs, gradient)
+            operations = (T * T / documents / 2 + T * 192) * 4 * D * H * (4.5 if backward else 1)
+            line = (f"T {T:6} documents {documents}  {'forward + backward' if backward else 'forward':18}  ours {ms:8.3f} ms "
+                    f"({predicted_ms('ours', T, documents, backward):.3f}) {operations / ms / 1e9:4.0f} TF")
+            for name, other in others.items():
+                try:
+                    wrong = (other(*inputs).detach() - expected).norm() > 0.02 * expected.norm()
+                    faster = milliseconds(other, inputs, gradient) / ms
+                    guess = predicted_ms(name, T, documents, backward) / predicted_ms("ours", T, documents, backward)
+                    line += f"  {name} {faster:5.2f} x ({guess:.2f}){' OTHER VALUES' if wrong else ''}"
+                except (RuntimeError, NotImplementedError) as error:                        # a library that cannot, or no memory
+                    line += f"  {name} failed: {str(error).splitlines()[0][:60]}"
+            print(line, flush=True)
+
+
+def time_tiles(H=40, KV=8, T=4096, W=64):
+    """Times the candidate tiles of each kernel at D = 128, to choose the row of TILES for a new GPU."""
+    device = torch.device("cuda")
+    inputs, do = random_inputs(1, H, KV, T, 128, device, torch.bfloat16)
+    row = TILES[machine(device, torch.bfloat16)]
+    for name, tile in ((name, tile) for name, tiles in CANDIDATES.items() for tile in tiles):
+        kept, row[name] = row[name], tile
+        ms = milliseconds(lambda *x: fused_gated_attention(*x, W), inputs, None if name == "forward" else do)
+        row[name] = kept
+        print(f"{name:8} {tile}  {ms:.3f} ms{'' if name == 'forward' else ', forward and backward'}", flush=True)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def print_compiler_report():
-    """One line a kernel: what a machine without a GPU can say about GPU code."""
-    print("compiled for an H100 (sm_90), bfloat16, 40 query and 8 key/value heads; spills are registers that went to memory")
-    for D in (128, 64):
-        for r in compiler_report(D):
-            print(f"D {D:3}  {r['kernel']:17} {r['warps']} warps  {r['registers']:3} registers  spilled {r['spill_stores']} + {r['spill_loads']} bytes"
-                  f"  shared memory {r['shared_kb']:5.1f} KB  {r['wgmma']:2} wgmma", flush=True)
-
-
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1] + " Checks the kernel against the plain equation; times it on a GPU.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="correctness only, no times")
-    parser.add_argument("--compile", action="store_true", help="compile every kernel for an H100 and print the assembler's report; needs no GPU")
+    about = "Gated loop attention as one GPU kernel: checks it against the plain equation, then times it beside what torch offers. "
+    about += "Without a GPU the check runs in Triton's interpreter and no time is printed."
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--check", action="store_true", help="correctness only, no times (default: both)")
+    parser.add_argument("--tiles", action="store_true", help="time the candidate tiles instead of the table (default: no)")
     args = parser.parse_args(argv)
-    if args.compile:
-        require(triton is not None, "--compile needs Triton, which is not installed: pip install triton")
-        return print_compiler_report()
+    require(triton is not None, "Triton is not installed, and it is what runs these kernels: pip install triton")
     gpu = torch.cuda.is_available()
+    require(gpu or not args.tiles, "--tiles times kernels, which needs a GPU")
     if not gpu and not INTERPRETED:
-        require(triton is not None, "the check needs Triton, which is not installed: pip install triton")
         print("no GPU here: the same kernels in Triton's interpreter, which runs them with numpy", flush=True)
         environment = dict(os.environ, TRITON_INTERPRET="1")                                # has to be there before Triton is imported
         status = subprocess.run([sys.executable, __file__, "--check"], env=environment).returncode
-        print("times: not measured; the table needs a GPU (python kernels.py there, python kernels.py --compile anywhere)")
+        print("times: not measured, the table needs a GPU")
         return status
-    from loop_attention import loop_attention_reference
+    from loop_attention import loop_attention_reference, mix
     fine = check(loop_attention_reference, torch.device("cuda" if gpu else "cpu"))
-    print("correct" if fine else "WRONG: an error above is over its limit")
+    print("correct" if fine else "WRONG: an error above is over its limit, or two runs differ")
+    if fine and gpu and not args.check:
+        time_tiles() if args.tiles else bench(mix)
     return 0 if fine else 1
 
 
