@@ -6,14 +6,21 @@ Pass 1 is plain causal attention; its keys and values are kept. In pass 2 every 
     local   the last w tokens,  through the keys and values of pass 2:   B = Attn(q2, K2, V2; causal, last w, itself included)
 and a learned gate, one number per head and token, mixes the two:        o = g A + (1 - g) B,   g = sigmoid(q2 . w_h + b_h)
 
-Read loop_attention_reference() first: it is the whole idea. loop_attention() is the same thing without a T x T tensor.
+Read loop_attention_reference() first: it is the whole idea. loop_attention() is the same thing without a T x T tensor, attend() is
+the attention under it, and ring_loop_attention() spreads the sequence over several devices.
 Source: LoopCoder report, equations 2 to 5. The rotary embedding is already in q and k when they come here.
 
-    python loop_attention.py            # the fast form against the reference, and both views of a short line
+    python loop_attention.py            # the fast form against the equations, then 1, 2 and 4 processes: time, bytes, memory
 """
+import argparse
 import math
+import resource
+import sys
+import tempfile
+import time
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -125,10 +132,11 @@ class Tiles:
         """[(columns, mask)]: where this tile's keys are not seen by all of its queries. Equal tiles share their masks."""
         c = self.c
         lefts = tuple([w - first - r * c for r in range(g) for w in wants[r * c:(r + 1) * c]])
-        key = lefts, at - first, n
+        held = [min(self.S - 1 - first - r * c, n) for r in range(g)]            # the last column that is a key and not padding
+        key = lefts, at - first, n, *held
         if key not in self.masks:
-            own = [at - first + t for _ in range(g) for t in range(c)]
-            ends = [slice(0, n)] if g > 1 else [slice(0, min(max(*lefts, 0), n)), slice(max(own[0] + 1, 0), n)]
+            own = [min(at - first + t, last) for last in held for t in range(c)]
+            ends = [slice(0, n)] if self.narrow_window else [slice(0, min(max(*lefts, 0), n)), slice(max(own[0] + 1, 0), n)]
             self.masks[key] = [(x, edge_mask(lefts, own, x, c, self.wide)) for x in ends if x.start < x.stop]
         return self.masks[key]
 
@@ -295,18 +303,250 @@ def loop_attention_step(q, k_global, v_global, k_ring, v_ring, gate_weight, gate
     return torch.lerp(o_local, o_global, g)
 
 
+# ---- over a ring of devices ------------------------------------------------------------------------------------------
+# The sequence is cut into 2 P chunks; rank r holds chunks r and 2P - 1 - r (zigzag), so every rank has as much past to attend to. In
+# step s a rank sends keys and values to rank + s and gets those of rank - s, while it computes on what came in the step before; parts
+# merge by their log-sum-exp. A rank sends exactly the stretch of each chunk that the receiver's queries see, so the window's halo
+# (one hop or several), documents that end before a border, and shards that nobody needs all fall out of one rule.
+
+
+def shard_sequence(x, group=None, dim=1, pad=0):
+    """This rank's part of a whole sequence: chunks r and 2P - 1 - r along `dim`; a length that 2P does not divide is padded first."""
+    P, r = dist.get_world_size(group), dist.get_rank(group)
+    c = -(-x.shape[dim] // (2 * P))
+    shape = list(x.shape)
+    shape[dim] = 2 * P * c - shape[dim]
+    chunks = torch.cat([x, x.new_full(shape, pad)], dim).split(c, dim)
+    return torch.cat([chunks[r], chunks[2 * P - 1 - r]], dim)
+
+
+def unshard_sequence(x, group=None, dim=1, length=None):
+    """The whole sequence (its first `length` positions) from all ranks' parts, on every rank; no gradient."""
+    P = dist.get_world_size(group)
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(P)]
+    dist.all_gather(parts, x.detach().contiguous(), group=group)
+    halves = [part.chunk(2, dim) for part in parts]
+    whole = torch.cat([a for a, _ in halves] + [b for _, b in reversed(halves)], dim)
+    return whole if length is None else whole.narrow(dim, 0, length)
+
+
+class Ring:
+    """
+    Who holds what, and who needs what of whom: t positions a rank, the documents' starts, and the bytes sent so far.
+
+    segment_ids (B, t) is this rank's shard, or None. starts (B, T) and positions (B, t), counted from each document's start, are made
+    from all shards, so that rotary angles and documents run across the borders.
+    """
+
+    def __init__(self, t, segment_ids=None, group=None, device="cpu"):
+        if t % 2:
+            raise ValueError(f"a shard of {t} positions cannot hold two chunks: cut the sequence with shard_sequence(), which pads it")
+        self.group, self.P, self.rank, self.c = group, dist.get_world_size(group), dist.get_rank(group), t // 2
+        ids = torch.zeros(1, t, dtype=torch.int64, device=device) if segment_ids is None else segment_ids
+        self.starts = document_starts(unshard_sequence(ids, group))               # (B or 1, T)
+        self.mine = self.chunks(self.rank)
+        at = torch.cat([torch.arange(i * self.c, (i + 1) * self.c, device=device) for i in self.mine])
+        self.positions = at - self.starts[:, at]
+        self.sent = 0                                                            # bytes, keys and values and their gradients
+
+    def chunks(self, rank):
+        """The two chunks of a rank."""
+        return rank, 2 * self.P - 1 - rank
+
+    def lo(self, window):
+        """First key that any row's query sees, for each position (T,)."""
+        at = torch.arange(self.starts.shape[1], device=self.starts.device)
+        return torch.maximum(self.starts.min(dim=0).values, at - window + 1)
+
+    def pieces(self, lo, src, dst):
+        """[(chunk, first key)]: from there to its end, what rank dst needs of each chunk of rank src."""
+        first = [(j, min(max(int(lo[i * self.c]), j * self.c) for i in self.chunks(dst) if i >= j)) for j in self.chunks(src)
+                 if any(i >= j for i in self.chunks(dst))]
+        return [(j, a) for j, a in first if a < (j + 1) * self.c]
+
+    def part(self, x, j, a):
+        """Keys a .. of this rank's chunk j: x (B, KV, t, D)."""
+        start = self.mine.index(j) * self.c
+        return x[:, :, start + a - j * self.c:start + self.c]
+
+    def exchange(self, out, dst, shapes, src, like):
+        """Send the list `out` to dst, receive tensors of these shapes from src. Returns them and what to wait for."""
+        into = [like.new_empty(shape) for shape in shapes]
+        out = [x.contiguous() for x in out]
+        self.sent += sum(x.numel() * x.element_size() for x in out)
+        peer = lambda rank: dist.get_global_rank(self.group, rank) if self.group is not None else rank
+        ops = [dist.P2POp(dist.isend, x, peer(dst), self.group) for x in out] + [dist.P2POp(dist.irecv, x, peer(src), self.group) for x in into]
+        return into, (dist.batch_isend_irecv(ops) if ops else []), out           # `out` lives until it is sent
+
+    def fetch(self, k, v, lo, step):
+        """Begin step `step`: own pieces go to rank + step, those of rank - step come: (pieces, tensors, work, kept alive)."""
+        dst, src = (self.rank + step) % self.P, (self.rank - step) % self.P
+        out = [self.part(x, j, a) for j, a in self.pieces(lo, self.rank, dst) for x in (k, v)]
+        coming = self.pieces(lo, src, self.rank)
+        shapes = [(*k.shape[:2], (j + 1) * self.c - a, k.shape[3]) for j, a in coming for _ in (k, v)]
+        return coming, *self.exchange(out, dst, shapes, src, k)
+
+    def steps(self, k, v, lo):
+        """(step, [(chunk, first key, keys, values)]) of all ranks in turn, our own first; the next exchange runs meanwhile."""
+        own = [(j, j * self.c, self.part(k, j, j * self.c), self.part(v, j, j * self.c)) for j in self.mine]
+        ahead = self.fetch(k, v, lo, 1) if self.P > 1 else None
+        yield 0, own
+        for step in range(1, self.P):
+            coming, tensors, work, _alive = ahead
+            for w in work:
+                w.wait()
+            ahead = self.fetch(k, v, lo, step + 1) if step + 1 < self.P else None
+            yield step, [(j, a, *tensors[2 * n:2 * n + 2]) for n, (j, a) in enumerate(coming)]
+
+    def meetings(self, lo, j, a):
+        """[(slice of own queries, shift, starts)]: the own queries that see keys a .. of chunk j, as attend() wants them."""
+        found = []
+        for half, i in enumerate(self.mine):
+            n = int(torch.searchsorted(lo[i * self.c:(i + 1) * self.c], (j + 1) * self.c)) if i >= j else 0
+            if n:
+                found.append((slice(half * self.c, half * self.c + n), i * self.c - a, self.starts[:, i * self.c:i * self.c + n] - a))
+        return found
+
+
+def part_forward(q, k, v, shift, window, starts):
+    """(o, lse) of one part, by the kernel on a GPU and by tiles on a CPU."""
+    starts = starts.expand(q.shape[0], -1)
+    if q.is_cuda:
+        from kernels import flash_partial
+        return flash_partial(q, k, v, shift, window, starts.int())
+    return attend(q, k, v, shift, window, starts)
+
+
+def part_backward(do, q, k, v, lse, delta, shift, window, starts):
+    """(dq, dk, dv) of one part."""
+    starts = starts.expand(q.shape[0], -1)
+    if q.is_cuda:
+        from kernels import flash_partial_backward
+        return flash_partial_backward(do, q, k, v, lse, delta, shift, window, starts.int())
+    return attend_backward(do, q, k, v, lse, delta, shift, window, starts)
+
+
+class RingAttention(torch.autograd.Function):
+    """softmax attention of this rank's queries to the keys of all ranks, to the last `window` positions, inside documents."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, ring, window):
+        lo = ring.lo(window)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        o, lse = torch.zeros(q.shape, dtype=wide, device=q.device), torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
+        for _, pieces in ring.steps(k, v, lo):
+            for j, a, kj, vj in pieces:
+                for rows, shift, starts in ring.meetings(lo, j, a):
+                    part, part_lse = part_forward(q[:, :, rows], kj, vj, shift, window, starts)
+                    both = torch.logaddexp(lse[:, :, rows], part_lse)
+                    scale = lambda x, both=both: torch.exp(x - both.clamp(min=-1e30))[..., None]   # nothing seen yet: exp(-inf), not NaN
+                    o[:, :, rows] = o[:, :, rows] * scale(lse[:, :, rows]) + part * scale(part_lse)
+                    lse[:, :, rows] = both
+        o = o.to(q.dtype)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.ring, ctx.window = ring, window
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        ring, lo = ctx.ring, ctx.ring.lo(ctx.window)
+        delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
+        dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+        for step, pieces in ring.steps(k, v, lo):
+            grads = []
+            for j, a, kj, vj in pieces:
+                dkj, dvj = (torch.zeros(kj.shape, dtype=lse.dtype, device=kj.device) for _ in range(2))
+                for rows, shift, starts in ring.meetings(lo, j, a):
+                    shares = part_backward(do[:, :, rows].contiguous(), q[:, :, rows], kj, vj, lse[:, :, rows].contiguous(),
+                                           delta[:, :, rows].contiguous(), shift, ctx.window, starts)
+                    for whole, share in zip((dq[:, :, rows], dkj, dvj), shares):
+                        whole += share
+                grads += [dkj, dvj]
+            home = [(j, j * ring.c) for j in ring.mine]
+            if step:                                                             # the gradients go home, ours come home
+                home = ring.pieces(lo, ring.rank, (ring.rank + step) % ring.P)
+                shapes = [ring.part(x, j, a).shape for j, a in home for x in (k, v)]
+                grads, work, _alive = ring.exchange(grads, (ring.rank - step) % ring.P, shapes, (ring.rank + step) % ring.P, dq)
+                for w in work:
+                    w.wait()
+            for n, (j, a) in enumerate(home):
+                ring.part(dk, j, a).add_(grads[2 * n])
+                ring.part(dv, j, a).add_(grads[2 * n + 1])
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+@torch.compiler.disable
+def ring_attention(q, k, v, ring, window=EVERYTHING):
+    """Causal attention over the ring: this rank's q (B, H, t, D), k and v (B, KV, t, D) -> (B, H, t, D)."""
+    return RingAttention.apply(q, k, v, ring, window)
+
+
+def ring_loop_attention(q, k_global, v_global, k_local, v_local, gate_weight, gate_bias, window, segment_ids=None, group=None, ring=None):
+    """
+    loop_attention() of a sequence that is spread over the ranks of `group`: all arguments but the gate are this rank's shards.
+
+    The gate's gradients are this rank's share, as those of any parameter are; sum them over the group. A caller with many layers makes
+    one Ring(t, segment_ids, group) and passes it instead of the ids.
+    """
+    ring = ring or Ring(q.shape[2], segment_ids, group, q.device)
+    o_global = ring_attention(q, k_global, v_global, ring)
+    o_local = ring_attention(q, k_local, v_local, ring, window)
+    return mix(q, o_global, o_local, gate_weight, gate_bias)
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def main():
-    """Compare the fast form with the reference on a small packed batch."""
+def one_rank(rank, P, rendezvous, T, queue):
+    """One process of the table: a loop attention of T positions, forward and backward, over P ranks."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=P)
+    torch.manual_seed(0)
+    H, KV, D, window = 4, 2, 32, 64
+    whole = [torch.randn(1, h, T, D) for h in (H, KV, KV, KV, KV)] + [torch.randn(H, D) / 6, torch.randn(H)]
+    mine = [shard_sequence(x, dim=2).requires_grad_() for x in whole[:5]] + whole[5:]
+    held, ring = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, Ring(mine[0].shape[2])
+    dist.barrier()
+    start = time.perf_counter()
+    o = ring_loop_attention(*mine, window, ring=ring)
+    o.sum().backward()
+    dist.barrier()
+    seconds, used = time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024
+    o = unshard_sequence(o, dim=2, length=T)
+    if rank == 0:
+        error = float((o - loop_attention(*whole, window)).abs().max())
+        queue.put((P, seconds, ring.sent / 1024, used, error))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(argv=None):
+    """Compare the fast form with the reference on a small packed batch, then run the ring with 1, 2 and 4 processes."""
+    parser = argparse.ArgumentParser(prog="loop_attention.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=(
+        "Check the fast form of loop attention against the equations, then run it over 1, 2 and 4 processes: time, bytes that rank 0 "
+        "sends, and the memory that a rank takes beyond its inputs, for one forward and backward pass."))
+    parser.add_argument("--tokens", type=int, default=4096, help="length of the sequence that the processes share")
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     B, H, KV, T, D, window = 2, 4, 2, 200, 16, 9
     q, (k1, v1, k2, v2) = torch.randn(B, H, T, D), torch.randn(4, B, KV, T, D)
-    segment_ids = torch.arange(T).expand(B, T) // 70
-    args = (q, k1, v1, k2, v2, torch.randn(H, D), torch.randn(H), window, segment_ids)
-    print(f"largest difference to the reference: {(loop_attention(*args) - loop_attention_reference(*args)).abs().max():.1e}")
+    inputs = (q, k1, v1, k2, v2, torch.randn(H, D), torch.randn(H), window, torch.arange(T).expand(B, T) // 70)
+    print(f"largest difference to the equations: {(loop_attention(*inputs) - loop_attention_reference(*inputs)).abs().max():.1e}")
+    print(f"{'processes':>9} {'seconds':>8} {'sent KiB':>9} {'peak MiB':>9} {'difference':>11}   ({args.tokens} tokens)")
+    context = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        for P in (1, 2, 4):
+            queue = context.SimpleQueue()
+            torch.multiprocessing.spawn(one_rank, (P, f"{folder}/{P}", args.tokens, queue), nprocs=P)
+            print("{:>9} {:>8.2f} {:>9.0f} {:>9.1f} {:>11.1e}".format(*queue.get()))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"loop_attention.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

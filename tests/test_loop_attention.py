@@ -1,5 +1,7 @@
 """Loop attention: the equations against numpy, the fast form against the equations, and the ring against one process."""
+import ast
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -161,3 +163,70 @@ def test_it_is_one_node_of_a_compiled_graph():
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     for g, h in zip(torch.autograd.grad(a.sum(), x), torch.autograd.grad(b.sum(), x)):
         torch.testing.assert_close(g, h, rtol=1e-5, atol=1e-5)
+
+
+# ---- the ring --------------------------------------------------------------------------------------------------------
+
+RING_CASES = [  # T, window, documents, dtype: windows within a chunk, over several shards, wider than all; a length that 2 P does not divide
+    (96, 9, 0, torch.float64), (96, 40, 3, torch.float64), (90, 1, 4, torch.float64), (96, 200, 2, torch.float64), (96, 7, 5, torch.float32),
+]
+
+
+def ring_case(T, window, docs, dtype):
+    """One case on this rank: largest error of the output and of every gradient against one process, relative to its largest value."""
+    x, ids = inputs(T=T, D=8, docs=docs, dtype=dtype, seed=T + window)
+    shards = [la.shard_sequence(t.detach(), dim=2).requires_grad_() for t in x[:5]] + [t.detach().requires_grad_() for t in x[5:]]
+    my_ids = None if ids is None else la.shard_sequence(ids, pad=docs)
+    do = torch.randn(2, 4, T, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    out = la.ring_loop_attention(*shards, window, my_ids)
+    out.backward(la.shard_sequence(do, dim=2))
+    expected = la.loop_attention_reference(*x, window, ids)
+    expected.backward(do)
+    for t in shards[5:]:
+        torch.distributed.all_reduce(t.grad)
+    got = [la.unshard_sequence(t, dim=2, length=T) for t in (out, *(t.grad for t in shards[:5]))] + [t.grad for t in shards[5:]]
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in zip(got, [expected.detach(), *(t.grad for t in x)]))
+
+
+def ring_bytes(P, rank):
+    """(bytes this rank sent, the formula's) for plain causal loop attention, and bytes sent where every chunk is a document."""
+    B, H, KV, c, D, window = 1, 2, 1, 8, 4, 5
+    shards = [torch.randn(B, h, 2 * c, D, requires_grad=True) for h in (H, KV, KV, KV, KV)]
+    gate = torch.zeros(H, D), torch.zeros(H)
+    ring = la.Ring(2 * c)
+    la.ring_loop_attention(*shards, *gate, window, ring=ring).sum().backward()
+    chunks = 2 * (P - 1 + rank) + 2 * (P - 1) - rank                             # keys out, again in the backward pass, gradients back
+    borders = (rank < P - 1) + (rank > 0)                                        # neighbours that want a tail; as many tails came
+    tokens = chunks * c + (window - 1) * 3 * borders
+    alone = la.Ring(2 * c, torch.tensor([[rank] * c + [2 * P - 1 - rank] * c]))
+    la.ring_loop_attention(*shards, *gate, window, ring=alone).sum().backward()
+    return ring.sent, tokens * 2 * B * KV * D * 4, alone.sent
+
+
+def ring_rank(rank, P, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{P}", rank=rank, world_size=P)
+    errors, sent = [ring_case(*case) for case in RING_CASES], [None] * P
+    torch.distributed.all_gather_object(sent, ring_bytes(P, rank))
+    if rank == 0:
+        print(repr((P, errors, sent)), flush=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_the_ring_equals_one_process_with_2_4_and_8_ranks_and_sends_what_the_formula_says(tmp_path):
+    result = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True, timeout=300, cwd=ROOT,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+    reports = [ast.literal_eval(line) for line in result.stdout.splitlines() if line.startswith("(")]
+    assert [P for P, *_ in reports] == [2, 4, 8], result.stderr
+    for P, errors, sent in reports:
+        for case, error in zip(RING_CASES, errors):
+            assert error < (1e-12 if case[3] == torch.float64 else 1e-5), (P, case)
+        for rank, (measured, formula, alone) in enumerate(sent):
+            assert measured == formula, (P, rank)
+            assert alone == 0, (P, rank)                                         # nothing to attend to elsewhere: nothing sent
+
+
+if __name__ == "__main__":                                                       # the processes of the test above
+    for size in (2, 4, 8):
+        torch.multiprocessing.start_processes(ring_rank, (size, sys.argv[1]), nprocs=size, start_method="fork")
