@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from loop_attention import attention_step, causal_attention, loop_attention, loop_attention_step
+from loop_attention import (Ring, attention_step, causal_attention, document_starts, loop_attention, loop_attention_step, ring_attention,
+                            ring_loop_attention)
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -131,15 +132,6 @@ PRESETS = {
 }
 
 # ---- small parts -----------------------------------------------------------------------------------------------------
-
-
-def document_positions(segment_ids):
-    """segment_ids (B, T), non-decreasing -> position of each token inside its own segment (B, T): rotary angles restart there."""
-    T = segment_ids.shape[1]
-    i = torch.arange(T, device=segment_ids.device).expand_as(segment_ids)
-    first = torch.ones_like(segment_ids, dtype=torch.bool)
-    first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return i - torch.where(first, i, 0).cummax(dim=1).values
 
 
 def rotary_table(positions, head_dim, theta):
@@ -621,21 +613,32 @@ class LoopCoder(nn.Module):
                 x = x_before + self.loop_alpha.to(x.dtype) * (x - x_before)
         return self.model.norm(x)
 
-    def hidden(self, input_ids, segment_ids=None):
-        """Final normed hidden states (B, T, C) of whole rows; with segment_ids each segment is a row of its own."""
+    def hidden(self, input_ids, segment_ids=None, group=None):
+        """
+        Final normed hidden states (B, T, C) of whole rows; with segment_ids each segment is a row of its own.
+
+        With a process group the arguments are this rank's shards (loop_attention.shard_sequence) of rows that the group shares:
+        positions and documents run across the borders, and attention goes round the ring.
+        """
         B, T = input_ids.shape
-        if segment_ids is None:
-            positions = torch.arange(T, device=input_ids.device).expand(B, T)
-        else:
-            positions = document_positions(segment_ids)
         gates, window = getattr(self.model, "gate_projections", None), self.config.loop_window_size
+        if group is not None:
+            if self.config.loop_input == "shift" and self.config.loop_num > 1:
+                raise ValueError("loop_input='shift' does not run over a process group: the shifted state would cross its borders")
+            ring = Ring(T, segment_ids, group, input_ids.device)
+            return self.passes(
+                input_ids, ring.positions.expand(B, T), lambda i, q, k, v: ring_attention(q, k, v, ring),
+                lambda turn, i, q, k, v, k1, v1: ring_loop_attention(q, k1, v1, k, v, gates[i].weight, gates[i].bias, window, ring=ring))
+        positions = torch.arange(T, device=input_ids.device).expand(B, T)
+        if segment_ids is not None:
+            positions = positions - document_starts(segment_ids)                 # rotary angles restart with each document
 
         def later(turn, i, q, k, v, k1, v1):
             return loop_attention(q, k1, v1, k, v, gates[i].weight, gates[i].bias, window, segment_ids)
 
         return self.passes(input_ids, positions, lambda i, q, k, v: causal_attention(q, k, v, segment_ids), later)
 
-    def forward(self, input_ids, targets=None, segment_ids=None, cache=None, lengths=None, reduction="mean", want_logits=True):
+    def forward(self, input_ids, targets=None, segment_ids=None, cache=None, lengths=None, reduction="mean", want_logits=True, group=None):
         """
         input_ids, targets, segment_ids (B, T) int64 -> (logits (B, T, V) or None, loss or None).
 
@@ -646,14 +649,18 @@ class LoopCoder(nn.Module):
             rows = torch.arange(cache.rows, device=input_ids.device)
             h = self.append(cache, rows, input_ids, torch.full_like(rows, input_ids.shape[1]) if lengths is None else lengths)
         else:
-            h = self.hidden(input_ids, segment_ids)
+            h = self.hidden(input_ids, segment_ids, group)
         logits = head_logits(h, self.lm_head.weight) if want_logits else None
         loss = None if targets is None else head_loss(h, self.lm_head.weight, targets, reduction)
         return logits, loss
 
-    def loss(self, input_ids, targets, segment_ids=None, reduction="mean", temperature=1.0):
-        """The training path: cross entropy in chunks, "mean" or "sum" over the tokens in the loss, or "none" (B, T)."""
-        return head_loss(self.hidden(input_ids, segment_ids), self.lm_head.weight, targets, reduction, temperature)
+    def loss(self, input_ids, targets, segment_ids=None, reduction="mean", temperature=1.0, group=None):
+        """
+        The training path: cross entropy in chunks, "mean" or "sum" over the tokens in the loss, or "none" (B, T).
+
+        With a group (see hidden) it is the loss of this rank's shard: take "sum", and add over the ranks.
+        """
+        return head_loss(self.hidden(input_ids, segment_ids, group), self.lm_head.weight, targets, reduction, temperature)
 
     # ---- files ----
 

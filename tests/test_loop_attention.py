@@ -167,8 +167,9 @@ def test_it_is_one_node_of_a_compiled_graph():
 
 # ---- the ring --------------------------------------------------------------------------------------------------------
 
-RING_CASES = [  # T, window, documents, dtype: windows within a chunk, over several shards, wider than all; a length that 2 P does not divide
-    (96, 9, 0, torch.float64), (96, 40, 3, torch.float64), (90, 1, 4, torch.float64), (96, 200, 2, torch.float64), (96, 7, 5, torch.float32),
+RING_CASES = [  # T, window, documents, dtype: windows in a chunk, over several shards, wider than all; a length that 2 P does not divide
+    (96, 9, 0, torch.float64), (96, 40, 3, torch.float64), (90, 1, 4, torch.float64), (96, 200, 2, torch.float64),
+    (96, 7, 5, torch.float32),
 ]
 
 
