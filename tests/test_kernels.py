@@ -153,7 +153,7 @@ def test_blocks_of_other_documents_are_skipped_and_not_just_masked():
     for rows in (slice(0, 64), slice(128, 192)):
         torch.testing.assert_close(o[:, :, rows], expected[:, :, rows].detach())
         assert dq[:, :, rows].isfinite().all()
-    for rows in (slice(0, 32), slice(128, 192)):                                 # the row tile of keys 32 .. 63 reaches into the next document
+    for rows in (slice(0, 32), slice(128, 192)):                                 # keys 32 .. 63 share a row tile with the next document
         assert all(g[:, :, rows].isfinite().all() for g in (dk1, dv1, dk2, dv2))
 
 
