@@ -16,7 +16,7 @@ overlong shaping; Dr.GRPO for the missing division by the spread. Ours, since no
     python rl.py --path instruct                   # from out/sft_instruct to out/rl_instruct
     python rl.py --path swe                        # the agent, from out/rl_thinking to out/rl_swe
     python rl.py --eval out/rl_swe --against out/sft_thinking
-    python rl.py --study                           # gains and their controls on small models made for it, from nothing but this file
+    python rl.py --study all                       # gains and their controls on small models made for it, from nothing but this file
     python rl.py --report                          # out/report.md: the whole chain, stage by stage, from its logs
     torchrun --nproc_per_node 8 rl.py              # rollouts and updates in parallel
 """
@@ -45,7 +45,7 @@ import sandbox
 import tasks
 import train as pipeline
 from data import Tokenizer
-from model import LoopCoder, head_loss
+from model import LoopCoder, LoopCoderConfig, head_loss
 
 # ---------------------------------------------------------------------------------------------- the objective
 
@@ -360,10 +360,10 @@ def draw(logits, uniform, temperature):
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
-    logp = torch.log_softmax(logits / temperature, -1)
-    cdf = logp.exp().cumsum(-1)
+    p = torch.softmax(logits / temperature, -1)
+    cdf = p.cumsum(-1)
     token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
-    return token[:, 0], logp.gather(1, token)[:, 0]
+    return token[:, 0], p.gather(1, token)[:, 0].log()
 
 
 class Rollout:
@@ -693,6 +693,7 @@ class RLConfig:
     clip_grad: float = flag(1.0, "largest gradient norm")
     std: bool = flag(False, "divide advantages by the standard deviation of their group")
     average: str = flag("token", "token: every token of a step weighs the same; sequence: every answer does")
+    terse: bool = flag(False, "keep the first line of each prompt only, without its examples: as much as a very small model can use")
     band_low: float = flag(0.0, "groups with a lower mean of the primary reward are dropped")
     band_high: float = flag(1.0, "groups with a higher one too (0.875 in Seed-Coder)")
     rounds: int = flag(2, "dynamic sampling: rollouts a step at most, until enough groups carry signal")
@@ -703,7 +704,7 @@ class RLConfig:
     mask_cut: bool = flag(False, "learn nothing from episodes that were cut at a limit")
     shuffle_rewards: bool = flag(False, "control: permute the rewards inside each group")
     shuffle_feedback: bool = flag(False, "control: failing tests show another task's failure")
-    slots: int = flag(384, "rows that are decoded at a time")
+    slots: int = flag(96, "rows that are decoded at a time")
     micro_tokens: int = flag(8192, "padded tokens of one forward and backward")
     eval_tasks: int = flag(100, "held-out tasks a family for the evaluation at the end; 0: none")
     eval_samples: int = flag(4, "answers to each of them, at --temperature")
@@ -771,14 +772,16 @@ def episode_of(task, tokenizer, verdicts, cfg, planted=False):
     return single_turn(task, tokenizer, verdicts, cfg.room, cfg.path == "thinking", cfg.overlong)
 
 
+def draw_task(cfg, family, level, seed, split="train"):
+    """A task of this configuration; an agent's prompt is never cut."""
+    task = tasks.generate(family, level, seed, split)
+    return dataclasses.replace(task, prompt=task.prompt.split("\n")[0]) if cfg.terse and family != "swe" else task
+
+
 def sample_groups(roller, tokenizer, cfg, curriculum, verdicts, rng, want, seed):
-    """
-    Roll out `want` fresh training tasks, cfg.samples times each: [(task, its trajectories)].
-    """
-    drawn = []
-    for _ in range(want):
-        family = rng.choice(cfg.families.split(","))
-        drawn.append(tasks.generate(family, curriculum.draw(rng), rng.randrange(10**9)))
+    """Roll out `want` fresh training tasks, cfg.samples times each: [(task, its trajectories)]."""
+    families = cfg.families.split(",")
+    drawn = [draw_task(cfg, rng.choice(families), curriculum.draw(rng), rng.randrange(10**9)) for _ in range(want)]
     lived = roller.run([episode_of(task, tokenizer, verdicts, cfg) for task in drawn for _ in range(cfg.samples)], seed)
     return [(task, lived[i * cfg.samples : (i + 1) * cfg.samples]) for i, task in enumerate(drawn)]
 
@@ -920,7 +923,7 @@ def evaluate(model, tokenizer, cfg, split="test", seed=0):
     model.eval()
     roller = Rollout(model, tokenizer.special["<|im_end|>"], cfg.context, cfg.slots, cfg.temperature)
     for family in cfg.families.split(","):
-        chosen = [tasks.generate(family, levels[i % len(levels)], seed + i, split) for i in range(cfg.eval_tasks)]
+        chosen = [draw_task(cfg, family, levels[i % len(levels)], seed + i, split) for i in range(cfg.eval_tasks)]
         for planted in (False, True) if family == "swe" else (False,):
             lived = roller.run([episode_of(t, tokenizer, verdicts, cfg, planted) for t in chosen for _ in range(k)], [seed, int(planted)])
             outcomes = [[t.outcome for t in lived[i * k : (i + 1) * k] if t.outcome] for i in range(len(chosen))]
@@ -1055,6 +1058,137 @@ def plot(out) -> Path:
     return out / "rl.png"
 
 
+# ---------------------------------------------------------------------------------------------- the study
+# Does it work, and is it the reward that does it? Models of under a million parameters, made here from nothing; held-out templates;
+# several seeds; and beside each run the controls that would show the same gain if it came from anything else.
+
+STUDY = {
+    # few demonstrations, fitted until they give no more; RL then has fresh problems and their tests, but no solution
+    "compose": (dict(path="instruct", families="compose", levels="1,2", terse=True, room=64, context=160, overlong=0, prompts=16,
+                     samples=12),
+                {"grpo": {}, "shuffled rewards": {"shuffle_rewards": True}, "more sft": None}),
+    # demonstrations in which one in twenty makes a mistake and repairs it
+    "swe": (dict(path="swe", families="swe", levels="2", room=48, context=320, prompts=12, samples=12),
+            {"grpo": {}, "shuffled feedback": {"shuffle_feedback": True}, "more sft": None}),
+}  # fmt: skip
+DEMONSTRATIONS, SFT_STEPS = {"compose": 500, "swe": 1500}, {"compose": 120, "swe": 120}
+
+
+def imitate(model, samples, steps, seed, lr=3e-3, rows=64):
+    """Supervised fine-tuning on [(ids, in_loss)], `rows` a step: the loss of the chain's SFT without its data machinery."""
+    optimizer, rng = pipeline.Optimizer(model, kind="muon", weight_decay=0.1), random.Random(seed)
+    model.train()
+    for step in range(steps):
+        chosen = rng.choices(samples, k=rows)
+        batch = [Trajectory(torch.tensor(ids), torch.tensor(learn), torch.zeros(len(ids)), True, None) for ids, learn in chosen]
+        count = sum(int(t.action.sum()) for t in batch)
+        for part in micro_batches([(t, 0.0) for t in batch], 8192):
+            ids, targets, _, mask = pad([t for t, _ in part])
+            (-token_logp(model, ids, targets, mask, 1.0).sum() / count).backward()
+        optimizer.step(pipeline.learning_rate(step, steps, lr, 0.1 * lr), 1.0)
+
+
+def study_start(which, cfg, folder, seed, world):
+    """A small loop model that has imitated a few demonstrations; returns them, encoded."""
+    levels = [int(level) for level in cfg.levels.split(",")]
+    shown = [draw_task(cfg, which, levels[i % len(levels)], 10**6 * (seed + 1) + i) for i in range(DEMONSTRATIONS[which])]
+    parts = [tasks.trajectory_parts(t, detour=i % 20 == 0) if which == "swe" else tasks.task_parts(t) for i, t in enumerate(shown)]
+    tokenizer = Tokenizer.train(["".join(text for text, special, _ in sample if not special) for sample in parts], 340)
+    torch.manual_seed(seed)
+    model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+                                      num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512))  # fmt: skip
+    samples = [tokenizer.encode_parts(sample) for sample in parts]
+    imitate(model.to(world.device), samples, SFT_STEPS[which], seed)
+    tokenizer.save(folder)
+    model.save_pretrained(folder)
+    return samples
+
+
+def study(out, seeds, steps, eval_tasks, world, which=None):
+    """Every arm of STUDY from the same start, for each seed; prints the paired gains and leaves them in OUT/study/results.json."""
+    results = []
+    for name, (settings, arms) in STUDY.items():
+        for seed in range(seeds if which in (None, name) else 0):
+            home = Path(out) / "study" / f"{name}-{seed}"
+            base = RLConfig(**settings, out=str(home), start=str(home / "sft"), seed=seed, steps=steps, eval_tasks=eval_tasks)
+            began = time.perf_counter()
+            samples = study_start(name, base, home / "sft", seed, world)
+            print(f"{name}, seed {seed}: start made in {time.perf_counter() - began:.0f} s", flush=True)
+            for arm, changes in arms.items():
+                began = time.perf_counter()
+                cfg = dataclasses.replace(base, name=arm.replace(" ", "_"), **(changes or {}))
+                before = evaluate_checkpoint(home / "sft", cfg, world)
+                if changes is None:
+                    model = LoopCoder.from_pretrained(home / "sft", device=world.device)
+                    imitate(model, samples, SFT_STEPS[name], seed + 1, lr=1e-3)
+                    Tokenizer.load(home / "sft").save(result_folder(cfg))
+                    model.save_pretrained(result_folder(cfg))
+                else:
+                    train(cfg, world)
+                after = evaluate_checkpoint(result_folder(cfg), cfg, world)
+                minutes = (time.perf_counter() - began) / 60
+                print("\n".join([f"{name}, seed {seed}, {arm}: {minutes:.1f} min", *comparison(after, before)]), flush=True)
+                gains = {metric: {"before": interval(before[metric])[0], "after": interval(after[metric])[0],
+                                  "gain": interval(after[metric], before[metric])} for metric in after}  # fmt: skip
+                results.append({"task": name, "seed": seed, "arm": arm, "minutes": minutes, "metrics": gains})
+                text = json.dumps(results, indent=1)
+                pipeline.write_atomically(Path(out) / "study" / "results.json", lambda at, text=text: at.write_text(text + "\n"))
+    return results
+
+
+# ---------------------------------------------------------------------------------------------- speed
+
+
+def bench(world, rows=32, prompt=128, new=128):
+    """
+    Rollout tokens/s at the nano shape beside transformers' generate on a Llama of the same unrolled depth (where it is installed),
+    by turns, and the seconds of one whole GRPO step: rows samples of `new` tokens, then one update on all of them.
+    """
+    config = LoopCoderConfig.preset("nano")
+    torch.manual_seed(0)
+    model = LoopCoder(config).to(world.device).eval()
+    questions = torch.randint(config.vocab_size - 9, (rows // 8, prompt)).repeat_interleave(8, 0)
+    cfg = RLConfig(room=new, context=prompt + new)
+
+    def talk(ids):
+        yield Ask(ids, new)
+        return lambda: {"reward": 0.0}
+
+    def ours():
+        roller = Rollout(model, -1, prompt + new, rows)
+        lived = roller.run([talk(ids) for ids in questions.tolist()], [0])
+        return roller.tokens / roller.seconds, lived
+
+    def peer():
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape = {k: getattr(config, k) for k in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+                                                 "num_key_value_heads", "head_dim")}  # fmt: skip
+        llama = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=config.num_hidden_layers * config.loop_num)).to(world.device).eval()
+        start = time.perf_counter()
+        with torch.no_grad():
+            llama.generate(questions.to(world.device), do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+        return rows * new / (time.perf_counter() - start)
+
+    speeds = {"rl.py": [], "transformers": []}
+    for _ in range(3):
+        speeds["rl.py"].append(ours()[0])
+        try:
+            speeds["transformers"].append(peer())
+        except ImportError:
+            pass
+    medians = {who: float(np.median(values)) for who, values in speeds.items() if values}
+    for who, value in medians.items():
+        print(f"rollout {rows} x {prompt} + {new}: {who:<13} {value:8.0f} tokens/s   x {value / medians.get('transformers', value):.2f}")
+    optimizer, seconds = pipeline.Optimizer(model, kind="adamw", weight_decay=0.0), []
+    for _ in range(3):
+        start = time.perf_counter()
+        lived = ours()[1]
+        update(model, optimizer, [(t, (-1.0) ** i) for i, t in enumerate(lived)], cfg, 1e-6, world)
+        seconds.append(time.perf_counter() - start)
+    print(f"one GRPO step of that shape, one update: {np.median(seconds):.2f} s")
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -1076,8 +1210,11 @@ def arguments(argv):
     parser.add_argument("--against", metavar="CKPT", help="with --eval: paired differences to this checkpoint")
     parser.add_argument("--report", action="store_true", help="write OUT/report.md from the logs of the chain and leave")
     parser.add_argument("--plot", action="store_true", help="draw OUT/rl.png and leave (needs matplotlib)")
+    parser.add_argument("--study", choices=["all", *STUDY], help="gains and controls on small models, --steps an arm; then leave")
+    parser.add_argument("--bench", action="store_true", help="speed of rollouts and of a step, beside transformers where installed")
+    parser.add_argument("--seeds", type=int, default=3, help="with --study: repetitions")
     given = vars(parser.parse_args(argv))
-    extra = {name: given.pop(name) for name in ("eval", "against", "report", "plot")}
+    extra = {name: given.pop(name) for name in ("eval", "against", "report", "plot", "study", "seeds", "bench")}
     if extra["against"] and not extra["eval"]:
         raise ValueError("--against CKPT compares with --eval CKPT; give both")
     return RLConfig(**given), extra
@@ -1088,6 +1225,11 @@ def main(argv=None):
     if extra["report"] or extra["plot"]:
         return print(report(cfg.out) if extra["report"] else plot(cfg.out))
     world = pipeline.start_world(pipeline.TrainConfig(device=cfg.device, dtype="float32", threads=cfg.threads))
+    if extra["bench"]:
+        return bench(world)
+    if extra["study"]:
+        study(cfg.out, extra["seeds"], cfg.steps, cfg.eval_tasks, world, None if extra["study"] == "all" else extra["study"])
+        return None
     if extra["eval"]:
         for folder in filter(None, (extra["eval"], extra["against"])):
             start_folder(dataclasses.replace(cfg, start=folder))
