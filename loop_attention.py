@@ -375,7 +375,8 @@ class Ring:
         out = [x.contiguous() for x in out]
         self.sent += sum(x.numel() * x.element_size() for x in out)
         peer = lambda rank: dist.get_global_rank(self.group, rank) if self.group is not None else rank
-        ops = [dist.P2POp(dist.isend, x, peer(dst), self.group) for x in out] + [dist.P2POp(dist.irecv, x, peer(src), self.group) for x in into]
+        ops = [dist.P2POp(dist.isend, x, peer(dst), self.group) for x in out]
+        ops += [dist.P2POp(dist.irecv, x, peer(src), self.group) for x in into]
         return into, (dist.batch_isend_irecv(ops) if ops else []), out           # `out` lives until it is sent
 
     def fetch(self, k, v, lo, step):

@@ -15,6 +15,7 @@ Where we differ: the reports' equation 1 (loop 2 reads the embedding plus the sh
     python model.py --bench                           # training and decoding speed, beside transformers where it is installed
 """
 import argparse
+import ctypes
 import dataclasses
 import json
 import math
@@ -22,6 +23,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,8 +32,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from loop_attention import (Ring, attention_step, causal_attention, document_starts, loop_attention, loop_attention_step, ring_attention,
-                            ring_loop_attention)
+from loop_attention import (Ring, attention_step, causal_attention, document_starts, loop_attention, loop_attention_step, mix,
+                            ring_attention, ring_loop_attention)
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -178,9 +180,18 @@ class ScaleGradient(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
+@lru_cache
+def keep_freed_memory():
+    """Tell glibc, where there is one, to give no memory back: a large tensor then reuses pages instead of having new ones cleared."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-4, 0)                                                           # M_MMAP_MAX: no block of its own for a large tensor
+        mallopt(-1, 2**31 - 1)                                                   # M_TRIM_THRESHOLD: keep the end of the heap
+
+
 # ---- the loss, without ever holding (B, T, V) ------------------------------------------------------------------------
 
-LOSS_CHUNK = 1024   # tokens whose logits exist at the same time
+LOSS_CHUNK = 512   # tokens whose logits exist at the same time
 
 
 def head_logits(hidden, weight):
@@ -576,6 +587,12 @@ class LoopCoder(nn.Module):
             if p.dim() == 2 and "gate_projections" not in name and not p.is_meta:
                 nn.init.normal_(p, std=config.initializer_range)
 
+    def train(self, mode=True):
+        """Training mode. On a CPU the allocator is told to keep what it frees: fresh pages cost a tenth of a training step."""
+        if mode and self.lm_head.weight.device.type == "cpu":
+            keep_freed_memory()
+        return super().train(mode)
+
     def embed(self, input_ids):
         """Token embeddings (B, T, C) in the compute dtype."""
         x = self.model.embed_tokens(input_ids)
@@ -944,6 +961,101 @@ def show_presets():
     print("FLOPs at the full context; the cache in bf16: one pass for every token, a window for every further pass")
 
 
+def median_seconds(step, repeats=3):
+    """Median time of `step` after one warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeats // 2]
+
+
+def training_step(loss_of, parameters):
+    """Forward, backward and fused AdamW as one call."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step():
+        loss_of().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def peer_llama():
+    """transformers' Llama of the unrolled nano shape (loop_num times as many layers), or None where transformers is not installed."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        return None
+    c = LoopCoderConfig.preset("nano")
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, head_dim=c.head_dim,
+        num_hidden_layers=c.num_hidden_layers * c.loop_num, num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads, max_position_embeddings=4096, tie_word_embeddings=False))
+
+
+def bench_training(B=8, T=512):
+    """Training tokens/s, eager and compiled, float32 and bfloat16: the peer first, then ours; the best of each is compared."""
+    ids, best = torch.randint(0, 8192, (B, T + 1)), {}
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    peaks = {dtype: matmul_peak(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    print("matmul peak: " + ", ".join(f"{str(d)[6:]} {p / 1e9:.0f} GFLOP/s" for d, p in peaks.items()))
+    for who in ("transformers", "ours"):
+        for dtype in peaks:
+            for compiled in (False, True):
+                torch._dynamo.reset()
+                model = peer_llama() if who == "transformers" else LoopCoder(LoopCoderConfig.preset("nano")).train()
+                if model is None:
+                    continue
+                if who == "transformers":
+                    call = torch.compile(model.to(dtype)) if compiled else model.to(dtype)
+                    step = training_step(lambda call=call: call(input_ids=x, labels=x, use_cache=False).loss, model.parameters())
+                else:
+                    model.compute_dtype = dtype
+                    call = torch.compile(model.loss) if compiled else model.loss
+                    step = training_step(lambda call=call: call(x, y), model.parameters())
+                speed = B * T / median_seconds(step)
+                mfu = speed * flops_per_token(LoopCoderConfig.preset("nano"), T) / max(peaks.values())
+                best[who] = max(best.get(who, 0), speed)
+                print(f"training  {who:12} {str(dtype)[6:]:8} {'compiled' if compiled else 'eager':8} {speed:7.0f} tok/s"
+                      + (f"  MFU {mfu:.0%}" if who == "ours" else ""), flush=True)
+    if len(best) == 2:
+        print(f"training  ratio {best['ours'] / best['transformers']:.2f}")
+
+
+def bench_decoding(prompt=128, new=256):
+    """Greedy decoding with the cache at batch 1 and 32, tokens/s, by turns."""
+    ours, peer = LoopCoder(LoopCoderConfig.preset("nano")).eval(), peer_llama()
+    for B in (1, 32):
+        ids, speed = torch.randint(0, 8192, (B, prompt)), {}
+        speed["ours"] = B * new / median_seconds(lambda ids=ids: ours.generate(ids, new, temperature=0))
+        for dtype in (torch.float32, torch.bfloat16) if peer is not None else ():
+            model = peer.to(dtype).eval()
+            options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+            one = lambda ids=ids, model=model, o=options: model.generate(ids, attention_mask=torch.ones_like(ids), **o)
+            speed[f"transformers {str(dtype)[6:]}"] = B * new / median_seconds(one)
+        print(f"decoding  batch {B:2}: " + ", ".join(f"{who} {s:.0f} tok/s" for who, s in speed.items()), flush=True)
+        if len(speed) > 1:
+            print(f"decoding  batch {B:2}: ratio {speed['ours'] / max(s for who, s in speed.items() if who != 'ours'):.2f}")
+
+
+def bench_attention(B=1, H=8, T=2048, D=64, window=64):
+    """Loop attention forward and backward in bfloat16 against what one writes first: causal SDPA, SDPA with a dense mask, a gate."""
+    inputs = [torch.randn(B, H, T, D).bfloat16().requires_grad_() for _ in range(5)]
+    inputs += [torch.randn(H, D).bfloat16().requires_grad_(), torch.zeros(H).bfloat16().requires_grad_()]
+    i = torch.arange(T)
+    dense = (i[:, None] >= i) & (i[:, None] - i < window)
+
+    def plain(q, k1, v1, k2, v2, w, b, window):
+        sdpa = F.scaled_dot_product_attention
+        return mix(q, sdpa(q, k1, v1, is_causal=True), sdpa(q, k2, v2, attn_mask=dense), w, b)
+
+    once = lambda form: torch.autograd.grad(form(*inputs, window).sum(), inputs)
+    first, ours = median_seconds(lambda: once(plain), 5), median_seconds(lambda: once(loop_attention), 5)
+    print(f"attention SDPA + dense mask + gate {first * 1e3:.0f} ms, loop_attention {ours * 1e3:.0f} ms: ratio {ours / first:.2f}")
+
+
 def main(argv=None):
     """Read the options, then complete a prompt, or print the presets."""
     parser = argparse.ArgumentParser(prog="model.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=(
@@ -955,8 +1067,13 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the smallest set of tokens with this share of the mass")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
+    parser.add_argument("--bench", action="store_true", help="measure attention, decoding and training at the nano shape (minutes)")
     args = parser.parse_args(argv)
-    if args.prompt is None:
+    if args.bench:
+        bench_attention()
+        bench_decoding()
+        bench_training()
+    elif args.prompt is None:
         show_presets()
     else:
         complete(args.ckpt or newest_checkpoint(), args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed)

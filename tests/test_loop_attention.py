@@ -42,8 +42,8 @@ def by_hand(q, k1, v1, k2, v2, w, b, window, ids):
         for h in range(H):
             kv = h * k1.shape[1] // H
             mine = lambda i, near, row=row: [j for j in range(i + 1) if ids[row, j] == ids[row, i] and (not near or i - j < window)]
-            a = softmax_rows(q[row, h], k1[row, kv], v1[row, kv], lambda i: mine(i, False))
-            c = softmax_rows(q[row, h], k2[row, kv], v2[row, kv], lambda i: mine(i, True))
+            a = softmax_rows(q[row, h], k1[row, kv], v1[row, kv], lambda i, mine=mine: mine(i, False))
+            c = softmax_rows(q[row, h], k2[row, kv], v2[row, kv], lambda i, mine=mine: mine(i, True))
             g = 1 / (1 + np.exp(-(q[row, h] @ w[h] + b[h])))[:, None]
             out[row, h] = g * a + (1 - g) * c
     return out

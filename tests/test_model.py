@@ -560,7 +560,8 @@ def ring_rank(rank, P, folder):
 
 
 def test_a_sequence_over_two_ranks_has_the_loss_and_the_gradients_of_one_process(tmp_path):
-    result = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr
 
 
