@@ -1384,6 +1384,7 @@ def raise_walls(namespaces, privileged, facts):
         facts["user"] = become_nobody(True, privileged)
         libc.sethostname(b"sandbox", 7)
         build_view(sources, interpreter)
+        sys.executable = TOOLS + "/python"
         facts["namespaces"] = "in force: users, mounts, processes, network, ipc, host name; a new set for each run"
         facts["view"] = f"in force: tools and libraries read-only, no installed packages, one private disk at {DISK}"
     else:
