@@ -1127,13 +1127,13 @@ def gui(rng, level):
     """Level 1 one action, 2 and 3 fields that must be saved, 4 and 5 the same on another page."""
     home, other = rng.sample(PLACES, 2)
     fields = rng.sample([(kind, name) for kind, names in FIELDS.items() for name in names], min(2 + level, 5))
-    todo = [(kind, name, rng.choice(WHO) if kind == "input" else "") for kind, name in fields[:(1, 1, 2, 2, 3)[level - 1]]]
-    yield pairs([name for _, name, _ in todo], f"{todo[0][1]} {todo[0][2] or home} {min(level, 2)}")
+    given = [(kind, name, rng.choice(WHO) if kind == "input" else "") for kind, name in fields[:(1, 1, 2, 2, 3)[level - 1]]]
+    yield pairs([name for _, name, _ in given], f"{given[0][1]} {given[0][2] or home} {min(level, 2)}")
     elements = rng.sample(fields, len(fields)) + [("button", "save"), ("button", "clear")]
     page = lambda parts: "".join(HTML[kind].format(name) for kind, name in parts)
     pages = {home: page([*elements, ("a", other)]), other: page([("a", home)])} if level < 4 else \
         {home: page([("a", other)]), other: page([*elements, ("a", home)])}
-    said, acts = ([ACTS[kind][part].format(name, text) for kind, name, text in todo] for part in (0, 1))
+    said, acts = ([ACTS[kind][part].format(name, text) for kind, name, text in given] for part in (0, 1))
     said = [f"open {other}"] * (level >= 4) + said + ["save"] * (level >= 2)
     acts = [f"click {other}"] * (level >= 4) + acts + ["click save"] * (level >= 2)
     screen, turns = Screen(pages), []
@@ -1577,6 +1577,7 @@ def bench(pool, families, processes: int) -> None:
 
 
 def main(argv=None) -> int:
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Print a task of each family with its verification; or check, measure or write tasks. "
                                      "A task is a prompt with a solution, a verifier that runs answers, and a dial for its difficulty.")
     parser.add_argument("--family", choices=list(FAMILIES), help="only this family (default: all)")

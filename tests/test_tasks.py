@@ -48,7 +48,7 @@ def test_train_and_test_templates_never_meet(family):
     seen = {"train": set(), "test": set()}
     for level, seed, split in itertools.product((1, 3), range(40 if family in CHEAP else 12), seen):
         task = generate(family, level, seed, split)
-        assert split == tasks.split_of(task.keys) == task.split
+        assert split == task.split and any(map(tasks.held_out, task.keys)) == (split == "test")
         seen[split].add((task.prompt, json.dumps(task.files)))
     assert not seen["train"] & seen["test"] and min(map(len, seen.values())) >= 15
 
@@ -109,10 +109,10 @@ def test_chosen_tests_kill_all_first_mutants_and_more_unseen_ones_than_random_te
         table = tasks.kill_table(source, "f", inputs, second)
         table = table[table.any(1)]
         chosen_killed += table[:, chosen].any(1).sum()
-        few_killed += table[:, chosen[:3]].any(1).sum()
-        random_killed += table[:, rng.sample(range(200), 3)].any(1).sum()
+        few_killed += table[:, chosen[:2]].any(1).sum()
+        random_killed += np.mean([table[:, rng.sample(range(200), 2)].any(1).sum() for _ in range(30)])
         unseen += len(table)
-    assert chosen_killed / unseen > 0.98 and few_killed > random_killed
+    assert chosen_killed / unseen > 0.98 and few_killed > 1.05 * random_killed
 
 
 def test_every_mutation_of_the_list_changes_the_program():
@@ -195,6 +195,14 @@ def test_an_edit_made_from_two_texts_leads_from_one_to_the_other(a, b, form):
             assert tasks.apply_edit(old, answer) == new and tasks.apply_edit(old, f"```\n{answer}\n```") == new
 
 
+def git_apply(folder, text, answer):
+    """What git makes of a diff without context."""
+    (folder / "f").write_text(text)
+    patch = "--- a/f\n+++ b/f\n" + answer + "\n"
+    subprocess.run(["git", "apply", "--unidiff-zero", "-"], input=patch, text=True, cwd=folder, check=True)
+    return (folder / "f").read_text()
+
+
 def test_our_diffs_do_what_git_apply_does(tmp_path):
     rng = random.Random(1)
     for n in range(12):
@@ -202,10 +210,9 @@ def test_our_diffs_do_what_git_apply_does(tmp_path):
         new = [line for line in old if rng.random() > 0.2] + ["more"] * (n % 3)
         new.insert(rng.randrange(len(new)), "inserted")
         answer = tasks.make_edit("\n".join(old) + "\n", "\n".join(new) + "\n", "diff")
-        (tmp_path / "f").write_text("\n".join(old) + "\n")
-        patch = "--- a/f\n+++ b/f\n" + answer + "\n"
-        subprocess.run(["git", "apply", "--unidiff-zero", "-"], input=patch, text=True, cwd=tmp_path, check=True)
-        assert (tmp_path / "f").read_text() == tasks.apply_edit("\n".join(old) + "\n", answer)
+        assert git_apply(tmp_path, "\n".join(old) + "\n", answer) == tasks.apply_edit("\n".join(old) + "\n", answer)
+    twins = "@@ -1,0 +2,2 @@\n+b\n+b\n@@ -4 +6 @@\n-a\n+c"  # only the line numbers, moved by the first hunk, tell which of the twins
+    assert git_apply(tmp_path, "a\n" * 6, twins) == tasks.apply_edit("a\n" * 6, twins) == "a\nb\nb\na\na\nc\na\na\n"
 
 
 def test_an_ambiguous_or_foreign_edit_does_not_apply():
