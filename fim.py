@@ -55,6 +55,7 @@ TRIES = {"expression": 100, "statement": 100}  # random nodes to look at before 
 HUGE = 500_000        # characters; longer files are not parsed (generated tables, bundles): their levels fall back to lines
 DEEPEST = 400         # open brackets, or columns of indentation; error recovery takes minutes on what nests deeper
 WRONG = 0.2           # nor are the levels of the tree used where errors cover more of the file; C with macros has a few nearly always
+FAULTS = ("(ERROR)", "(MISSING)")  # the nodes of what the parser could not read, and of what it made up
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
            "<|repo_name|>", "<|file_sep|>")
 FILE_SPECIALS = 4     # special tokens that file_parts() adds to the three texts
@@ -166,10 +167,8 @@ def query(language: str, patterns: tuple[str, ...]) -> Query:
 
 def matches(root, language: str, patterns) -> list:
     """Every node below root that is one of the patterns, in order: the walk over the tree happens inside tree-sitter."""
-    return QueryCursor(query(language, tuple(sorted(patterns)))).captures(root).get("node", [])
-
-
-FAULTS = ("(ERROR)", "(MISSING)")
+    found = QueryCursor(query(language, tuple(sorted(patterns)))).captures(root).get("node", [])
+    return sorted(found, key=lambda node: (node.byte_range, node.kind_id))  # captures come in an order that changes from call to call
 
 
 def parses(code: str, language: str) -> bool:
@@ -957,8 +956,8 @@ def bench(seconds: float) -> None:
 
 
 def main(argv=None) -> None:
-    about = "Shows fill-in-the-middle examples of a source file, cut at five levels; what was cut out stands between \u27e6 and \u27e7."
-    flags = argparse.ArgumentParser(prog="fim.py", description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Shows fill-in-the-middle examples of a source file, cut at five levels; what was cut out stands between \u27e6 and \u27e7."""
+    flags = argparse.ArgumentParser(prog="fim.py", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("file", type=Path, nargs="?", default=Path(__file__), help="the source file")
     flags.add_argument("--language", help=f"one of {', '.join(LANGUAGES)}, or none; by the file's ending where not given")
     flags.add_argument("--levels", default=",".join(LEVELS), help="which levels, with commas")
