@@ -935,10 +935,9 @@ def newest_checkpoint(out=Path("out")):
     return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime)
 
 
-def complete(folder, prompt, max_new_tokens, temperature, top_p, seed):
+def complete(tokenizer_class, folder, prompt, max_new_tokens, temperature, top_p, seed):
     """Print the continuation of a prompt, which is plain text: it never becomes a special token."""
-    from data import Tokenizer
-    model, tokenizer = LoopCoder.from_pretrained(folder), Tokenizer.load(folder)
+    model, tokenizer = LoopCoder.from_pretrained(folder), tokenizer_class.load(folder)
     ids = tokenizer.encode(prompt)
     room = model.config.max_position_embeddings - len(ids)
     if not ids or room < 1:
@@ -1076,7 +1075,8 @@ def main(argv=None):
     elif args.prompt is None:
         show_presets()
     else:
-        complete(args.ckpt or newest_checkpoint(), args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+        from data import Tokenizer
+        complete(Tokenizer, args.ckpt or newest_checkpoint(), args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
 if __name__ == "__main__":
