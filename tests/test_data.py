@@ -1,13 +1,27 @@
 """data.py: what goes in is what the rules say, what comes out is what went in, and every share is exact."""
+import ast
+import base64
+import contextlib
+import gzip
+import hashlib
+import http.server
+import io
+import itertools
 import json
 import random
+import re
 import shutil
+import subprocess
+import sys
 import sysconfig
+import threading
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data
 from data import Mixture, TokenFile, TokenWriter, Tokenizer, pack
@@ -138,3 +152,622 @@ def test_a_mixture_gives_the_shares_and_resumes_to_the_same_batches(tmp_path):
     for batch in batches[120:140]:
         for x, y in zip(batch, three.next()):
             np.testing.assert_array_equal(x, y)
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+
+@pytest.fixture(scope="module")
+def library():
+    """(path, text) of the modules of the standard library's top level."""
+    return [(path.name, data.decode(path.read_bytes())) for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(library):
+    return Tokenizer.train([text for _, text in library[:40]], 2000)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_decoding_gives_back_every_text(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_special_token_that_a_text_spells_stays_text_and_a_special_part_is_one_id(tokenizer):
+    text = "".join(data.SPECIAL)
+    ids = tokenizer.encode(text)
+    assert not set(ids) & set(tokenizer.special.values()) and tokenizer.decode(ids) == text
+    ids, in_loss = tokenizer.encode_parts([("<|im_start|>", True, False), ("<|im_end|>", False, True), ("<|im_end|>", True, True)])
+    assert ids[0] == tokenizer.special["<|im_start|>"] and ids[-1] == tokenizer.special["<|im_end|>"] == tokenizer.vocab_size - 7
+    assert ids.count(ids[-1]) == 1 and in_loss == [False] + [True] * (len(ids) - 1)
+
+
+def test_a_million_blanks_and_other_long_runs_are_encoded_and_come_back(tokenizer):
+    for text in (" " * 1_000_000 + "x", "\n" * 300_000, "a" * 300_000, " \n" * 200_000, "=" * 300_000):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_tokenizers_package_reads_our_file_and_gives_the_same_ids(tokenizer, library, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.encode_special_tokens = True  # as ours: what a text spells stays text
+    for text in [text for _, text in library] + ["é中文🙂 \u00a0x\r\n\t\x0b1½²", " " * 700 + "end"]:
+        assert theirs.encode(text).ids == tokenizer.encode(text)
+    assert theirs.token_to_id("<|fim_middle|>") == tokenizer.special["<|fim_middle|>"] and theirs.get_vocab_size() == tokenizer.vocab_size
+
+
+def test_our_merges_compress_held_out_files_as_well_as_those_of_the_tokenizers_package(library):
+    tokenizers = pytest.importorskip("tokenizers")
+    training, heldout = [text for _, text in library[:60]], [text for _, text in library[60:90]]
+    theirs, pre = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
+    theirs.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(data.SPLIT), "isolated"), pre.ByteLevel(False, use_regex=False)])
+    theirs.train_from_iterator(training, tokenizers.trainers.BpeTrainer(vocab_size=2991, show_progress=False,
+                                                                        initial_alphabet=pre.ByteLevel.alphabet()))
+    ours = Tokenizer.train(training, 3000)
+    assert sum(len(ours.encode(text)) for text in heldout) <= 1.01 * sum(len(theirs.encode(text).ids) for text in heldout)
+
+
+def test_a_saved_tokenizer_is_the_same_and_a_broken_file_is_refused(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).tokens == tokenizer.tokens
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(ValueError, match="not a byte-level BPE"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="more than the corpus can fill"):
+        Tokenizer.train(["aaa"], 4000)
+
+
+# ------------------------------------------------------------------------------------------------ bytes to text, rules, edits
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary())
+def test_decoding_never_fails_on_bytes(raw):
+    text = data.decode(raw)
+    assert text is None or isinstance(text, str) and "\r" not in text
+
+
+def test_declared_codings_marks_and_line_ends_are_understood():
+    assert data.decode(b"# -*- coding: cp1251 -*-\r\nx = '\xcf'\r\n") == "# -*- coding: cp1251 -*-\nx = 'П'\n"
+    assert data.decode("\ufeffx = 1\n".encode()) == "x = 1\n" == data.decode("x = 1\n".encode("utf-16"))
+    assert data.decode(b"ab\0cd") is None
+
+
+GOOD = """import math
+
+
+def area(radius):
+    \"\"\"The area of a circle, for instance on host 127.0.0.1 or 192.168.1.7, version 1.2.3.4-rc.\"\"\"
+    if radius < 0:
+        raise ValueError(f"a radius is never negative, this one is {radius}")
+    return math.pi * radius ** 2  # 3f786850e387550fdab836ed7e6dc881de23001b
+
+
+class Circle:
+    @property
+    def size(self):
+        return area(self.radius) @ self.scale
+"""
+
+
+def test_good_code_passes_the_edits_and_rules_byte_for_byte(library):
+    assert data.clean(GOOD, "python") == (GOOD, [])
+    untouched = sum(data.clean(text, "python")[0] == text for _, text in library)
+    assert untouched > 0.6 * len(library)
+
+
+@pytest.mark.parametrize("junk, language, rule", [
+    ("x = 1\n", "python", "too short"), (GOOD + "y = '" + "ab " * 400 + "'\n", "python", "long line"),
+    (GOOD.replace("import math", "# Code generated by protoc. DO NOT EDIT.\nimport math"), "python", "generated"),
+    ("".join(f"from package.module{i} import name{i}\n" for i in range(40)), "python", "only imports"),
+    ("".join(f"print({i}, 'hello there')\n" for i in range(40)), "python", "only prints"),
+    ("data = [\n" + "    12345, 67890, 98765, 43210,\n" * 40 + "]\n", "python", "mostly digits"),
+    (GOOD + "x = compute(everything)\n" * 80, "python", "repeated lines"), ("#\n" * 60 + "# a licence and nothing else at all\n" * 8, "python", "mostly comments"),
+    ("{" + ",\n".join(f'"key{i}": "some value"' for i in range(400)) + "}", "json", "data in markup"),
+    ("Home\nAbout\nContact\nPrices\nJobs\nPress\n" * 8, "text", "no sentences"), ("buy now! " * 60, "text", "repeated phrases"),
+    ("\n".join("- item %d of the long list here" % i for i in range(40)), "text", "bullets"), ("a b c d e f g h " * 20, "text", "word length"),
+])
+def test_planted_junk_is_dropped_by_its_rule(junk, language, rule):
+    text, fired = data.clean(junk, language)
+    assert text is None and rule in fired
+
+
+def test_every_rule_bounds_something_that_is_measured_in_languages_that_exist():
+    numbers = data.measure(GOOD)
+    for languages, what, least, most in data.RULES.values():
+        assert what in numbers and languages <= set(data.LANGUAGES) and (least is None) != (most is None) or what in ("mean line", "chars", "mean word")
+
+
+def test_addresses_and_keys_are_redacted_and_what_only_looks_like_them_is_not():
+    key = "AKIA" + "IOSFODNN7EXAMPLE"
+    text = f"write to jane.doe+x@mail.company.org from 8.8.4.4 with {key}; not 10.0.0.1, v1.2.3.4.5, @decorator.name, user@example.com"
+    found, fired = data.clean(text + " and read the sentences that follow in this text.", "text")
+    assert "<EMAIL> from <IP> with <KEY>; not 10.0.0.1, v1.2.3.4.5, @decorator.name, user@example.com" in found
+    assert {"e-mail redacted", "address redacted", "key redacted"} == set(fired)
+
+
+PAGE = """<html><head><title>T</title><style>p {}</style></head><body><nav><a>Home</a> <a>Blog</a></nav><h1>Sorting &amp; more</h1>
+<p>This page explains how a list is sorted, step by step, with an <code>example()</code> of it.</p>
+<pre class="code"><span>def f(x):</span>
+\tif x &lt; 3:   # two  blanks
+
+        return [x]  </pre>
+<p>We use cookies on this site. Accept all cookies to go on.</p><script>var a = "<p>no</p>";</script>
+<p>It is called once for every element, so that the time it takes grows with the length of the list.</p>
+<p>The function returns a list that holds its argument, and nothing at all where it is too large.</p><footer>All rights reserved</footer></body></html>"""
+CODE = "def f(x):\n\tif x < 3:   # two  blanks\n\n        return [x]  "
+
+
+def test_html_becomes_text_and_its_code_blocks_stay_byte_for_byte():
+    text = data.html_text(PAGE)
+    assert f"```\n{CODE}\n```" in text and "Blog" not in text and "var a" not in text and "rights" not in text
+    cleaned, fired = data.clean(text, "text")
+    assert f"```\n{CODE}\n```" in cleaned and "cookies" not in cleaned and "cookie line" in fired and "# Sorting & more" in cleaned
+
+
+VALID = {
+    "python": "def f(a):\n    if a:\n        return [a, 'é中🙂']\n    return {}\n", "java": "class A { int f(int a) { if (a > 1) { return a; } return 0; } }\n",
+    "javascript": "function f(a) { return a.map((x) => { return x + 1; }); }\n", "typescript": "function f(a: number[]): number { return a.reduce((x, y) => { return x + y; }); }\n",
+    "c#": "class A { int F(int a) { foreach (var x in y) { a += x; } return a; } }\n", "go": "package a\nfunc f(a int) int { if a > 1 { return a }; return 0 }\n",
+    "rust": "fn f(a: i32) -> i32 { if a > 1 { return a; } match a { 0 => 1, _ => { 2 } } }\n", "c": "int f(int a) { if (a > 1) { return a; } return 0; }\n",
+    "c++": "template <class T> T f(T a) { if (a > 1) { return a; } return T{}; }\n",
+}
+
+
+@pytest.mark.parametrize("language", VALID)
+def test_a_valid_file_parses_and_none_of_its_truncations_inside_a_bracket_does(language):
+    code = VALID[language]
+    assert data.parses(code * 3, language)
+    inside = lambda cut: sum(code[:cut].count(c) for c in "([{") > sum(code[:cut].count(c) for c in ")]}")
+    cuts = [cut for cut in range(1, len(code)) if inside(cut)]
+    assert len(cuts) > 10 and not any(data.parses(code * 3 + code[:cut], language) for cut in cuts)
+
+
+def test_syntax_agrees_with_pythons_own_parser_on_the_library(library):
+    for name, text in library:
+        ast.parse(text)
+        assert data.parses(text, "python"), name
+        assert not data.parses(text + "\ndef f(:\n", "python")
+
+
+def test_files_too_deep_or_too_slow_to_parse_are_refused(monkeypatch):
+    assert data.parses("x = " + "[" * 100 + "]" * 100 + "\n", "python") and not data.parses("x = " + "[" * 201 + "]" * 201 + "\n", "python")
+    monkeypatch.setattr(data, "SLOWEST_S", 0.0)
+    assert not data.parses("a b c d !! ?? " * 20_000, "python")
+
+
+# ------------------------------------------------------------------------------------------------ duplicates
+
+def words_of(text):
+    return re.findall(r"[\w\u0080-\U0010ffff]+|[^\w\s]", text)
+
+
+def test_the_vectorised_tokens_are_those_of_a_regular_expression(library):
+    for _, text in library[:30]:
+        found, words = data.lex(text)[0], words_of(text)
+        assert len(found) == len(words)
+        assert len(set(found.tolist())) == len(set(words)) == len(set(zip(found.tolist(), words)))
+
+
+def test_jaccard_of_shingles_is_that_of_sets_of_token_5_grams(library):
+    grams = lambda text: set(zip(*(words_of(text)[i:] for i in range(5))))
+    for (_, a), (_, b) in itertools.pairwise(library[:12]):
+        a, b = a + b[:3000], b
+        assert data.jaccard(data.shingles(a), data.shingles(b)) == pytest.approx(len(grams(a) & grams(b)) / len(grams(a) | grams(b)), abs=1e-4)
+
+
+def test_planted_pairs_meet_as_often_as_the_formula_says():
+    rng, (b, r) = np.random.default_rng(0), (16, 8)
+    for s in (0.4, 0.6, 0.7, 0.8):
+        shared, alone, trials = round(600 * s), (600 - round(600 * s)) // 2, 300
+        signatures = []
+        for _ in range(trials):
+            pool = rng.choice(2**32, shared + 2 * alone, replace=False).astype(np.uint32)
+            signatures += [data.signature(pool[:shared + alone]), data.signature(np.concatenate([pool[:shared], pool[shared + alone:]]))]
+        met = {(i, j) for i, j in data.meetings(np.array(signatures), b, r).tolist() if j == i + 1 and i % 2 == 0}
+        expected = 1 - (1 - (shared / (shared + 2 * alone))**r)**b
+        assert abs(len(met) / trials - expected) < 4 * (expected * (1 - expected) / trials)**0.5 + 0.01
+
+
+def test_the_bands_follow_the_threshold():
+    for threshold in (0.5, 0.7, 0.9):
+        b, r = data.bands(threshold)
+        assert b * r <= 128 and abs((1 / b)**(1 / r) - threshold) < 0.15
+
+
+def variant(text, share, rng):
+    """The same text with that share of its lines replaced."""
+    lines = text.split("\n")
+    for i in rng.sample(range(len(lines)), int(share * len(lines))):
+        lines[i] = f"    changed_{rng.randrange(10**6)} = other_{rng.randrange(10**6)}"
+    return "\n".join(lines)
+
+
+def test_near_copies_go_others_stay_and_the_survivors_do_not_depend_on_the_order(library):
+    rng = random.Random(0)
+    originals = [text for _, text in library if 3000 < len(text) < 30_000][:40]
+    docs = originals + [variant(text, 0.03, rng) for text in originals[:20]] + [variant(text, 0.6, rng) for text in originals[20:]]
+    kept = data.near_duplicates(docs, 0.7)
+    assert all(kept[i] == kept[40 + i] for i in range(20))
+    assert all(kept[i] == i for i in range(20, 40)) and all(kept[i] == i for i in range(60, 80))
+    survivors = {docs[k] for k in kept}
+    order = rng.sample(range(len(docs)), len(docs))
+    shuffled = [docs[i] for i in order]
+    assert {shuffled[k] for k in data.near_duplicates(shuffled, 0.7)} == survivors
+
+
+def test_exact_copies_differ_in_blank_lines_only_and_the_survivor_does_not_depend_on_the_order():
+    docs = ["a\nb\n", "a  \n\nb", "a\n b", "c"]
+    for order in itertools.permutations(range(4)):
+        kept = data.exact_duplicates([docs[i] for i in order])
+        assert {docs[order[k]] for k in kept} == {"a\n b", "c", min(docs[:2])}
+
+
+def renamed(text, rng):
+    """Every name that a module binds gets another one; its comments go."""
+    names = {n.arg if isinstance(n, ast.arg) else n.id if isinstance(n, ast.Name) else n.name for n in ast.walk(ast.parse(text))
+             if isinstance(n, (ast.arg, ast.FunctionDef, ast.ClassDef)) or isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    fresh = {name: f"{rng.choice('abcdefgh')}{rng.choice(('oo', 'ar', 'ex'))}_{i}" for i, name in enumerate(sorted(names - {"self", "cls"}))}
+    return re.sub(r"[A-Za-z_]\w*", lambda word: fresh.get(word[0], word[0]), re.sub(r"(?m)^\s*#.*\n", "", text))
+
+
+def test_embeddings_find_renamed_copies_that_minhash_misses_and_nothing_else(library):
+    """Stated: of clones with every bound name renamed at least 95 % are found, at a precision of 1 among all other pairs of the library."""
+    texts = [text for _, text in library if 2000 < len(text) < 40_000 and len(data.shingles(text)) >= 100][:80]
+    texts = [texts[k] for k in sorted(set(data.near_duplicates(texts, 0.4)))]
+    clones = [renamed(text, random.Random(i)) for i, text in enumerate(texts)]
+    docs, n = texts + clones, len(texts)
+    by_words = data.near_duplicates(docs, 0.7)
+    missed = [i for i in range(n) if by_words[i] != by_words[n + i]]
+    groups = data.embedding_duplicates(data.embed(docs))
+    found = [i for i in missed if groups[i] == groups[n + i]]
+    assert len(missed) > 0.6 * n and len(found) >= 0.95 * len(missed)
+    assert all(groups[i] in (i, n + i) and groups[n + i] in (i, n + i) for i in range(n))
+
+
+def test_embedding_groups_do_not_depend_on_block_size_or_order():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(200, 16)).astype(np.float32)
+    vectors[100:150] = vectors[:50] + 0.01 * rng.normal(size=(50, 16))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    kept = data.embedding_duplicates(vectors, 0.95, block=7)
+    assert kept == data.embedding_duplicates(vectors, 0.95) and sum(k != i for i, k in enumerate(kept)) == 50
+    order = rng.permutation(200)
+    again = data.embedding_duplicates(vectors[order], 0.95)
+    assert {order[k] for k in again} == set(kept)
+
+
+SOLUTION = """def has_close_elements(numbers, threshold):
+    for idx, elem in enumerate(numbers):
+        for idx2, elem2 in enumerate(numbers):
+            if idx != idx2:
+                distance = abs(elem - elem2)
+                if distance < threshold:
+                    return True
+    return False
+"""
+PROMPT = "Check if in given list of numbers, are any two numbers closer to each other than given threshold."
+
+
+def test_a_benchmarks_solution_with_renamed_arguments_inside_a_larger_file_is_seen(library):
+    guard = data.Decontaminator({"bench": [SOLUTION, PROMPT], "other": ["def mean_of(values):\n    total = 0\n    for value in values:\n"
+                                 "        total = total + value\n    count = len(values)\n    if count == 0:\n        return None\n    return total / count\n"]})
+    hidden = SOLUTION
+    for old, new in (("has_close_elements", "any_near"), ("numbers", "xs"), ("threshold", "eps"), ("idx2", "j"), ("idx", "i"), ("elem2", "w"), ("elem", "v"), ("distance", "gap")):
+        hidden = re.sub(rf"\b{old}\b", new, hidden)
+    whole = library[3][1]
+    assert guard.overlaps(whole + "\n\n" + hidden) == ["bench"] and guard.overlaps(whole + "\n# " + PROMPT.upper()) == ["bench"]
+    assert [name for name, text in library if guard.overlaps(text)] == []
+
+
+# ------------------------------------------------------------------------------------------------ the web
+
+def warc(records):
+    """A gzipped WARC, one member a record; records are (url, HTML, fault)."""
+    out, offsets = [], []
+    for url, html, fault in records:
+        body = html.encode()
+        payload = base64.b32encode(hashlib.sha1(b"x" if fault == "digest" else body).digest()).decode()
+        block = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + body
+        length = 1_000_000_000 if fault == "length" else len(block)
+        head = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\nWARC-Payload-Digest: sha1:{payload}\r\nContent-Length: {length}\r\n\r\n"
+        member = gzip.compress(head.encode() + block + b"\r\n\r\n")
+        offsets.append((sum(map(len, out)), len(member)))
+        out.append(member[:len(member) // 2] if fault == "cut" else member)
+    return b"".join(out), offsets
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `files` with ranges; `trouble` holds what goes wrong with the next requests of a path."""
+    files, trouble, log = {}, {}, []
+
+    def do_GET(self):
+        path, fault = self.path.split("?")[0], (self.trouble.get(self.path.split("?")[0]) or [None]).pop(0)
+        self.log.append((self.path, self.headers.get("Range")))
+        if isinstance(fault, int):
+            self.send_response(fault)
+            self.send_header("Retry-After" if fault in (429, 503) else "Location", "0" if fault in (429, 503) else "/moved" + path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        body, wanted = self.files[path.removeprefix("/moved")], re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        part = body[int(wanted[1]):int(wanted[2] or len(body)) + 1] if wanted else body
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(10**10 if fault == "huge" else len(part)))
+        self.end_headers()
+        self.wfile.write(part[:len(part) // 2] if fault == "cut" else part)
+
+    def do_POST(self):
+        rows = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
+        answer = json.dumps({"data": [{"index": i, "embedding": [len(text), 1.0]} for i, text in reversed(list(enumerate(rows)))]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def web():
+    Server.files, Server.trouble, Server.log = {}, {}, []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_warc_over_a_bad_connection_gives_its_pages_and_counts_what_cannot_be_read(web, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    records = [(f"http://site{i}.org/page", PAGE.replace("Sorting", f"Sorting {i}"), fault)
+               for i, fault in enumerate((None, "digest", None, "length", "cut", None, None))]
+    Server.files["/a.warc.gz"] = warc(records)[0]
+    Server.trouble["/a.warc.gz"] = [429, "cut", 503, 302, "cut"]
+    counts = Counter()
+    entries = list(data.spooled(f"{web}/a.warc.gz", tmp_path, counts))
+    assert [entry.project for entry in entries] == ["site0.org", "site2.org", "site5.org", "site6.org"]
+    assert counts == {"record with a wrong digest": 1, "record too large": 1, "gzip member broken": 1}
+    texts = [raw.decode() for raw in data.read_all(entries)]
+    assert all(f"```\n{CODE}\n```" in text and f"Sorting {i}" in text for i, text in zip((0, 2, 5, 6), texts))
+    assert any(wanted for _, wanted in Server.log)  # it went on where the connection broke, and did not begin again
+    before = len(Server.log)
+    assert list(data.spooled(f"{web}/a.warc.gz", tmp_path, Counter())) == entries and len(Server.log) == before
+
+
+def test_a_common_crawl_query_fetches_only_the_ranges_it_is_told_of_and_none_twice(web, tmp_path):
+    body, offsets = warc([(f"http://site{i}.org/", PAGE, None) for i in range(4)])
+    rows = [json.dumps({"filename": "crawl/x.warc.gz", "offset": str(start), "length": str(size)}) for start, size in offsets[1:3]]
+    Server.files |= {"/crawl/x.warc.gz": body, "/index": "\n".join(rows + ["not json"]).encode()}
+    counts = Counter()
+    entries = list(data.spooled(f"cc:{web}/index?url=site*", tmp_path, counts))
+    assert [entry.project for entry in entries] == ["site1.org", "site2.org"] and counts == {"index line not understood": 1}
+    assert [wanted for path, wanted in Server.log if path.startswith("/crawl")] == [f"bytes={start}-{start + size - 1}" for start, size in offsets[1:3]]
+
+
+def test_a_server_that_promises_too_much_or_never_recovers_is_an_error_and_leaves_no_file(web, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    Server.files |= {"/a.jsonl": b"{}", "/b.jsonl": b"{}"}
+    Server.trouble |= {"/a.jsonl": ["huge"], "/b.jsonl": [503] * 50}
+    with pytest.raises(ValueError, match="more than"):
+        data.download(f"{web}/a.jsonl", tmp_path / "a")
+    with pytest.raises(OSError, match="HTTP 503 after 6 tries"):
+        data.download(f"{web}/b.jsonl", tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_lines_are_read_whatever_their_field_names_and_bad_lines_and_cut_files_are_counted(tmp_path):
+    rows = [{"text": "x = 1", "language": "Python", "repo_name": "a/b", "path": "x.py"}, {"content": "# T", "path": "r.md"}, {"code": "y = 2"}]
+    lines = "\n".join([*map(json.dumps, rows), "{broken", "[1, 2]"]) + "\n"
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-12])
+    counts = Counter()
+    found = list(data.json_lines(tmp_path / "a.jsonl", counts))
+    assert [(doc.text, doc.language) for doc in found] == [("x = 1", "python"), ("# T", "markdown"), ("y = 2", "text")]
+    assert counts["JSON line not understood"] == 2 and found[0].project == "a/b"
+    list(data.json_lines(tmp_path / "b.jsonl.gz", counts))
+    assert counts["gzip file cut short"] == 1
+
+
+def test_a_plain_wet_file_is_text_by_site(tmp_path):
+    block = "Some text. It was converted.\n".encode()
+    head = f"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: https://a.org/b\r\nContent-Length: {len(block)}\r\n\r\n".encode()
+    (tmp_path / "x.wet").write_bytes((head + block + b"\r\n\r\n") * 2 + b"WARC/1.0\r\nContent-Length: 99\r\n\r\nshort")
+    counts = Counter()
+    assert list(data.warc_pages(tmp_path / "x.wet", counts)) == [("https://a.org/b", block.decode())] * 2
+    assert counts == {"record cut short": 1}
+
+
+def test_a_teachers_embeddings_are_put_in_order_and_to_unit_length(web):
+    vectors = data.embed(["aaa", "b"], teacher=f"{web}/v1#model")
+    np.testing.assert_allclose(vectors, np.array([[3, 1], [1, 1]]) / np.sqrt([[10], [2]]), rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ proxies, mixture law, facts
+
+def test_auc_and_spearman_are_what_counting_pairs_says():
+    rng = np.random.default_rng(0)
+    scores, good = rng.integers(0, 6, 60), rng.random(60) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[good] for b in scores[~good]]
+    assert data.auc(scores, good) == pytest.approx(np.mean(pairs))
+    assert data.spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1) and data.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+
+
+def test_the_rubric_prefers_documented_code_and_both_scorers_learn_a_visible_mark(tokenizer):
+    bare = "def f(a,b):\n    x=a\n    y=b\n    try:\n        return x/y\n    except:\n        pass\n"
+    fine = 'DOC = 1\n\n\ndef divide(number: float, other: float) -> float:\n    """The quotient of both."""\n    # zero is the caller\'s\n    return number / other\n'
+    assert data.code_rubric(fine) > data.code_rubric(bare) + 2 and data.code_rubric("def (") is None
+    rng = random.Random(0)
+    rows = [[rng.randrange(500) for _ in range(40)] for _ in range(240)]
+    scores = np.array([float(i % 2) for i in range(240)])
+    for row, score in zip(rows, scores):
+        row[rng.randrange(40)] = 700 if score else 701
+    for scorer in (data.NgramScorer(rows[:200], scores[:200]), data.Proxy(rows[:200], scores[:200], tokenizer.vocab_size, epochs=12)):
+        assert data.auc(scorer(rows[200:]), scores[200:] > 0.5) > 0.9
+
+
+def test_the_solver_gives_the_reports_allocation_and_the_printed_law_a_single_language():
+    law = data.LAW
+    solved = data.solve_mixture(350, law["B"], law["alpha_D"])
+    np.testing.assert_allclose(solved, law["optimised"], atol=0.01)
+    equal = data.solve_mixture(350, np.ones(7), law["alpha_D"])
+    np.testing.assert_allclose(equal, [51.3, 58.3, 49.2, 45.6, 42.9, 56.6, 46.0], atol=0.06)
+    mixed = data.printed_law(1e9, 350.0, np.full(7, 1 / 7))
+    assert min(data.printed_law(1e9, 350.0, np.eye(7)[k]) for k in range(7)) < mixed  # scored on itself, one language beats a mixture
+
+
+def test_no_small_move_improves_the_solvers_mixture_with_synergy():
+    law, rng = data.LAW, np.random.default_rng(0)
+    share = np.eye(7) + 0.5 * law["synergy"]
+    loss = lambda D: (law["B"] * (share @ D) ** -law["alpha_D"]).sum()
+    D = data.solve_mixture(350, law["B"], law["alpha_D"], law["synergy"], gamma=0.5, available=[40, *[1e9] * 6])
+    assert D.sum() == pytest.approx(350) and D[0] == pytest.approx(40)
+    for _ in range(200):
+        i, j = rng.choice(np.arange(1, 7), 2, replace=False)
+        moved = D.copy()
+        moved[i], moved[j] = D[i] + 0.5, D[j] - 0.5
+        assert loss(moved) >= loss(D) - 1e-12
+
+
+def test_a_language_that_runs_out_leaves_its_share_to_the_others():
+    taken = data.language_mixture({"python": 10.0, "java": 1e9, "rust": 1e9}, 100.0)
+    assert taken["python"] == pytest.approx(10) and taken["java"] / taken["rust"] == pytest.approx(55.60 / 50.00) and sum(taken.values()) == pytest.approx(100)
+    with pytest.raises(ValueError, match="no law for cobol"):
+        data.language_mixture({"cobol": 1.0}, 1.0)
+
+
+def test_refit_recovers_a_planted_law():
+    law = lambda n, d: 400 * n**-0.35 + 2000 * d**-0.45 + 1.7
+    found = data.refit([(n, d, law(n, d)) for n in (1e4, 3e4, 1e5) for d in (1e5, 3e5, 1e6, 3e6)])
+    assert found["alpha_N"] == pytest.approx(0.35, abs=0.03) and found["alpha_D"] == pytest.approx(0.45, abs=0.03)
+    assert found["floor"] == pytest.approx(1.7, abs=0.15) and found["rms"] < 1e-2
+
+
+def test_every_fact_is_what_the_running_python_says_and_changing_or_ambiguous_ones_are_refused():
+    facts = data.code_facts(120)
+    assert len(facts) == 120 == len({fact.question for fact in facts}) and len({fact.check[1] for fact in facts}) > 20
+    for fact in facts:
+        assert data.look_up(*fact.check) == fact.answer
+    one = data.Fact("?", "json", ("module", "json", "dumps", ""))
+    assert data.objective(one, Counter(dumps=1)) and not data.objective(one, Counter(dumps=2))  # pickle has one too
+    assert not data.objective(one._replace(answer="marshal"), Counter(dumps=1))
+    assert not data.objective(data.Fact("?", "/tmp", ("default", "tempfile", "mkdtemp", "dir")), Counter())
+
+
+# ------------------------------------------------------------------------------------------------ sources, split, build
+
+def test_whole_projects_are_held_out_and_every_language_with_several_is_measured():
+    entry = lambda project, language, size: data.Entry(project, f"{project}/x{size}.{language}", language, size, "")
+    entries = [entry(f"p{i}", "python", 1000 + i) for i in range(100)] + [entry(f"c{i}", "c", 1000 + i) for i in range(60)] + [entry("big", "python", 10**6)]
+    held = data.held_out_projects(entries, 0.05)
+    size = lambda language, inside: sum(e.size for e in entries if e.language == language and (e.project in held) == inside)
+    assert "big" not in held and size("c", True) >= 0.05 * (size("c", True) + size("c", False))
+    assert held == data.held_out_projects(entries[::-1], 0.05)
+    with pytest.raises(ValueError, match="only one project"):
+        data.held_out_projects([entry("a", "python", 9)], 0.05)
+
+
+def test_a_sample_keeps_to_its_size_and_no_project_takes_more_than_its_fair_part():
+    entries = [data.Entry(f"p{i}", f"f{k}.py", "python", 1000, "") for i in range(30) for k in range(1 + 200 * (i == 0))]
+    sample = data.draw_sample(entries, 50_000)
+    size = Counter(entry.project for entry in sample)
+    assert sum(size.values()) * 1000 <= 50_000 and len(size) == 30 and size["p0"] == 21
+    assert data.draw_sample(entries[::-1], 50_000) == sample
+
+
+def test_the_manifest_names_held_out_projects_and_no_document_of_theirs_is_trained_on(corpus, built):
+    manifest = json.loads((built / "manifest.json").read_text())
+    tokenizer, held = Tokenizer.load(built / "tokenizer"), {name.split("/")[1] for name in manifest["heldout_projects"]}
+    texts = {data.clean(data.decode(path.read_bytes()), "python")[0]: path.relative_to(corpus).parts[0] for path in corpus.rglob("*.py")}
+    for split in ("train", "heldout"):
+        file = TokenFile(built / split, "code")
+        for i in range(len(file.lengths)):
+            assert (texts[tokenizer.decode(file.ids(i)[1:-1])] in held) == (split == "heldout")
+
+
+def test_files_are_half_holes_and_tasks_hide_what_the_model_did_not_say(built):
+    tokenizer = Tokenizer.load(built / "tokenizer")
+    for name in ("file", "repo"):
+        file, middle = TokenFile(built / "train", name), tokenizer.special["<|fim_middle|>"]
+        holes = [middle in file.ids(i) for i in range(len(file.lengths))]
+        assert 0.3 < np.mean(holes) < 0.7 and file.lengths.max() <= 4096 and not file.cut
+        assert all(file.ids(i)[-1] == tokenizer.special["<|im_end|>"] for i in range(len(holes)) if holes[i])
+    file = TokenFile(built / "train", "agent")
+    for i in range(20):
+        ids, in_loss = file.ids(i), file.in_loss(i)
+        learned = tokenizer.decode([t for t, keep in zip(ids, in_loss) if keep])
+        assert ids[0] == tokenizer.special["<|im_start|>"] and not in_loss[0] and "user\n" not in learned and "<|im_end|>" in learned
+
+
+def test_a_project_is_laid_out_with_what_is_imported_before_its_users(tokenizer):
+    docs = [data.Document(f"import b\n\n\ndef run_a():\n    return b.value * {k}\n" if name == "a" else f"value = {k}\n", "python", "p", f"{name}.py")
+            for k, name in enumerate(("a", "b"))]
+    parts = [parts for _, parts in data.repo_samples(docs, tokenizer, 1024, random.Random(0)) if parts[-1][0] == "<|endoftext|>"]
+    text = "".join(text for text, *_ in parts[0])
+    assert text.startswith("<|repo_name|>p\n<|file_sep|>b.py\n") and text.index("b.py") < text.index("a.py")
+
+
+def folder_bytes(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and "teacher" not in path.parts}
+
+
+def test_an_interrupted_build_ends_with_the_same_bytes_and_so_does_one_of_two_processes(corpus, built, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD", 200_000)
+    work, done = data.clean_shard, []
+
+    def stumble(job):
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(job)
+        work(job)
+
+    monkeypatch.setattr(data, "clean_shard", stumble)
+    with pytest.raises(KeyboardInterrupt):
+        data.build(tmp_path, [str(corpus)], 800, 0, workers=1, log=lambda line: None)
+    assert not (tmp_path / "manifest.json").exists() and len(list((tmp_path / "work").glob("*.npz"))) == 4
+    monkeypatch.setattr(data, "clean_shard", work)
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.npz")}
+    real = data.deduplicate
+    monkeypatch.setattr(data, "deduplicate", lambda paths: [stamps.pop(p) for p in list(stamps) if p.stat().st_mtime_ns == stamps[p]] and real(paths))
+    data.build(tmp_path, [str(corpus)], 800, 0, workers=2, log=lambda line: None)
+    assert not stamps and folder_bytes(tmp_path) == folder_bytes(built)  # the four shards were not made again
+
+
+def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_path):
+    for name in ("one", "two"):
+        repo = tmp_path / name
+        git = lambda *args, repo=repo: subprocess.run(["git", "-C", repo, "-c", "user.name=a", "-c", "user.email=a@example.com", *args], check=True, capture_output=True)
+        repo.mkdir()
+        git("init", "-q")
+        shutil.copytree(Path(sysconfig.get_paths()["stdlib"]) / ("json" if name == "one" else "html"), repo / "src", ignore=shutil.ignore_patterns("__pycache__"))
+        (repo / "untracked.py").write_text("x = 1\n" * 30)
+        git("add", "src")
+        git("commit", "-qm", "Add the package")
+    entries = data.find([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path, Counter())
+    assert {e.project for e in entries} == {"one", "two"} and not any("untracked" in e.path for e in entries)
+    for entry, raw in zip(entries, data.read_all(entries)):
+        assert raw == (tmp_path / entry.project / entry.path).read_bytes() and len(raw) == entry.size
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--source", "/nowhere/at/all"], "no such folder"), (["--source", "EMPTY"], "nothing to train on"), (["--explain", "no rule", "--out", "EMPTY"], "No such file"),
+    (["--source", "CORPUS", "--vocab-size", "100"], "vocab_size=100"), (["--source", "CORPUS", "--vocab-size", "60000", "--max-mb", "0.3"], "more than the corpus"),
+    (["--source", "missing.jsonl"], "no such file"),
+])
+def test_wrong_input_is_one_line_and_status_2(corpus, tmp_path, arguments, words):
+    (tmp_path / "empty").mkdir()
+    arguments = [{"EMPTY": str(tmp_path / "empty"), "CORPUS": str(corpus)}.get(a, a) for a in arguments]
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, data.__file__, *arguments, *out], capture_output=True, text=True)
+    last = done.stderr.strip().split("\n")
+    assert done.returncode == 2 and len(last) == 1 and last[0].startswith("data.py: ") and words in last[0]
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_explain_shows_what_a_rule_removed(built):
+    out = io.StringIO()
+    rule = next(rule for rule in json.loads((built / "drops.json").read_text()) if rule in data.RULES)
+    with contextlib.redirect_stdout(out):
+        data.explain(rule, built)
+    assert rule in out.getvalue() and "documents" in out.getvalue() and "==" in out.getvalue()
