@@ -252,6 +252,7 @@ def test_triplets_beside_hard_neighbours_hold_only_source_and_apply_outside(tmp_
     assert set(triplet.new_files) == {"pkg/caf\udce9.py", "pkg/win.py", "pkg/new.py", "pkg/open.py"}
     assert triplet.old_files["pkg/win.py"] == code[b"pkg/win.py"] and triplet.new_files["pkg/open.py"] == later[b"pkg/open.py"]
     assert b"rename from pkg/old.py" in triplet.patch
+    assert '"pkg/caf\\351.py"' in triplet.context.tree and "pkg/win.py" in triplet.context.tree
     assert apply_in_folder(tmp_path / "files", triplet) == triplet.new_files
     parts = commits.triplet_parts(triplet, new_state=True)
     assert commits.format_sample(commits.parse_sample(parts)) == parts
@@ -473,7 +474,7 @@ def test_a_history_without_triplets_to_give_says_why_in_one_line(tmp_path):
         pack.write_bytes(b"PACK" + bytes(200))
     no_git = "not a git repository"
     for name, word in [("folder", no_git), ("file", no_git), ("missing", no_git), ("short", "19 commits"), ("empty", "no commits"),
-                       ("shallow", "shallow"), ("broken", "git: ")]:
+                       ("shallow", "a shallow clone"), ("broken", "git: ")]:
         with pytest.raises(ValueError, match=word) as error:
             list(commits.triplets(str(tmp_path / name)))
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
@@ -496,6 +497,21 @@ def test_corrupt_blobs_are_counted_skips_and_leave_the_other_triplets(tmp_path):
     assert counts["refused by git"] > 0 and found
     for i, triplet in enumerate(found):
         assert apply_in_folder(tmp_path / f"t{i}", triplet) == triplet.new_files
+
+
+def test_a_reader_that_died_of_a_corrupt_object_is_replaced(tmp_path):
+    folder = Path(build(tmp_path / "r.git", plain_steps(20)))
+    good = git(folder, "hash-object", "-w", "--stdin", stdin=b"fine\n").decode().strip()
+    large = b"".join(b"%d\n" % (i * i * 7919 % 99991) for i in range(6000))
+    bad = git(folder, "hash-object", "-w", "--stdin", stdin=large).decode().strip()
+    loose = folder / "objects" / bad[:2] / bad[2:]
+    loose.chmod(0o644)
+    loose.write_bytes(loose.read_bytes()[:loose.stat().st_size // 2])
+    with contextlib.closing(commits.Repository(str(folder))) as repo:
+        for oid in (bad, "0" * 40, bad):
+            with pytest.raises(commits.Refused, match=oid):
+                repo.ask("--batch", [good, oid, good])
+            assert repo.read(good) == b"fine\n"
 
 
 # -------------------------------------------------------------------------------------------------- context and sample
