@@ -678,7 +678,7 @@ PATHS = {  # path: (starts from, stage it makes, families)
 @dataclass
 class RLConfig:
     path: str = flag("thinking", "thinking, instruct (both: one answer to one question) or swe (a repository, many turns)")
-    start: str = flag("", "checkpoint to start from; empty: the path's own stage under --out")
+    ckpt: str = flag("", "checkpoint to start from; empty: the path's own stage under --out")
     out: str = flag("out", "folder of the chain; the result goes to its rl_<path>")
     name: str = flag("", "folder of the result under --out; empty: the path's own")
     families: str = flag("", "comma-separated task families; empty: the path's own")
@@ -896,9 +896,9 @@ def train(cfg: RLConfig, world) -> Path:
 
 def start_folder(cfg):
     """The checkpoint that this run starts from; ValueError where there is none."""
-    start = Path(cfg.start or Path(cfg.out) / PATHS[cfg.path][0])
+    start = Path(cfg.ckpt or Path(cfg.out) / PATHS[cfg.path][0])
     if not (start / "config.json").exists():
-        raise ValueError(f"{start}: no checkpoint there; make the chain up to it with python train.py, or give another with --start DIR")
+        raise ValueError(f"{start}: no checkpoint there; make the chain up to it with python train.py, or give another with --ckpt DIR")
     return start
 
 
@@ -1110,7 +1110,7 @@ def study(out, seeds, steps, eval_tasks, world, which=None):
     for name, (settings, arms) in STUDY.items():
         for seed in range(seeds if which in (None, name) else 0):
             home = Path(out) / "study" / f"{name}-{seed}"
-            base = RLConfig(**settings, out=str(home), start=str(home / "sft"), seed=seed, steps=steps, eval_tasks=eval_tasks)
+            base = RLConfig(**settings, out=str(home), ckpt=str(home / "sft"), seed=seed, steps=steps, eval_tasks=eval_tasks)
             began = time.perf_counter()
             samples = study_start(name, base, home / "sft", seed, world)
             print(f"{name}, seed {seed}: start made in {time.perf_counter() - began:.0f} s", flush=True)
@@ -1232,7 +1232,7 @@ def main(argv=None):
         return None
     if extra["eval"]:
         for folder in filter(None, (extra["eval"], extra["against"])):
-            start_folder(dataclasses.replace(cfg, start=folder))
+            start_folder(dataclasses.replace(cfg, ckpt=folder))
         before = evaluate_checkpoint(extra["against"], cfg, world) if extra["against"] else None
         return print("\n".join(comparison(evaluate_checkpoint(extra["eval"], cfg, world), before)))
     start = start_folder(cfg)

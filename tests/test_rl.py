@@ -1,11 +1,14 @@
 """rl.py: the objective against exact enumeration, rollouts against the training forward, rewards that cannot be bought."""
 
 import itertools
+import json
 import math
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -498,7 +501,7 @@ def start(tokenizer, tmp_path_factory):
 
 
 def config(start, out, **changes):
-    base = dict(path="instruct", families="math", levels="1,2", start=str(start), out=str(out), steps=3, prompts=4, samples=4, updates=2,
+    base = dict(path="instruct", families="math", levels="1,2", ckpt=str(start), out=str(out), steps=3, prompts=4, samples=4, updates=2,
                 rounds=1, room=8, overlong=4, context=220, slots=8, eval_tasks=3, eval_samples=2, device="cpu")  # fmt: skip
     return rl.RLConfig(**{**base, **changes})
 
@@ -618,3 +621,53 @@ def test_the_command_line_says_what_is_missing_in_one_line_and_exits_with_2(tmp_
     run = subprocess.run([sys.executable, "rl.py", "--out", str(tmp_path / "nowhere")], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "sft_thinking" in run.stderr and "train.py" in run.stderr
     assert not (tmp_path / "nowhere").exists()
+
+
+# ---------------------------------------------------------------------------------------------- servers and processes
+
+
+def test_a_server_that_answers_in_our_place_gives_the_same_kind_of_trajectories(tokenizer):
+    model, end = small_model(tokenizer), tokenizer.special["<|im_end|>"]
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            out = model.generate(torch.tensor([body["prompt"]]), body["max_tokens"], body["temperature"], stop_ids=body["stop_token_ids"],
+                                 generator=torch.Generator().manual_seed(body["seed"]))[0, len(body["prompt"]):].tolist()  # fmt: skip
+            done = end in out
+            text = tokenizer.decode([i for i in out if i != end])
+            choice = {"token_ids": out, "text": text, "finish_reason": "stop" if done else "length"}
+            reply = json.dumps({"choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        notes = [[] for _ in range(6)]
+        roller = rl.RemoteRollout(f"http://127.0.0.1:{server.server_port}", model, tokenizer, 200, 0.8)
+        lived = roller.run([chatter(tokenizer, 1 + i % 3, 6, notes[i]) for i in range(6)], [3])
+    finally:
+        server.shutdown()
+    for t, seen in zip(lived, notes):
+        assert t.ids.tolist() == seen and t.outcome["reward"] == len(seen) and t.ended == (seen[-1] == end)
+        ids, targets, old, mask = rl.pad([t])
+        with torch.no_grad():
+            torch.testing.assert_close(rl.token_logp(model, ids, targets, mask, 0.8)[mask], old[mask], rtol=0, atol=1e-5)
+        assert (old[mask] < 0).all() and t.action.sum() > 0
+
+
+def test_two_processes_learn_from_the_tokens_of_both(start, tmp_path):
+    command = [sys.executable, *"-m torch.distributed.run --nproc_per_node 2 --master_port 29517 rl.py".split(), "--ckpt", str(start)]
+    command += ["--out", str(tmp_path), *"--path instruct --families math --steps 2 --prompts 4 --samples 4 --room 8 --overlong 4".split()]
+    command += "--context 220 --eval-tasks 0 --rounds 1 --device cpu --threads 1".split()
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    records = rl.read_log(tmp_path / "rl_instruct")
+    assert [r["step"] for r in records] == [1, 2] and all(r["groups"] == 4 and r["informative"] > 0 and r["grad"] > 0 for r in records)
+    assert run.stdout.count("step ") == 2  # one process speaks
