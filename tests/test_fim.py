@@ -207,7 +207,8 @@ def test_a_file_without_a_fitting_node_falls_back_and_says_so(what):
 def test_what_nests_too_deep_for_error_recovery_is_not_parsed():
     assert fim.nesting("f(a[{'(':1}])") == 4 and fim.nesting("") == 0 and fim.nesting(")") == 0
     assert fim.nesting("x\n" + " " * 401 + "y") > fim.DEEPEST and fim.nesting("é(" * 401) > fim.DEEPEST
-    assert fim.Source("(" * 401, "python").root is None and fim.Source("(" * 400 + ")" * 400, "python").root is not None
+    deep = lambda n: fim.Source("x = " + "(" * n + "1" + ")" * n, "python").root
+    assert deep(401) is None and deep(400) is not None and not deep(400).has_error
 
 
 def test_middles_above_the_char_level_leave_most_of_the_file_and_heed_the_limit():
