@@ -1333,8 +1333,7 @@ def run_job(job, limits, walls, asker, link):
 
 # ---- the zygote and its keeper -------------------------------------------------------------------------------------------------
 
-WARM = ("abc base64 bisect collections collections.abc copy dataclasses datetime decimal enum fractions hashlib heapq io itertools "
-        "linecache operator random site statistics string textwrap traceback typing warnings").split()  # fmt: skip
+WARM = "abc bisect collections copy datetime enum heapq io itertools linecache operator random site string traceback typing warnings".split()
 
 
 def warm_up():
@@ -1351,6 +1350,8 @@ def warm_up():
     gc.collect()
     gc.disable()
     gc.freeze()
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def become_nobody(namespaces, privileged):
@@ -1566,16 +1567,19 @@ class Machinery:
     lock = threading.Lock()
     slots = threading.BoundedSemaphore(2 * (os.cpu_count() or 1))  # more runs at once would only wait for each other
     current = None
+    BOOT = "import marshal, sys\nwith open(int(sys.argv[2]), 'rb') as file: code = file.read()\nexec(marshal.loads(code))"
 
     def __init__(self):
         if sys.platform != "linux":
             raise OSError(errno.ENOSYS, "the sandbox needs Linux: run this in a Linux virtual machine or container")
         self.owner, (self.control, far) = os.getpid(), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some interpreters need it to start
-        command = [sys.executable, "-s", "-S", "-P", "-X", "utf8", os.path.abspath(__file__), "--zygote", str(far.fileno()), str(self.owner)]
-        with far:
+        with far, tempfile.TemporaryFile() as code:
+            code.write(marshal.dumps(__loader__.get_code(__name__))), code.seek(0)  # compiled there, it would leave 9 MB that every run forks
+            numbers = [str(number) for number in (code.fileno(), far.fileno(), self.owner)]
             self.process = subprocess.Popen(
-                command, env={"PYTHONHASHSEED": "0", **keep}, pass_fds=[far.fileno()], cwd="/", start_new_session=True,
+                [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", self.BOOT, "--zygote", *numbers], env={"PYTHONHASHSEED": "0", **keep},
+                pass_fds=[code.fileno(), far.fileno()], cwd="/", start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
         self.control.settimeout(60)
@@ -2329,7 +2333,7 @@ def demonstration():
 
 def main(argv=None):
     if argv is None and sys.argv[1:2] == ["--zygote"]:
-        return keeper(int(sys.argv[2]), int(sys.argv[3]))
+        return keeper(int(sys.argv[3]), int(sys.argv[4]))
     parser = argparse.ArgumentParser(
         description="Run a program that nobody trusts, or grade it with tests it cannot reach: in namespaces, under Landlock, seccomp "
         "and rlimits, as far as this machine allows. Without arguments: prints the protections in force and grades two small programs.",
