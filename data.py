@@ -2112,25 +2112,30 @@ def bench(megabytes):
     def grouped(pairs):
         return survivors(len(docs), pairs, range(len(docs)))
 
-    def by_datasketch():
-        index, pairs = datasketch.MinHashLSH(threshold=0.7, num_perm=128), []
+    def compare(name, work):
+        their_seconds, kept = timed(work, 1)
+        print(f"  {name}: {len(docs) / their_seconds:.0f} files/s, recall {recall(kept):.3f}; ours is {their_seconds / seconds:.1f} times as fast")
+
+    def by(index, sketch_of):
+        pairs = []
         for i, text in enumerate(docs):
-            sketch = datasketch.MinHash(128)
-            sketch.update_batch([gram.encode() for gram in grams(text)])
+            sketch = sketch_of(grams(text))
             pairs += [(j, i) for j in index.query(sketch)]
             index.insert(i, sketch)
         return grouped(pairs)
 
-    def by_rensa():
-        sketches = rensa.RMinHash.digest_matrix_from_token_sets([list(grams(text)) for text in docs], num_perm=128, seed=1)
-        index = rensa.RMinHashLSH(threshold=0.7, num_perm=128, num_bands=16)
-        index.insert_matrix(sketches, 0)
-        return grouped([(i, j) for i in range(len(docs)) for j in index.query(sketches[i])] if hasattr(sketches, "__getitem__") else [])
-
-    for name, work in (("datasketch", by_datasketch), ("rensa", by_rensa)):
-        if globals().setdefault(name, peer(name)):
-            their_seconds, kept = timed(work, 1)
-            print(f"  {name}: {len(docs) / their_seconds:.0f} files/s, recall {recall(kept):.3f}; ours is {their_seconds / seconds:.1f} times as fast")
+    if datasketch := peer("datasketch"):
+        def theirs(rows):
+            sketch = datasketch.MinHash(128)
+            sketch.update_batch([gram.encode() for gram in rows])
+            return sketch
+        compare("datasketch", lambda: by(datasketch.MinHashLSH(threshold=0.7, num_perm=128), theirs))
+    if rensa := peer("rensa"):
+        def rust(rows):
+            sketch = rensa.RMinHash(num_perm=128, seed=1)
+            sketch.update(list(rows))
+            return sketch
+        compare("rensa", lambda: by(rensa.RMinHashLSH(threshold=0.7, num_perm=128, num_bands=16), rust))
 
     data = [text.encode() for text in docs[:2000]]
     bare, _ = timed(lambda: [fim.parser("python").parse(raw).root_node.has_error for raw in data])

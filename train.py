@@ -19,7 +19,7 @@ numbers are ours. Where we differ: one node; a category of the mixture that has 
     python train.py --resume                # go on where a killed run stopped, bit for bit on the CPU
     python train.py --eval out/mid2         # one table for one checkpoint
     python train.py --preset 40b-loop --dry-run
-    torchrun --nproc_per_node 8 train.py --preset small
+    torchrun --nproc_per_node 8 train.py --preset node --cp 8
 """
 
 import argparse
@@ -46,6 +46,7 @@ import commits
 import data
 import fim
 import tasks
+from loop_attention import shard_sequence
 from model import LoopCoder, LoopCoderConfig, flops_per_token, matmul_peak, parameter_count
 
 # ---------------------------------------------------------------------------------------------- the stages
@@ -98,7 +99,7 @@ class Preset:
 
 
 PRESETS = {
-    "nano": Preset((512, 1024, 4096), 1.3e6, 4096, 3e-3, 8192, 24, "minutes on two CPU cores"),
+    "nano": Preset((512, 1024, 4096), 0.7e6, 2048, 3e-3, 8192, 24, "minutes on two CPU cores"),
     "small": Preset((2048, 8192, 32768), 1.5e9, 262_144, 1.5e-3, 32768, 0, "an hour or two on one GPU"),
     "node": Preset((4096, 32768, 131072), 20e9, 1_048_576, 1e-3, 65536, 0, "days on eight GPUs"),
     "7b": Preset((8192, 32768, 131072), 12.6e12, 8_388_608, 3e-4, 76800, 0, "the report's run"),
@@ -130,6 +131,8 @@ class TrainConfig:
     device: str = flag("auto", "cpu, cuda, cuda:1, ...")
     dtype: str = flag("auto", "bfloat16 or float32 for the forward and backward; master weights are float32 always")
     compile: str = flag("auto", "on, off; auto: where it wins")
+    cp: int = flag(1, "ranks that share a row of tokens: context parallelism over a ring")
+    recompute: bool = flag(False, "compute activations again in the backward instead of keeping them")
     threads: int = flag(0, "CPU threads; 0: torch's choice")
     check: str = flag("auto", "fingerprints against silent errors: on, off; auto: on where there are replicas")
     recheck_every: int = flag(100, "steps between two re-computations of a micro-batch (with --check); 0: never")
@@ -219,10 +222,16 @@ class World:
     device: torch.device
     dtype: torch.dtype
     compiled: bool
+    cp: int = 1  # ranks that share one row of tokens (context parallelism)
+    group: object = None  # the process group of those ranks; None where cp is 1
 
     @property
     def main(self):
         return self.rank == 0
+
+    @property
+    def replicas(self):  # data-parallel copies, each of cp ranks
+        return self.size // self.cp
 
 
 def start_world(cfg: TrainConfig) -> World:
@@ -239,7 +248,14 @@ def start_world(cfg: TrainConfig) -> World:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    return World(rank, size, device, number_format(cfg.dtype, device), compiled=cfg.compile != "off")
+    if size % cfg.cp:
+        raise ValueError(f"--cp {cfg.cp}: must divide the number of processes, {size}; start them with torchrun --nproc_per_node")
+    group = None
+    if cfg.cp > 1:
+        mesh = dist.device_mesh.init_device_mesh(device.type, (size // cfg.cp, cfg.cp), mesh_dim_names=("replica", "context"))
+        group = mesh["context"].get_group()
+    compiled = cfg.compile == "on" or cfg.compile == "auto" and cfg.cp == 1  # the ring's messages are not to be traced
+    return World(rank, size, device, number_format(cfg.dtype, device), compiled, cfg.cp, group)
 
 
 @functools.cache
@@ -261,16 +277,16 @@ def number_format(name: str, device) -> torch.dtype:
 class Loss(torch.nn.Module):
     """The training path of the model as a module of its own, so that DistributedDataParallel can wrap it."""
 
-    def __init__(self, model):
+    def __init__(self, model, group=None):
         super().__init__()
-        self.model = model
+        self.model, self.group = model, group
 
     def forward(self, input_ids, targets, segment_ids):
-        return self.model.loss(input_ids, targets, segment_ids, reduction="sum")
+        return self.model.loss(input_ids, targets, segment_ids, reduction="sum", group=self.group)
 
 
 def loss_function(model, world: World):
-    loss = Loss(model)
+    loss = Loss(model, world.group)
     if world.compiled:
         loss.compile()
     return torch.nn.parallel.DistributedDataParallel(loss) if world.size > 1 else loss
@@ -399,7 +415,7 @@ class Guard:
         self.before = {n: p.grad.clone() for n, p in self.params.items() if p.grad is not None} if self.rechecks() else {}
 
     def recompute(self, loss_of, own, neighbours):
-        """own, neighbours: last micro-batch of this rank and of the next; loss_of(micro_batch) -> the loss that was differentiated."""
+        """own, neighbours: last micro-batch of this replica and of the next; loss_of(micro_batch) -> the loss that was differentiated."""
         def gradient_of(piece, before):
             grads = dict(zip(self.params, torch.autograd.grad(loss_of(piece), list(self.params.values()))))
             return fingerprints({n: before[n].add_(g) if n in before else g for n, g in grads.items()})
@@ -410,12 +426,13 @@ class Guard:
         bad = (self._gather(was) != again).any(-1)
         if bad.any():
             self._fail("a gradient computed twice differs", self.params, bad)
-        if self.world.size > 1:
+        if self.world.replicas > 1:
+            cp = self.world.cp
             mine, theirs = self._gather(gradient_of(own, {})), self._gather(gradient_of(neighbours, {}))
-            bad = (mine.roll(-1, 0) != theirs).any(-1)  # row r: rank r's view of rank r + 1
+            bad = (mine.roll(-cp, 0) != theirs).any(-1)  # row r: how rank r sees its neighbour, rank r + cp
             if bad.any():
-                blamed = bad & bad.roll(1, 0)  # wrong in its own eyes of the next, and in the eyes of the one before
-                only = blamed if self.world.size > 2 and blamed.any() else bad | bad.roll(1, 0)
+                blamed = bad & bad.roll(cp, 0)  # differs from the neighbour after it, and from the one before
+                only = blamed if self.world.replicas > 2 and blamed.any() else bad | bad.roll(cp, 0)
                 self._fail("two ranks compute different gradients", self.params, only)
 
     def after_reduction(self):
@@ -514,7 +531,7 @@ def verified_task(family, level, number, perturbed):
 
 
 def task_samples(tokenizer, family, levels, weights, n, seed, thinking, perturbed) -> list:
-    """n samples of one family: levels drawn by weight; agent families as whole episodes, their observations not learned."""
+    """n samples of one family: levels drawn by weight; the repository agent as whole episodes, its observations not learned."""
     rng = np.random.default_rng([seed, *family.encode()])
     drawn_levels = rng.choice(levels, n, p=np.array(weights) / sum(weights))
     drawn = [(family, int(level), int(number), perturbed) for level, number in zip(drawn_levels, rng.integers(0, 1 << 30, n))]
@@ -522,7 +539,7 @@ def task_samples(tokenizer, family, levels, weights, n, seed, thinking, perturbe
         verified = list(pool.map(lambda key: verified_task(*key), drawn))
     samples = []
     for task in filter(None, verified):
-        episode = task.turns and not thinking
+        episode = task.family == "swe"  # the only family whose answer is a conversation
         parts = tasks.trajectory_parts(task, detour=task.seed % 4 == 0) if episode else tasks.task_parts(task, thinking)
         samples.append(tokenizer.encode_parts(parts))
     return samples
@@ -673,9 +690,16 @@ class Curriculum:
 # ---------------------------------------------------------------------------------------------- the loop
 
 
-def micro_batches(batch, world: World, micro_rows: int):
-    """This rank's rows of the global batch as tensors, in pieces of micro_rows: every rank gets the same number of pieces."""
-    mine = [torch.from_numpy(part[world.rank :: world.size]).to(world.device) for part in batch]
+def micro_batches(batch, world: World, micro_rows: int, ahead: int = 0):
+    """
+    This replica's rows of the global batch (or those of a replica `ahead` of it) as tensors, in pieces of micro_rows; under context
+    parallelism this rank's chunks of them. The loss shift was made before the cut, so it crosses the borders of the chunks.
+    """
+    replica = (world.rank // world.cp + ahead) % world.replicas
+    mine = [torch.from_numpy(part[replica :: world.replicas]).to(world.device) for part in batch]
+    if world.group is not None:
+        padding = (0, -100, 1 << 30)  # tokens, targets, a segment of its own
+        mine = [shard_sequence(part, world.group, pad=pad) for part, pad in zip(mine, padding)]
     return list(zip(*(part.split(micro_rows) for part in mine)))
 
 
@@ -701,8 +725,7 @@ def gradient(loss_fn, batch, world: World, micro_rows: int, guard: Guard | None 
     total += loss.detach()
     if guard and guard.rechecks():
         plain = loss_fn.module if world.size > 1 else loss_fn
-        neighbour = dataclasses.replace(world, rank=(world.rank + 1) % world.size)
-        guard.recompute(lambda piece: plain(*piece) * scale, pieces[-1], micro_batches(batch, neighbour, micro_rows)[-1])
+        guard.recompute(lambda piece: plain(*piece) * scale, pieces[-1], micro_batches(batch, world, micro_rows, ahead=1)[-1])
     if world.size > 1:
         dist.all_reduce(total)
     return float(total) * scale / world.size
@@ -770,8 +793,8 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = data.Tokenizer.load(Path(cfg.out) / "data" / "tokenizer")
     context = preset.contexts[stage.context]
-    rows = max(world.size, round((cfg.batch_tokens or preset.batch_tokens) / context))
-    rows += -rows % world.size
+    rows = max(world.replicas, round((cfg.batch_tokens or preset.batch_tokens) / context))
+    rows += -rows % world.replicas
     steps = max(2, round(stage.tokens * preset.tokens * cfg.scale / (rows * context)))
     micro_rows = max(1, (cfg.micro_batch_tokens or (4096 if world.device.type == "cpu" else 32768)) // context)
 
@@ -782,7 +805,7 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
         model = LoopCoder(config).to(world.device)
     else:
         model = LoopCoder.from_pretrained(Path(cfg.out) / stage.start, device=world.device, dtype=torch.float32)
-    model.compute_dtype = world.dtype
+    model.compute_dtype, model.recompute = world.dtype, cfg.recompute
     model.config.max_position_embeddings = context
     model.config.rope_theta = stage.rope_theta or model.config.rope_theta
     model.train()

@@ -153,6 +153,32 @@ def test_bits_per_byte_counts_every_token_once_whatever_the_context(corpus, toy)
     assert train.bits_per_byte(net, corpus / "data" / "heldout", 30_000, world)["python"] == pytest.approx(expected, rel=1e-5)
 
 
+def ranked_chain(rank, size, port, out, changes):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+    torch.set_num_threads(1)
+    add_toy(dict.__setitem__)
+    run_chain(config(out, **changes))
+    dist.destroy_process_group()
+
+
+def test_context_parallel_and_data_parallel_runs_follow_the_loss_of_one_process(corpus, toy, tmp_path):
+    """Two and four processes: two ranks a row, two replicas, and both; the checks for silent errors stay quiet all the while."""
+    losses = {}
+    for n, (size, cp) in enumerate([(1, 1), (2, 2), (4, 2)]):
+        out = tmp_path / f"{size}-{cp}"
+        out.mkdir()
+        linked(corpus, out)
+        changes = {"stages": "pretrain", "cp": cp, "recheck_every": 3, "check": "on", "scale": 0.04, "batch_tokens": 256}
+        if size == 1:
+            run_chain(config(out, **changes))
+        else:
+            mp.spawn(ranked_chain, (size, 29100 + n + os.getpid() % 400, str(out), changes), nprocs=size)
+        losses[size, cp] = [json.loads(line)["loss"] for line in (out / "pretrain" / "log.jsonl").read_text().splitlines()[:-1]]
+    assert len(losses[1, 1]) > 3
+    for run in losses.values():
+        assert run == pytest.approx(losses[1, 1], rel=2e-4)
+
+
 # ------------------------------------------------------------------------------------------------ silent errors
 
 
