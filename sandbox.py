@@ -36,6 +36,7 @@ import importlib.util
 import json
 import marshal
 import math
+import mmap
 import os
 import re
 import resource
@@ -53,7 +54,7 @@ import time
 import types
 import unittest
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 # ---- what callers see ----------------------------------------------------------------------------------------------------------
@@ -230,6 +231,18 @@ def read_exactly(sock, size):
     return b"".join(parts)
 
 
+def receive_into(sock, room):
+    while len(room):
+        size = sock.recv_into(room)
+        if size == 0:
+            raise ConnectionError("the other side has gone")
+        room = room[size:]
+
+
+def text_of(data):
+    return bytes(data).decode("utf-8", "backslashreplace")
+
+
 def read_frame(sock, most=1 << 30):
     (size,) = struct.unpack("!I", read_exactly(sock, 4))
     if size > most:
@@ -244,7 +257,7 @@ ARM = os.uname().machine == "aarch64"
 SYS_CLONE, SYS_PIVOT_ROOT = (220, 41) if ARM else (56, 155)
 SYS_MOUNT_SETATTR, SYS_LANDLOCK = 442, 444  # one number everywhere; 444 makes a ruleset, 445 adds a rule, 446 restricts
 NAMESPACES = 0x20000 | 0x8000000 | 0x10000000 | 0x20000000 | 0x40000000  # mounts, ipc, users, pids, network
-NEW_HOSTNAME = 0x4000000
+NEW_HOSTNAME, NEW_IN_EACH_RUN = 0x4000000, 0x20000 | 0x8000000 | 0x40000000  # mounts, ipc, network
 RDONLY, NOSUID, NODEV, NOEXEC, BIND, RECURSIVE, PRIVATE, DETACH = 1, 2, 4, 8, 4096, 16384, 1 << 18, 2
 PR_DEATHSIG, PR_DUMPABLE, PR_SECCOMP, PR_SUBREAPER, PR_NO_NEW_PRIVS, PR_TID_ADDRESS = 1, 4, 22, 36, 38, 40
 INSIDE_ID = 1000  # the user and group that everybody is inside
@@ -307,6 +320,13 @@ def drop_capabilities():
     checked(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
 
 
+def out_of_the_way(descriptor):
+    """Move a descriptor above the few that a program gets."""
+    higher = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 20)
+    os.close(descriptor)
+    return higher
+
+
 # Landlock: what a process may do with files, for good. Rights are bits; each version of the kernel's interface knows more of them.
 
 READING = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, read a directory
@@ -331,7 +351,7 @@ def landlock_rules(readable, writable, devices):
             fitting = rights & every & (-1 if stat.S_ISDIR(os.fstat(place).st_mode) else ON_FILES)
             syscall(SYS_LANDLOCK + 1, ruleset, 1, struct.pack("=Qi", fitting, place), 0)
             os.close(place)
-    return fcntl.fcntl(ruleset, fcntl.F_DUPFD_CLOEXEC, 20)  # out of the way of the descriptors that a program gets
+    return out_of_the_way(ruleset)
 
 
 # seccomp: which system calls there are at all. Name: number on x86-64, on arm64 (0: it is not there).
@@ -382,13 +402,13 @@ def seccomp_program(namespaces):
         return op(from_here, numbers[len(numbers) // 2], len(below)) + below + rest
 
     table = REFUSED if namespaces else {**REFUSED, **REFUSED_BARE}
-    mmap, socket_call, ioctl = (222, 198, 29) if ARM else (9, 41, 16)
+    map_memory, socket_call, ioctl = (222, 198, 29) if ARM else (9, 41, 16)
     program = load(4) + op(equal, 0xC00000B7 if ARM else 0xC000003E, 1) + give(KILL) + load(0)
     program += op(above, NEWEST_SYSCALL, 0, 1) + give(ERRNO | errno.ENOSYS)  # also what carries the x32 bit
     program += only(435, give(ERRNO | errno.ENOSYS))  # clone3 hides its flags behind a pointer: libraries fall back to clone
     program += only(SYS_CLONE, argument(0) + op(any_bit, 0x7E020000, 0, 1) + refuse + give(ALLOW))
     # anonymous shared memory can be in nobody's resident set: shared memory goes through files, which the disk limit counts
-    program += only(mmap, argument(3) + op(mask, 0x21) + op(equal, 0x21, 0, 1) + refuse + give(ALLOW))
+    program += only(map_memory, argument(3) + op(mask, 0x21) + op(equal, 0x21, 0, 1) + refuse + give(ALLOW))
     program += only(ioctl, argument(1) + op(equal, 0x5412, 1) + op(equal, 0x541C, 0, 1) + refuse + give(ALLOW))  # typing for others
     if namespaces:  # sockets: unix, IPv4, IPv6, all of them inside
         families = op(equal, 1, 3) + op(equal, 2, 2) + op(equal, 10, 1)
@@ -477,27 +497,19 @@ def build_view(sources, interpreter):
     syscall(SYS_MOUNT_SETATTR, -1, b"/proc", 0, struct.pack("QQQQ", 0, RDONLY, 0, 0), 32)  # wardens write their id maps there
 
 
-def private_disk(limits, namespaces):
-    """The one place where a run can write, as a path: a tmpfs with limits on bytes and files; bare, a folder in the host's /tmp."""
+def private_disk(disk, limits, namespaces):
+    """The one place where a run can write: a tmpfs with limits on bytes and files, seen by nobody else; bare, a folder of the host's."""
     if namespaces:
-        disk = DISK
         mount("disk", disk, "tmpfs", NOSUID | NODEV, f"size={limits['disk_mb']}m,nr_inodes={64 * limits['disk_mb']},mode=755")
-    else:
-        disk = tempfile.mkdtemp(prefix="sandbox-")
     for name in ("work", "tmp", "shm"):
         os.mkdir(f"{disk}/{name}")
     os.chdir(f"{disk}/work")
-    return disk
 
 
-def remove_disk(disk, namespaces):
-    os.chdir("/")
-    if namespaces:
-        checked(libc.umount2(disk.encode(), DETACH), "umount of the disk")
-        return
-    for folder, _, _ in os.walk(disk, onerror=lambda error: os.chmod(error.filename, 0o700)):  # a program may have locked itself in
-        os.chmod(folder, 0o700)
-    shutil.rmtree(disk, ignore_errors=True)
+def remove_folder(folder):
+    for place, _, _ in os.walk(folder, onerror=lambda error: os.chmod(error.filename, 0o700)):  # a program may have locked itself in
+        os.chmod(place, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def loopback_up():
@@ -529,30 +541,43 @@ def write_files(files):
             file.write(data)
 
 
-def tree_changes(before, folder, room):
-    """What differs from {path: (mode, bytes)} now that nobody lives there any more: ([(path, mode, bytes)], paths gone, left out)."""
-    changed, left_out, found = [], [], set()
+HISTORY = {".git", ".hg", ".svn", ".bzr", ".jj"}
+
+
+def contained(path, target):
+    """Does a symlink at `path` stay inside the tree?"""
+    inside = os.path.normpath(os.path.join(os.path.dirname(path), target))
+    return not target.startswith("/") and inside.split("/")[0] != ".."
+
+
+def read_tree(folder, room=1 << 40):
+    """
+    {relative path: (mode, bytes)} of a folder: files of at most `room` bytes together, folders, links that stay inside. No history of
+    any version control, no pipe, no socket, no device; nothing is followed.
+    """
+    tree, folder = {}, os.fspath(folder).rstrip("/")
     for place, folders, names in os.walk(folder):
-        for full in (os.path.join(place, name) for name in folders + names):
-            path, about = os.path.relpath(full, folder), os.lstat(full)
-            mode, data = about.st_mode, b""
-            try:
-                if stat.S_ISREG(mode) and about.st_size <= room:  # a file with holes can be longer than the disk
+        if {"HEAD", "objects", "refs"} <= set(folders + names):  # a bare repository, whatever its name
+            folders[:] = []
+            continue
+        folders[:] = sorted(set(folders) - HISTORY)
+        for full in (os.path.join(place, name) for name in folders + sorted(set(names) - HISTORY)):
+            path, about, data = full[len(folder) + 1 :], os.lstat(full), b""  # os.path.relpath would ask where we are: nowhere, by now
+            kind = stat.S_IFMT(about.st_mode)
+            if kind == stat.S_IFREG and about.st_size <= room:  # a file with holes can be longer than its disk
+                try:
                     with os.fdopen(os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
                         data = file.read(about.st_size)
-                elif stat.S_ISLNK(mode):
-                    data = os.fsencode(os.readlink(full))
-                elif not stat.S_ISDIR(mode):
-                    raise ValueError("a pipe, a socket, or too long")
-            except (OSError, ValueError):
-                left_out.append(path)
-                continue
-            found.add(path)
-            entry = (stat.S_IFMT(mode) | (0o755 if mode & 0o100 else 0o644), data)
-            if before.get(path) != entry:
-                changed.append((path, *entry))
+                except OSError:
+                    continue
                 room -= len(data)
-    return changed, sorted(before.keys() - found - set(left_out)), left_out
+            elif kind == stat.S_IFLNK and contained(path, os.readlink(full)):
+                data = os.fsencode(os.readlink(full))
+            elif kind != stat.S_IFDIR:
+                continue
+            executable = kind == stat.S_IFDIR or kind == stat.S_IFREG and about.st_mode & 0o100
+            tree[path] = (kind | (0o755 if executable else 0o644), data)
+    return tree
 
 
 # ---- the candidate -------------------------------------------------------------------------------------------------------------
@@ -582,25 +607,40 @@ def confine(limits, walls):
         seccomp(walls["filter"])
 
 
-def live(job, limits, walls, pipes, ready):
-    """The candidate's life in a process of its own: descriptors, walls, then the program. Never returns."""
+def live(asker, ready, pipes, limits, walls):
+    """
+    A program's life in a process of its own: its view, its files, its descriptors, the walls, then the program. Only this process ever
+    reads the request: what a run was given stays out of the memory from which the next one is forked. Never returns.
+    """
     try:
         os.setsid()
-        for number, descriptor in enumerate(pipes):
-            os.dup2(descriptor, number)
         gc.enable()
         sys.modules["random"].seed()
+        private_disk(walls["disk"], limits, walls["namespaces"])
         if walls["namespaces"]:
+            loopback_up()
             prctl(PR_DUMPABLE, 1)
             put("/proc/self/oom_score_adj", "1000")  # should memory run out, take this one
         else:
             os.environ.update(environment(walls["disk"]))
+            if walls["landlock"]:
+                walls["ruleset"] = landlock_rules(shown_paths(), [walls["disk"]], DEVICES)
+        job = marshal.loads(read_frame(asker))
+        write_files(job["files"])
+        stdin = os.open("/dev/null", os.O_RDONLY)
+        if job["stdin"]:
+            stdin = os.memfd_create("stdin")
+            os.write(stdin, job["stdin"])
+            os.lseek(stdin, 0, 0)
+        work = os.open(".", os.O_RDONLY)
+        for number, descriptor in enumerate([stdin, *pipes]):
+            os.dup2(descriptor, number)
         confine(limits, walls)
-        os.write(ready, b"ready")
+        socket.send_fds(ready, [b"ready"], [work])
     except Exception as error:
-        os.write(ready, f"{type(error).__name__}: {error}".encode())
+        ready.send(f"{type(error).__name__}: {error}".encode())
         os._exit(1)
-    os.closerange(len(pipes), 1 << 20)
+    os.closerange(1 + len(pipes), 1 << 20)
     code = 1
     try:
         code = PROGRAMS[job["kind"]](job, environment(walls["disk"]))
@@ -1005,6 +1045,9 @@ PROGRAMS = {"command": run_command, "python": run_python, "serve": serve, "test"
 
 # ---- the warden ----------------------------------------------------------------------------------------------------------------
 
+# A warden outlives its runs: user and process namespace are its own, every run gets new ones of the rest. It stays as clean as the
+# zygote: what a run was given is read by the run, and what comes out of it lies in buffers that are unmapped before the next begins.
+
 LOOK_EVERY_S = 0.02
 
 
@@ -1052,13 +1095,13 @@ def patience_of(limits):
     return 10 * limits["wall_s"] + 20
 
 
-def disk_used(disk, namespaces):
+def disk_used(work, walls):
     """Bytes in a run's files; bare, a file counts as no less than 16 kB, so that empty ones have a limit too, as on the tmpfs."""
-    if namespaces:
-        about = os.statvfs(disk)
+    if walls["namespaces"]:
+        about = os.fstatvfs(work)
         return (about.f_blocks - about.f_bfree) * about.f_bsize
     used = 0
-    for place, folders, names in os.walk(disk):
+    for place, folders, names in os.walk(walls["disk"]):
         for name in folders + names:
             with contextlib.suppress(OSError):
                 used += max(1 << 14, os.lstat(os.path.join(place, name)).st_blocks * 512)
@@ -1068,8 +1111,8 @@ def disk_used(disk, namespaces):
 class Watch:
     """The limits on a whole tree of processes: what a look every 20 ms sees, and the most that was ever seen."""
 
-    def __init__(self, child, limits, walls):
-        self.child, self.limits, self.walls = child, limits, walls
+    def __init__(self, child, work, limits, walls):
+        self.child, self.work, self.limits, self.walls = child, work, limits, walls
         self.started, self.seen, self.peak = time.monotonic(), {}, 0
 
     def look(self):
@@ -1079,7 +1122,7 @@ class Watch:
             cpu_s, own = usage_of(pid)
             self.seen[pid] = max(cpu_s, self.seen.get(pid, 0.0))  # also of those who have ended
             memory += max(0, own - self.walls["own"])  # without what it shares with the zygote
-        disk = disk_used(self.walls["disk"], self.walls["namespaces"])
+        disk = disk_used(self.work, self.walls)
         memory += disk if self.walls["namespaces"] else 0
         self.peak = max(self.peak, memory)
         elapsed = time.monotonic() - self.started
@@ -1096,13 +1139,43 @@ class Watch:
         return None
 
 
+def buffer(size):
+    """Memory that goes back to the kernel with its last user; never Python's own, from which later programs are forked."""
+    return memoryview(mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+class Output:
+    """One of a program's two output pipes: the first kilobytes are kept, the rest is read and dropped."""
+
+    def __init__(self, descriptor, most):
+        self.descriptor, self.most, self.room, self.filled, self.cut = descriptor, most, buffer(most + (1 << 16)), 0, False
+
+    def fileno(self):
+        return self.descriptor
+
+    def read(self):
+        """True at the end."""
+        size = os.readv(self.descriptor, [self.room[self.filled : self.filled + (1 << 16)]])
+        self.cut |= self.filled + size > self.most
+        self.filled = min(self.filled + size, self.most)
+        return size == 0
+
+    def blobs(self):
+        return [self.room[: self.filled]]
+
+
 class Talk:
-    """The warden's end of a channel. It never blocks: what is on the other side must not stop the clock."""
+    """
+    The warden's end of a channel to a program: one frame comes, the next question goes. It never blocks, for what is on the other
+    side must not stop the clock; and it understands nothing of what it carries.
 
-    ends_run = True  # when all is said, there is nothing to wait for
+    questions   frames, sent one by one as answers come      wanted   how many frames make the conversation complete
+    ends_run    whether there is nothing to wait for after that
+    """
 
-    def __init__(self, channel, wanted):
-        self.channel, self.wanted, self.answers, self.buffer, self.unsent = channel, wanted, [], bytearray(), b""
+    def __init__(self, channel, questions, wanted, ends_run):
+        self.channel, self.questions, self.wanted, self.ends_run = channel, questions, wanted, ends_run
+        self.inbox, self.filled, self.scanned, self.answers, self.unsent = buffer(16 * ANSWER_BYTES), 0, 0, [], []
         channel.setblocking(False)
 
     def fileno(self):
@@ -1111,87 +1184,45 @@ class Talk:
     def complete(self):
         return len(self.answers) == self.wanted
 
-    def accept(self, frame):
-        self.answers.append(frame)
-        return True
+    def blobs(self):
+        return self.answers
 
     def write(self):
         try:
-            self.unsent = self.unsent[self.channel.send(self.unsent) :]
-        except BrokenPipeError:
-            self.unsent = b""  # reading will tell
+            self.unsent[0] = self.unsent[0][self.channel.send(self.unsent[0]) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.unsent = []  # reading will tell
+        self.unsent = [piece for piece in self.unsent if len(piece)]
 
     def read(self):
         """Take what has come. True when the conversation is over: all is said, or it is broken, or the other side has gone."""
         try:
-            part = self.channel.recv(1 << 16)
+            size = self.channel.recv_into(self.inbox[self.filled :])
         except ConnectionResetError:
-            part = b""
-        self.buffer += part
-        while len(self.buffer) >= 4 and not self.complete():
-            (size,) = struct.unpack_from("!I", self.buffer)
-            if size > ANSWER_BYTES:
+            size = 0
+        self.filled += size
+        while self.filled - self.scanned >= 4 and not self.complete():
+            (length,) = struct.unpack_from("!I", self.inbox, self.scanned)
+            if length > ANSWER_BYTES:
                 return True
-            if len(self.buffer) < 4 + size:
+            if self.filled < self.scanned + 4 + length:
                 break
-            frame = bytes(self.buffer[4 : 4 + size])
-            del self.buffer[: 4 + size]
-            if not self.accept(frame):
-                return True
-        return not part or self.complete()
+            self.answers.append(self.inbox[self.scanned + 4 : self.scanned + 4 + length])
+            self.scanned += 4 + length
+            self.unsent += self.questions[len(self.answers) - 1 : len(self.answers)]
+        return size == 0 or self.complete()
 
 
-class Notes(Talk):
-    """A trace: it may come, it may not."""
-
-    ends_run = False
-
-
-class Session(Talk):
-    """One call after the other to a serving candidate. An answer counts only after its question, and must carry its nonce."""
-
-    def __init__(self, channel, calls):
-        super().__init__(channel, len(calls) + 1)  # the first frame says that the program is loaded
-        self.calls, self.nonce = calls, b"null"
-
-    def accept(self, frame):
-        if not frame.startswith(b"[%s," % self.nonce):
-            return False
-        self.answers.append(frame)
-        if not self.complete():
-            self.nonce = b'"%s"' % os.urandom(8).hex().encode()
-            self.unsent += framed(b"[%s,false,%s]" % (self.nonce, self.calls[len(self.answers) - 1]))
-        return True
-
-
-class Output:
-    """One of a program's two output pipes: the first kilobytes are kept, the rest is read and dropped."""
-
-    def __init__(self, descriptor, most):
-        self.descriptor, self.room, self.kept, self.cut = descriptor, most, bytearray(), b""
-        self.note = b"\n[cut after %d kB]" % (most // 1024)
-
-    def fileno(self):
-        return self.descriptor
-
-    def read(self):
-        """True at the end."""
-        part = os.read(self.descriptor, 1 << 16)
-        if len(part) > self.room:
-            self.cut = self.note
-        self.kept += part[: self.room]
-        self.room = max(0, self.room - len(part))
-        return not part
-
-
-def attend(child, limits, outputs, talk, asker, walls):
+def attend(child, work, limits, outputs, talk, asker, walls):
     """
     Watch a program until it ends, breaks a limit or has said all it was asked; then kill every process of the run and count.
 
-    child    pid        outputs   (stdout, stderr)       talk   Session, Talk with a tester, Notes of a tracer, or None
-    asker    the socket of whoever wants this run; when it hangs up, nobody needs the answer
+    child   pid       work    descriptor of its work directory       outputs   (stdout, stderr)       talk   Talk or None
+    asker   the socket of whoever wants this run; when it hangs up, nobody needs the answer
     """
-    ended, watch, poll = os.pidfd_open(child), Watch(child, limits, walls), select.poll()
+    ended, watch, poll = os.pidfd_open(child), Watch(child, work, limits, walls), select.poll()
     readers = {reader.fileno(): reader for reader in (*outputs, talk) if reader}
     for descriptor in (ended, *readers):
         poll.register(descriptor, select.POLLIN)
@@ -1222,12 +1253,11 @@ def attend(child, limits, outputs, talk, asker, walls):
         while not reader.read():
             pass
     os.close(ended)
-    result = {
+    return {
         "exit_code": os.waitstatus_to_exitcode(status), "wall_s": wall_s, "cpu_s": max(cpu_s, sum(watch.seen.values())), "broken": broken,
-        "peak_mb": max(peak_kb / 1024, watch.peak / 2**20), "level": walls["level"],
+        "peak_mb": max(peak_kb / 1024, watch.peak / 2**20), "cut": [output.cut for output in outputs], "level": walls["level"],
         "finished": bool(talk and talk.ends_run and talk.complete() and not broken),
     }  # fmt: skip
-    return result, [bytes(output.kept) + output.cut for output in outputs] + (talk.answers if talk else [])
 
 
 def bury(child, walls):
@@ -1249,86 +1279,92 @@ def bury(child, walls):
             return status, cpu_s, peak_kb
 
 
-def warden(asker, link, walls):
-    """Pid 1 of a run, and the only part of it that we trust: make the view, run the jobs one after the other, report, vanish."""
-    namespaces = walls["namespaces"]
-    if namespaces:
+def warden(asker, walls):
+    """Pid 1 of a place for runs, one after the other, and the only process in it that we trust."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if walls["namespaces"]:
         map_ids("self", INSIDE_ID, INSIDE_ID, False)
+        mount("proc", "/proc", "proc", NOSUID | NODEV | NOEXEC, "subset=pid")
     else:
         prctl(PR_SUBREAPER, 1)
     prctl(PR_DUMPABLE, 0)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    request = marshal.loads(read_frame(asker))
-    limits, files = request["limits"], request["files"]
-    disk = private_disk(limits, namespaces)
-    if namespaces:
-        mount("proc", "/proc", "proc", NOSUID | NODEV | NOEXEC, "subset=pid")
-        loopback_up()
-    elif walls["landlock"]:
-        walls["ruleset"] = landlock_rules(shown_paths(), [disk], DEVICES)
-    walls["disk"] = disk
-    write_files(files)
-    try:
-        for number, job in enumerate(request["jobs"]):
-            if number and job["fresh"]:
-                remove_disk(disk, namespaces)
-                walls["disk"] = disk = private_disk(limits, namespaces)
-                write_files(files)
-            result, blobs = run_job(job, limits, walls, asker, link)
-            asker.sendall(framed(json.dumps({**result, "blobs": len(blobs)}).encode()) + b"".join(map(framed, blobs)))
-            if job["makes"]:
-                if result["exit_code"] or result["broken"]:
-                    break
-                files = {**files, job["makes"]: (0o755, Path(job["makes"]).read_bytes())}
-        if request["tree"]:
-            changed, gone, left_out = tree_changes(files, f"{disk}/work", limits["disk_mb"] << 20)
-            about = {"changed": [[path, mode, len(data)] for path, mode, data in changed], "gone": gone, "left_out": left_out}
-            asker.sendall(framed(json.dumps(about).encode()) + framed(b"".join(data for _, _, data in changed)))
-    finally:
-        if not namespaces:
-            remove_disk(disk, namespaces)
+    told, ready = (socket.socket(fileno=out_of_the_way(end.detach())) for end in socket.socketpair())
+    while True:
+        size, links = socket.recv_fds(asker, 4, 1)[:2]
+        if not size:
+            return
+        order = json.loads(read_exactly(asker, *struct.unpack("!I", size)))
+        link = socket.socket(fileno=out_of_the_way(links[0])) if links else None
+        if not walls["namespaces"]:
+            walls["disk"] = tempfile.mkdtemp(prefix="sandbox-")
+        try:
+            one_run(order, link, asker, told, ready, walls)
+        finally:
+            if not walls["namespaces"]:
+                remove_folder(walls["disk"])
 
 
-def run_job(job, limits, walls, asker, link):
-    """One process and what it starts: pipes, fork, attend."""
-    stdin = os.open("/dev/null", os.O_RDONLY)
-    if job["stdin"]:
-        stdin = os.memfd_create("stdin")
-        os.write(stdin, job["stdin"])
-        os.lseek(stdin, 0, 0)
-    (out_r, out_w), (err_r, err_w) = os.pipe(), os.pipe()
-    given = [stdin, out_w, err_w]
-    near, far = socket.socketpair()
-    kind = job["kind"]
-    if kind == "test" or kind == "serve" and not link or kind == "python" and job["trace"]:
-        given.append(far.fileno())
-    if link:
-        given.append(link.fileno())
-    ready_r, ready_w = os.pipe()
-    child = clone()
+def one_run(order, link, asker, told, ready, walls):
+    """Pipes, fork, attend, report. The order holds limits and numbers; the rest of the request is for the program's process alone."""
+    limits, talk = order["limits"], None
+    (out_r, out_w), (err_r, err_w), (near, far) = os.pipe(), os.pipe(), socket.socketpair()
+    pipes = [out_w, err_w, *([far.fileno()] if order["frames"] else []), *([link.fileno()] if link else [])]
+    child = clone(NEW_IN_EACH_RUN if walls["namespaces"] else 0)
     if child == 0:
-        live(job, limits, walls, given, ready_w)
-    for descriptor in (stdin, out_w, err_w, ready_w):
-        os.close(descriptor)
-    far.close()
-    talk = None
-    if kind == "serve" and not link:  # the calls are read only now: a candidate, a copy of this process, must not find them in memory
-        talk = Session(near, marshal.loads(read_frame(asker)))
-    elif kind == "test":
-        talk = Talk(near, len(job["tests"]))
-    elif kind == "python" and job["trace"]:
-        talk = Notes(near, 1)
+        live(asker, ready, pipes, limits, walls)
+    os.close(out_w), os.close(err_w), far.close()
     if link:
         link.close()
-    most = limits["output_kb"] * 1024
-    result = attend(child, limits, (Output(out_r, most), Output(err_r, most)), talk, asker, walls)
+    said, (work,) = started(child, told, walls)
+    if order["frames"]:
+        questions = [buffer(4 + size) for size in order["questions"]]
+        for question in questions:
+            receive_into(asker, question)
+        talk = Talk(near, questions, order["frames"], order["ends_run"])
+    outputs = [Output(descriptor, limits["output_kb"] * 1024) for descriptor in (out_r, err_r)]
+    result = attend(child, work, limits, outputs, talk, asker, walls)
+    blobs = [blob for source in (*outputs, talk) if source for blob in source.blobs()]
+    asker.sendall(framed(json.dumps({**result, "blobs": len(blobs)}).encode()))
+    for blob in blobs:
+        asker.sendall(struct.pack("!I", len(blob)))
+        asker.sendall(blob)
+    if order["tree"]:
+        reader = clone()  # yet another process, so that no file's content stays in this one
+        if reader == 0:
+            send_tree(asker, work, limits)
+        if os.waitpid(reader, 0)[1]:
+            raise Gone  # whatever it said, this place is used no more
     near.close()
-    said = os.read(ready_r, 4096)
-    for descriptor in (out_r, err_r, ready_r):
+    for descriptor in (out_r, err_r, work):
         os.close(descriptor)
-    if said != b"ready" and not result[0]["broken"]:
+
+
+def started(child, told, walls):
+    """Wait until a run's process has raised its walls: (what it says, [its work directory]). Anything else is our own failure."""
+    ended = os.pidfd_open(child)
+    select.select([told, ended], [], [], 60)
+    os.close(ended)
+    try:
+        said, descriptors = socket.recv_fds(told, 4096, 1, socket.MSG_DONTWAIT)[:2]
+    except BlockingIOError:
+        said, descriptors = b"no word", []
+    if said != b"ready":
+        bury(child, walls)
         raise OSError(f"the program could not be started: {text_of(said)}")
-    return result
+    return said, descriptors
+
+
+def send_tree(asker, work, limits):
+    try:
+        os.fchdir(work)
+        tree = read_tree(".", limits["disk_mb"] << 20)
+        about = [[path, mode, len(data)] for path, (mode, data) in tree.items()]
+        asker.sendall(framed(json.dumps(about).encode()) + framed(b"".join(data for _, data in tree.values())))
+        os._exit(0)
+    except Exception as error:
+        asker.sendall(framed(json.dumps({"error": f"the files: {type(error).__name__}: {error}"}).encode()) + framed(b""))
+    finally:
+        os._exit(1)
 
 
 # ---- the zygote and its keeper -------------------------------------------------------------------------------------------------
@@ -1432,7 +1468,7 @@ def zygote(control, report, namespaces, privileged, facts):
     os.close(report)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 16, 2)
+        message, descriptors, _, _ = socket.recv_fds(control, 16, 1)
         if not message:
             os._exit(0)
         try:
@@ -1441,24 +1477,22 @@ def zygote(control, report, namespaces, privileged, facts):
             child = -1
             os.write(descriptors[0], framed(json.dumps({"error": f"no new process: {error.strerror}"}).encode()))
         if child == 0:
-            start_run(control, descriptors, walls)
+            control.close()
+            start_warden(socket.socket(fileno=out_of_the_way(descriptors[0])), walls)
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def start_run(control, descriptors, walls):
-    control.close()
-    asker, *links = (socket.socket(fileno=fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 20)) for descriptor in descriptors)
-    for descriptor in descriptors:
-        os.close(descriptor)
+def start_warden(asker, walls):
     try:
-        warden(asker, links[0] if links else None, walls)
-    except Gone:
+        warden(asker, walls)
+    except (Gone, ConnectionError):
         pass
     except Exception as error:
         with contextlib.suppress(OSError):
             asker.sendall(framed(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()))
     finally:
+        bury(0, walls)
         os._exit(0)
 
 
@@ -1572,7 +1606,7 @@ class Machinery:
     def __init__(self):
         if sys.platform != "linux":
             raise OSError(errno.ENOSYS, "the sandbox needs Linux: run this in a Linux virtual machine or container")
-        self.owner, (self.control, far) = os.getpid(), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.idle, self.owner, (self.control, far) = [], os.getpid(), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some interpreters need it to start
         with far, tempfile.TemporaryFile() as code:
             code.write(marshal.dumps(__loader__.get_code(__name__))), code.seek(0)  # compiled there, it would leave 9 MB that every run forks
@@ -1590,6 +1624,8 @@ class Machinery:
             raise OSError(errno.EPERM, f"the sandbox does not start: {self.facts['error']}")
 
     def stop(self):
+        while self.idle:
+            self.idle.pop().close()
         with contextlib.suppress(OSError):
             self.control.shutdown(socket.SHUT_RDWR)  # also where a fork of ours still holds the descriptor
         self.control.close()
@@ -1598,6 +1634,15 @@ class Machinery:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+    def warden(self):
+        """The socket of a warden that has nothing to do."""
+        with contextlib.suppress(IndexError):
+            return self.idle.pop()
+        near, far = socket.socketpair()
+        with far:
+            socket.send_fds(self.control, [b"warden"], [far.fileno()])
+        return near
 
     @classmethod
     def now(cls):
@@ -1631,53 +1676,60 @@ def stop():
         Machinery.current.replace()
 
 
-def launch(request, calls=None, link=None):
-    """Hand a request to a new run; returns the socket on which its results will come."""
-    near, far = socket.socketpair()
-    with far:
+class Flight:
+    """One run under way: begun by its construction, ended by land()."""
+
+    def __init__(self, job, limits, link=None, questions=(), frames=0, ends_run=True, tree=False):
+        self.limits, self.tree = check_limits(limits), tree
+        order = {"limits": asdict(limits), "questions": [len(question) for question in questions], "frames": frames, "ends_run": ends_run, "tree": tree}
+        text = json.dumps(order).encode()
         for attempt in (1, 2):
-            machinery = Machinery.now()
+            self.machinery = Machinery.now()
             try:
-                socket.send_fds(machinery.control, [b"run"], [far.fileno()] + ([link.fileno()] if link else []))
+                self.sock = self.machinery.warden()
+                socket.send_fds(self.sock, [struct.pack("!I", len(text))], [link.fileno()] if link else [])
                 break
             except OSError:  # it has died since it was last used; nothing was begun, so nothing is lost
-                machinery.replace()
+                self.machinery.replace()
                 if attempt == 2:
                     raise
-    with contextlib.suppress(OSError):  # a run that has ended already: land() will say so
-        near.sendall(framed(marshal.dumps(request)) + (b"" if calls is None else framed(marshal.dumps(calls))))
-    return near
+        with contextlib.suppress(OSError):  # what breaks now, land() will say
+            self.sock.sendall(b"".join([text, framed(marshal.dumps(job)), *map(framed, questions)]))
+
+    def land(self):
+        """Wait for the end: (result, blobs, tree). What breaks here is ours: the result is {"error": ...}."""
+        self.sock.settimeout(patience_of(asdict(self.limits)) + 70)
+        try:
+            result, tree = json.loads(read_frame(self.sock)), None
+            blobs = [read_frame(self.sock) for _ in range(result.get("blobs", 0))]
+            if self.tree and "error" not in result:
+                about, data, start = json.loads(read_frame(self.sock)), read_frame(self.sock), 0
+                if isinstance(about, dict):
+                    raise ValueError(about["error"])
+                tree = {}
+                for path, mode, size in about:
+                    tree[path], start = (mode, data[start : start + size]), start + size
+        except (OSError, ValueError) as error:
+            result, blobs, tree = {"error": f"the run was lost: {error}"}, [], None
+        if "error" in result:
+            self.sock.close()
+        else:
+            self.machinery.idle.append(self.sock)
+        return result, blobs, tree
 
 
-def land(near, request):
-    """Wait for a run's results: [(result, blobs)] of its jobs, then of its tree. What breaks here is ours: "error"."""
-    near.settimeout(len(request["jobs"]) * (patience_of(request["limits"]) + 10))
-    landed = []
-    try:
-        with near:
-            for job in request["jobs"]:
-                result = json.loads(read_frame(near))
-                landed.append((result, [read_frame(near) for _ in range(result.get("blobs", 0))]))
-                if "error" in result:
-                    return landed
-                if job["makes"] and (result["exit_code"] or result["broken"]):
-                    break
-            if request["tree"]:
-                landed.append((json.loads(read_frame(near)), read_frame(near)))
-    except (OSError, ValueError) as error:
-        landed.append(({"error": f"the run was lost: {error}"}, []))
-    return landed
+def check_limits(limits):
+    for name, value in asdict(limits).items():
+        if not 0 < value < 1e6:
+            raise ValueError(f"Limits.{name} = {value}: it must be positive and below a million")
+    return limits
 
 
-def text_of(data):
-    return data.decode("utf-8", "backslashreplace")
-
-
-def as_run(result, blobs):
+def as_run(result, blobs, traced=False):
     """A Run from what a warden reports."""
     if "error" in result:
         return Run("sandbox error", reason=result["error"])
-    stdout, stderr = text_of(blobs[0]), text_of(blobs[1])
+    stdout, stderr = (text_of(blob) + f"\n[cut after {len(blob) // 1024} kB]" * cut for blob, cut in zip(blobs, result["cut"]))
     code, trace, last = result["exit_code"], None, stderr.rstrip().rpartition("\n")[2]
     if result["broken"]:
         status, reason = result["broken"]
@@ -1689,10 +1741,12 @@ def as_run(result, blobs):
         status, reason = "crashed", f"ended by signal {-code}"
     else:
         status, reason = ("memory", "MemoryError") if last.startswith("MemoryError") else ("failed", f"exit code {code}")
-    if result.get("traced") and len(blobs) > 2:
-        with contextlib.suppress(ValueError):
-            trace = json.loads(blobs[2])
-            trace = {**trace, "lines": {int(line): times for line, times in trace["lines"].items()}, "text": "\n".join(trace["steps"])}
+    if traced and len(blobs) > 2:
+        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):  # the program may have written it
+            told = json.loads(blobs[2])
+            lines = {int(line): int(times) for line, times in told["lines"].items()}
+            steps = [str(step) for step in told["steps"]]
+            trace = {"lines": lines, "steps": steps, "text": "\n".join(steps), "cut": bool(told["cut"])}
     return Run(status, stdout, stderr, code, result["wall_s"], result["cpu_s"], result["peak_mb"], trace, reason, result["level"])
 
 
@@ -1706,15 +1760,8 @@ def as_files(files):
     return entries
 
 
-def job_of(kind, **more):
-    return {"kind": kind, "stdin": b"", "fresh": False, "makes": None, "trace": False, **more}
-
-
-def request_of(files, jobs, limits, tree=False):
-    for name, value in asdict(limits).items():
-        if not 0 < value < 1e6:
-            raise ValueError(f"Limits.{name} = {value}: it must be positive and below a million")
-    return {"files": files, "jobs": jobs, "limits": asdict(limits), "tree": tree}
+def job_of(kind, files, **more):
+    return {"kind": kind, "files": files, "stdin": b"", "trace": False, **more}
 
 
 SQL = """
@@ -1742,21 +1789,28 @@ LANGUAGES = {  # name: (file of the source, command that makes `main`, command t
 }
 
 
-def program_of(source, language, files, stdins, trace=False):
-    """-> (files, jobs): the program's own file beside the others, a job that makes it if it must be made, a job for each input."""
+def prepare(source, language, files, limits):
+    """
+    A function from stdin to a job, and the Run of the compiler, or None where there is nothing to compile. What a compiler makes comes
+    back as bytes and lies in the work directory of each run.
+    """
     if language not in LANGUAGES:
         raise ValueError(f"language {language!r}: it must be one of {', '.join(LANGUAGES)}")
     name, make, start = LANGUAGES[language]
     for tool in {command.split()[0] for command in (make, start) if command} - {"./main"}:
         if not shutil.which(tool):
             raise ValueError(f"language {language!r} needs {tool}, which is not on this machine")
-    files = {**as_files(files), **as_files({name: source, **({"main.py": SQL} if language == "sql" else {})})}
-    jobs = [job_of("command", argv=make.split(), makes="main")] if make else []
-    for stdin in stdins:
+    files, made = {**as_files(files), **as_files({name: source, **({"main.py": SQL} if language == "sql" else {})})}, None
+    if make:
+        result, blobs, tree = Flight(job_of("command", files, argv=make.split()), limits, tree=True).land()
+        made = as_run(result, blobs)
+        files = {**files, **{path: entry for path, entry in (tree or {}).items() if path == "main"}}
+
+    def job(stdin):
         stdin = stdin.encode("utf-8", "surrogateescape") if isinstance(stdin, str) else stdin
-        more = {"argv": start.split()} if start else {}
-        jobs.append(job_of("command" if start else "python", stdin=stdin, fresh=True, trace=trace, **more))
-    return files, jobs
+        return job_of("command", files, stdin=stdin, argv=start.split()) if start else job_of("python", files, stdin=stdin)
+
+    return job, made
 
 
 def run(source, stdin="", files=None, limits=Limits(), language="python", trace=False) -> Run:
@@ -1764,16 +1818,20 @@ def run(source, stdin="", files=None, limits=Limits(), language="python", trace=
     Run a program to its end. `files`: {relative path: text or bytes} that lie beside it. `trace`: also what each line of a Python
     program did (lines with their counts, and steps as text).
     """
-    request = request_of(*program_of(source, language, files, [stdin], trace and language == "python"), limits)
     with Machinery.slots:
-        result, blobs = land(launch(request), request)[-1]
-    return as_run({**result, "traced": trace}, blobs)
+        job, made = prepare(source, language, files, limits)
+        if made is not None and made.status != "ok":
+            return made
+        traced = trace and language == "python"
+        return as_run(*Flight({**job(stdin), "trace": traced}, limits, frames=int(traced), ends_run=False).land()[:2], traced)
 
 
-def judge_call(call, answer):
+def judge_call(call, nonce, answer):
     """-> (passed, reason) of one answer of a candidate. Whatever it is, it is no more than data."""
     try:
-        _, kind, *rest = json.loads(answer)
+        came_with, kind, *rest = json.loads(answer)
+        if came_with != nonce:
+            return False, "no answer: it came before its question"
         if kind == "raised":
             return False, f"raised {rest[0][0]}: {rest[1]}"[:500]
         got = canonical(rest[0])
@@ -1790,42 +1848,46 @@ def short(value):
 
 
 def grade_calls(source, calls, limits):
-    """All calls in one process of the candidate's, one after the other."""
-    questions = [json.dumps(["__main__", None, call.function.split("."), [pack(arg) for arg in call.args], {}])[1:-1].encode() for call in calls]
-    request = request_of(as_files({"main.py": source}), [job_of("serve", load=True)], limits)
-    result, blobs = land(launch(request, questions), request)[0]
-    done, answers = as_run(result, blobs), blobs[2:]
+    """All calls in one process of the candidate's, one after the other; each question is sent when the one before it is answered."""
+    nonces = [os.urandom(8).hex() for _ in calls]
+    questions = [
+        json.dumps([nonce, False, "__main__", None, call.function.split("."), [pack(arg) for arg in call.args], {}]).encode()
+        for nonce, call in zip(nonces, calls)
+    ]
+    job = job_of("serve", as_files({"main.py": source}), load=True)
+    result, blobs, _ = Flight(job, limits, questions=questions, frames=len(calls) + 1).land()
+    done, (loaded, *answers) = as_run(result, blobs), blobs[2:] or [b""]
     missing = f"no answer: {done.reason or 'the program ended'}"
-    if answers and b'"raised"' in answers[0][:20]:
-        missing, answers = f"the program {judge_call(calls[0], answers[0])[1]}", []
-    verdicts = [judge_call(call, answer) for call, answer in zip(calls, answers[1:])]
+    if not loaded.startswith(b'[null, "value"'):
+        missing, answers = (f"the program {judge_call(calls[0], None, loaded)[1]}" if loaded else missing), []
+    verdicts = [judge_call(*three) for three in zip(calls, nonces, answers)]
     return verdicts + [(False, missing)] * (len(calls) - len(verdicts)), [done]
 
 
 def grade_ios(source, ios, limits, language="python"):
     """A fresh process and a fresh disk for every input."""
-    request = request_of(*program_of(source, language, None, [io.stdin for io in ios]), limits)
-    runs = [as_run(*landed) for landed in land(launch(request), request)]
-    tested = runs[len(request["jobs"]) - len(ios) :]
+    job, made = prepare(source, language, None, limits)
+    if made is not None and made.status != "ok":
+        return [(False, f"did not compile: {short(made.stderr)}")] * len(ios), [made]
     lines = lambda text: [line.rstrip() for line in text.rstrip().split("\n")]
-    verdicts = []
-    for io, done in zip(ios, tested):
+    verdicts, runs = [], []
+    for io in ios:
+        done = as_run(*Flight(job(io.stdin), limits).land()[:2])
         good = done.status == "ok" and lines(io.stdout) == lines(done.stdout)
         verdicts.append((good, "" if good else done.reason or f"printed {short(done.stdout)}, want {short(io.stdout)}"))
-    missing = f"did not compile: {short(runs[0].stderr)}" if not tested else tested[-1].reason
-    return verdicts + [(False, missing)] * (len(ios) - len(verdicts)), runs
+        runs.append(done)
+    return verdicts, runs
 
 
-def grade_apart(serving, testing, limits, tests):
+def grade_apart(program, tests, limits):
     """A candidate that serves and a tester that asks, each a run of its own, joined by one socket; -> (verdicts, runs)."""
-    patient = Limits(**{**asdict(limits), "wall_s": limits.wall_s + 5})  # the tester must outlive the candidate, to say so
-    serving = request_of(serving, [job_of("serve", load=not testing)], limits)
-    testing = request_of(testing, [job_of("test", files=bool(testing), **tests)], patient)
+    patient = replace(limits, wall_s=limits.wall_s + 5)  # the tester must outlive the candidate, to say so
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        candidate, tester = launch(serving, link=theirs), launch(testing, link=ours)
-    ((result, blobs),) = land(tester, testing)
-    tested, done = as_run(result, blobs), as_run(*land(candidate, serving)[0])
+        candidate = Flight(job_of("serve", program, load=not tests["files"]), limits, link=theirs)
+        tester = Flight({**job_of("test", {}), **tests}, patient, link=ours, frames=len(tests["tests"]))
+    result, blobs, _ = tester.land()
+    tested, done = as_run(result, blobs), as_run(*candidate.land()[:2])
     verdicts = [(passed is True, str(message)) for passed, message in map(json.loads, blobs[2:])]
     missing = f"no verdict: {done.reason or tested.reason or 'the tester ended'}"
     return verdicts + [(False, missing)] * (len(tests["tests"]) - len(verdicts)), [done, tested]
@@ -1838,7 +1900,7 @@ def grade_checks(source, checks, limits):
             ast.parse(check.source)
         except SyntaxError as error:
             raise ValueError(f"Check: its source is not Python: {error}") from error
-    return grade_apart(as_files({"main.py": source}), {}, limits, {"tests": [check.source for check in checks], "modules": []})
+    return grade_apart(as_files({"main.py": source}), {"files": {}, "tests": [check.source for check in checks], "modules": []}, limits)
 
 
 def grade(source, tests, limits=Limits(), language="python") -> Grade:
@@ -1878,37 +1940,10 @@ def grade_many(jobs, limits=Limits()):
 
 # ---- the workspace -------------------------------------------------------------------------------------------------------------
 
-HISTORY = {".git", ".hg", ".svn", ".bzr", ".jj"}
 TESTS = re.compile(r"(^|/)(test_[^/]*|[^/]*_test)\.py$")
 NOT_THE_PROGRAM = re.compile(  # what no candidate hands in: tests, what tools read on their own, what was compiled
     r"(^|/)(tests?|__pycache__|\.[^/]*)/|(^|/)(test_[^/]*|[^/]*_test|conftest|sitecustomize|usercustomize)\.py$|\.(pyc|pth|ini|cfg|toml)$"
 )
-
-
-def contained(path, target):
-    """Does a symlink at `path` stay inside the tree?"""
-    inside = os.path.normpath(os.path.join(os.path.dirname(path), target))
-    return not target.startswith("/") and inside.split("/")[0] != ".."
-
-
-def read_tree(folder):
-    """{relative path: (mode, bytes)} of a folder: no history of any version control, no link that leads out, nothing but files."""
-    tree = {}
-    for place, folders, names in os.walk(folder):
-        if {"HEAD", "objects", "refs"} <= set(folders + names):  # a bare repository, whatever its name
-            folders[:] = []
-            continue
-        folders[:] = sorted(set(folders) - HISTORY)
-        for name in folders + sorted(set(names) - HISTORY):
-            full = os.path.join(place, name)
-            path, mode = os.path.relpath(full, folder), os.lstat(full).st_mode
-            if stat.S_ISLNK(mode) and contained(path, os.readlink(full)):
-                tree[path] = (stat.S_IFLNK | 0o644, os.fsencode(os.readlink(full)))
-            elif stat.S_ISREG(mode):
-                tree[path] = (stat.S_IFREG | (0o755 if mode & 0o100 else 0o644), Path(full).read_bytes())
-            elif stat.S_ISDIR(mode):
-                tree[path] = (stat.S_IFDIR | 0o755, b"")
-    return tree
 
 
 def module_names(tree):
@@ -1989,24 +2024,12 @@ class Workspace:
             return Run("failed", reason="the allowance of commands is spent")
         self.commands -= 1
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-        request = request_of(self.tree, [job_of("command", argv=argv, stdin=stdin.encode())], limits or self.limits, tree=True)
         with Machinery.slots:
-            (result, blobs), *tree = land(launch(request), request)
-        done = as_run(result, blobs)
-        if done.status == "sandbox error" or "error" in tree[0][0]:
-            return Run("sandbox error", reason=done.reason or tree[0][0]["error"])
-        self.take(*tree[0])
-        return done
-
-    def take(self, about, data):
-        """The changes of a command. Paths and links come from inside; inside they stay."""
-        for path in about["gone"]:
-            self.tree.pop(path, None)
-        start = 0
-        for path, mode, size in about["changed"]:
-            content, start = data[start : start + size], start + size
-            if contained("", path) and (not stat.S_ISLNK(mode) or contained(path, os.fsdecode(content))):
-                self.tree[path] = (mode, content)
+            result, blobs, tree = Flight(job_of("command", self.tree, argv=argv, stdin=stdin.encode()), limits or self.limits, tree=True).land()
+        if tree is not None:  # its links and paths came from inside: they stay inside
+            old = {data: data for _, data in self.tree.values()}
+            self.tree = {path: (mode, old.get(data, data)) for path, (mode, data) in tree.items() if contained("", path)}
+        return as_run(result, blobs)
 
     def diff(self):
         """All changes as one patch that `git apply` takes. No git runs here: its hooks and filters would be the candidate's."""
@@ -2037,7 +2060,7 @@ class Workspace:
         new = {name for name in module_names(program) if name.split(".")[0] not in sys.stdlib_module_names | {"pytest"}}
         modules = (new | module_names(self.base) & module_names(program)) - module_names(given)  # a new `json.py` is nobody's json
         with Machinery.slots:
-            verdicts, runs = grade_apart(program, {**clean, **given}, limits or self.limits, {"tests": ids, "modules": sorted(modules)})
+            verdicts, runs = grade_apart(program, {"files": {**clean, **given}, "tests": ids, "modules": sorted(modules)}, limits or self.limits)
         return as_grade(verdicts, runs, ids)
 
 
@@ -2234,10 +2257,10 @@ def rate(work, seconds=3.0, workers=2):
 
 
 def footprint():
-    """What could be left behind: processes below us, mounts, our descriptors, the zygote's, files in /tmp, our memory in MB."""
-    pids = below(os.getpid())
+    """What could be left behind: programs (whoever is no keeper, zygote or waiting warden), mounts, descriptors, files, our memory in MB."""
+    pids, waiting = below(os.getpid()), 2 + len(Machinery.current.idle) if Machinery.current else 0
     count = lambda folder: len(os.listdir(folder)) if os.access(folder, os.R_OK) else 0
-    return {"processes": len(pids), "mounts": Path("/proc/self/mounts").read_text().count("\n"), "descriptors": count("/proc/self/fd"),
+    return {"programs": len(pids) - waiting, "mounts": Path("/proc/self/mounts").read_text().count("\n"), "descriptors": count("/proc/self/fd"),
             "zygote descriptors": max((count(f"/proc/{pid}/fd") for pid in pids), default=0), "files in /tmp": count(tempfile.gettempdir()),
             "memory": round(usage_of(os.getpid())[1] / 2**20)}  # fmt: skip
 
