@@ -1243,8 +1243,7 @@ def main(argv=None):
     if world.main and cfg.eval_tasks:
         print("\n".join(comparison(evaluate_checkpoint(folder, cfg, world), evaluate_checkpoint(start, cfg, world))))
         print(report(cfg.out))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    pipeline.end_world()
     return None
 
 

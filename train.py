@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import gzip
 import json
 import lzma
@@ -81,8 +82,8 @@ STAGES = {
         Stage("anneal", "pretrain", 0, 0.15, peak=0.5, end=0.05, hold=0.1, mixture={"quality": 0.5, "code": 0.5}),
         Stage("mid1", "anneal", 1, 0.075, peak=0.3, end=0.03, hold=0.1, mixture=MID1),
         Stage("mid2", "mid1", 2, 0.075, peak=0.3, end=0.03, hold=0.1, mixture=MID2, rope_theta=500_000.0),
-        Stage("sft_instruct", "mid2", 1, 0.3, peak=0.4, end=0.02, hold=0.3, mixture=REPLAY, sft="instruct"),
-        Stage("sft_thinking", "mid2", 1, 0.3, peak=0.4, end=0.02, hold=0.3, mixture=REPLAY, sft="thinking"),
+        Stage("sft_instruct", "mid2", 1, 0.6, peak=0.4, end=0.02, hold=0.3, mixture=REPLAY, sft="instruct"),
+        Stage("sft_thinking", "mid2", 1, 0.6, peak=0.4, end=0.02, hold=0.3, mixture=REPLAY, sft="thinking"),
     )
 }
 
@@ -99,7 +100,7 @@ class Preset:
 
 
 PRESETS = {
-    "nano": Preset((512, 1024, 4096), 0.7e6, 2048, 3e-3, 8192, 24, "minutes on two CPU cores"),
+    "nano": Preset((512, 1024, 4096), 0.45e6, 1024, 3e-3, 8192, 24, "minutes on two CPU cores"),
     "small": Preset((2048, 8192, 32768), 1.5e9, 262_144, 1.5e-3, 32768, 0, "an hour or two on one GPU"),
     "node": Preset((4096, 32768, 131072), 20e9, 1_048_576, 1e-3, 65536, 0, "days on eight GPUs"),
     "7b": Preset((8192, 32768, 131072), 12.6e12, 8_388_608, 3e-4, 76800, 0, "the report's run"),
@@ -130,7 +131,7 @@ class TrainConfig:
     micro_batch_tokens: int = flag(0, "tokens of one forward and backward; 0: chosen by device")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...")
     dtype: str = flag("auto", "bfloat16 or float32 for the forward and backward; master weights are float32 always")
-    compile: str = flag("auto", "on, off; auto: where it wins")
+    compile: str = flag("auto", "torch.compile: on, off; auto: on a GPU; on a CPU half a minute a stage pays late")
     cp: int = flag(1, "ranks that share a row of tokens: context parallelism over a ring")
     recompute: bool = flag(False, "compute activations again in the backward instead of keeping them")
     threads: int = flag(0, "CPU threads; 0: torch's choice")
@@ -254,7 +255,7 @@ def start_world(cfg: TrainConfig) -> World:
     if cfg.cp > 1:
         mesh = dist.device_mesh.init_device_mesh(device.type, (size // cfg.cp, cfg.cp), mesh_dim_names=("replica", "context"))
         group = mesh["context"].get_group()
-    compiled = cfg.compile == "on" or cfg.compile == "auto" and cfg.cp == 1  # the ring's messages are not to be traced
+    compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda" and cfg.cp == 1  # the ring is not to be traced
     return World(rank, size, device, number_format(cfg.dtype, device), compiled, cfg.cp, group)
 
 
@@ -262,6 +263,17 @@ def start_world(cfg: TrainConfig) -> World:
 def device_peak(device, dtype) -> float:
     """Matmul FLOP/s that this device reaches: what MFU is a share of. Measured, not read from a datasheet."""
     return matmul_peak(device, dtype, size=1024 if device.type == "cpu" else 8192)
+
+
+def end_world() -> None:
+    """
+    Leave the process group. DDP goes first: were its reducer the last to hold the group, the group's destructor would wait for a worker
+    thread that waits for the interpreter lock (seen with gloo in torch 2.13).
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def number_format(name: str, device) -> torch.dtype:
@@ -1079,8 +1091,7 @@ def main(argv=None):
     if world.main:
         print(f"train.py: {json.dumps(dataclasses.asdict(cfg))}\n{world.device}, {world.dtype}, {world.size} process(es)")
     chain(cfg, world)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_world()
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def ranked_chain(rank, size, port, out, changes):
     torch.set_num_threads(1)
     add_toy(dict.__setitem__)
     run_chain(config(out, **changes))
-    dist.destroy_process_group()
+    train.end_world()
 
 
 def test_context_parallel_and_data_parallel_runs_follow_the_loss_of_one_process(corpus, toy, tmp_path):
@@ -261,7 +261,8 @@ def hunt(rank, size, port, trials, path):
     clean = [lab.trial(None, steps=25, recheck_every=5) for _ in range(4)]
     if rank == 0:
         Path(path).write_text(json.dumps({"results": results, "clean": clean}))
-    dist.destroy_process_group()
+    del lab
+    train.end_world()
 
 
 @pytest.mark.parametrize("size, trials", [(2, 30), (4, 40)])
@@ -295,7 +296,8 @@ def blind(rank, size, port, path):
     seen["stuck gradient, recheck on"] = lab.trial(train.Inject(**spec, persistent=1, fault="stuck"), recheck_every=1)
     if rank == 0:
         Path(path).write_text(json.dumps(seen))
-    dist.destroy_process_group()
+    del lab
+    train.end_world()
 
 
 # ------------------------------------------------------------------------------------------------ command line
