@@ -105,6 +105,9 @@ PROBES = {
     "UDP outside": "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('1.1.1.1', 53))",
     "names": "import socket; socket.getaddrinfo('example.com', 80)",
     "netlink": "import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
+    "raw packets": "import socket; socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)",
+    "network settings": "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sH14x', b'lo', 0))",
+    "a locked file of its own": "import os; open('locked', 'w'); os.chmod('locked', 0); open('locked')",
     "vsock": "import socket; socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)",
     "a set-uid file works": "import os, subprocess\nopen('s', 'w').write('#!/bin/sh\\nid -u')\nos.chmod('s', 0o4755)\nassert subprocess.check_output(['./s']).strip() != b'1000'",
     "write to its own descriptors' files": "open('/proc/self/oom_score_adj', 'w').write('-1')",
@@ -116,7 +119,9 @@ def stopped():
     return sandbox.probe(PROBES, replace(SMALL, cpu_s=4, wall_s=20))
 
 
-needs_full = pytest.mark.skipif("sandbox.protection()['level'] != 'full'", reason="this machine does not give every layer")
+# by what the layers say, not by what trying showed: a wall that claims to stand and does not must fail here
+CLAIMED = "not all(sandbox.protection()[layer].startswith('in force') for layer in ('namespaces', 'landlock', 'seccomp'))"
+needs_full = pytest.mark.skipif(CLAIMED, reason="this machine does not give every layer")
 
 
 @needs_full
@@ -172,6 +177,17 @@ def test_a_run_leaves_nothing_to_the_next():
     run("open('/tmp/mark', 'w'); open('mark', 'w'); import json; json.loads = None", limits=SMALL)
     done = run("import json, os; print(os.listdir('/tmp'), os.listdir('.'), json.loads('1'))", limits=SMALL)
     assert done.stdout == "[] ['main.py'] 1\n" or sandbox.protection()["level"] != "full"
+
+
+def test_a_run_finds_the_ports_of_the_one_before_it_free():
+    sandbox.stop()
+    program = """
+import socket
+server = socket.socket(); server.bind(("127.0.0.1", 7777)); server.listen()
+client = socket.create_connection(("127.0.0.1", 7777)); there = server.accept()[0]
+there.close(); client.recv(1); client.close()  # who closes first keeps the port for a minute
+"""
+    assert [run(program, limits=SMALL).stderr for _ in range(2)] == ["", ""] or sandbox.protection()["level"] != "full"
 
 
 def test_two_runs_do_not_draw_the_same_random_numbers():
@@ -329,7 +345,7 @@ CHEATS = {
     "bool for int": "def f(x): return True",
     "str for int": "def f(x): return '3'",
 }  # fmt: skip
-CHEATING_TESTS = [Call("f", [2], 3), Check("assert f(2) == 3 and type(f(2)) is int  # SECRET-EXPECTED")]
+CHEATING_TESTS = [Call("f", [2], 3), Check("assert f(2) == 3  # SECRET-EXPECTED")]
 
 
 @pytest.fixture(scope="module")
@@ -408,6 +424,33 @@ def test_an_answer_from_before_its_question_does_not_count():
 def test_a_candidate_never_holds_what_is_expected_nor_the_calls_to_come():
     spy = "import gc\ndef f(x):\n    return any('MARK' + str(n) in o for o in gc.get_objects() + [repr(o) for o in gc.get_objects()] if isinstance(o, str) for n in (1, 2))"
     assert grade(spy, [Call("f", ["a"], "MARK1"), Call("f", ["MARK2"], "x")], replace(SMALL, cpu_s=5)).reasons[0].startswith("f('a') is False")
+
+
+SPY = """
+import re
+def f(x):
+    hits, own = 0, OWN
+    for line in open("/proc/self/maps"):
+        (start, end), rights = (int(n, 16) for n in line.split()[0].split("-")), line.split()[1]
+        if "r" in rights and "[v" not in line:
+            with open("/proc/self/mem", "rb", 0) as memory:
+                memory.seek(start)
+                hits += len(re.findall(b"NEIGH" + b"BOUR: [a-z]", memory.read(end - start) or b""))
+    return hits
+"""
+
+
+@needs_full
+def test_a_later_program_finds_nothing_of_an_earlier_one_in_its_memory():
+    sandbox.stop()  # one warden, which all of these must share
+    limits = replace(SMALL, cpu_s=8, wall_s=40)
+    talkative = "def f(x):\n    print('NEIGHBOUR: output')\n    return 'NEIGHBOUR: answer'\n# NEIGHBOUR: source\n"
+    for _ in range(2):
+        grade(talkative, [Call("f", ["NEIGHBOUR: argument"], "NEIGHBOUR: expected"), Check("assert f(1) == 'NEIGHBOUR: check'")], limits)
+        run("print(input())", "NEIGHBOUR: stdin", limits=limits)
+        Workspace({"a": "NEIGHBOUR: file"}, limits).exec("cat a")
+        assert grade(SPY.replace("OWN", "0"), [Call("f", [0], 0)], limits).reasons == [""]
+    assert grade(SPY.replace("OWN", "bytes([78]) + b'EIGHBOUR: mine'"), [Call("f", [0], 0)], limits).passed == [False]  # it can find
 
 
 # ---- repositories --------------------------------------------------------------------------------------------------------------
