@@ -7,12 +7,12 @@ ours: the program's process never holds a test, an expected value or a verdict. 
 comparison of types and values happens on our side of a socket. Ending early, exit code 0, objects that equal everything, a patched
 `assert`: none of them yields the right value, so none of them passes.
 
-    trainer ─── keeper ─── zygote ──┬── warden ── candidate      warden: pid 1 of a run; makes its view, watches its limits,
-    (this       cleans     warm     ├── warden ── candidate              kills and counts everything at the end
+    trainer ─── keeper ─── zygote ──┬── warden ── candidate      warden: pid 1 of a place for runs, one after the other; watches the
+    (this       cleans     warm     ├── warden ── candidate              limits, kills and counts everything at the end of each
     process)    up after   Python   └── warden ── tester         tester: assert-style tests, in an interpreter of their own, that
                 both                                                     reach a candidate's functions by remote calls only
 
-Read attend() (how a run is watched), Session and serve() (how answers leave it), then grade(). Sources: the manual pages
+Read live() and attend() (how a run is walled in and watched), serve() (how answers leave it), then grade(). Sources: the manual pages
 namespaces(7), landlock(7), seccomp(2); the IQuest-Coder report's RL and SWE-RL sections (verdicts, isolated trajectories, captured
 execution traces). Departures: the report runs containers, this is one file that needs no root, no Docker and no package. Linux only.
 
@@ -1451,7 +1451,7 @@ def raise_walls(namespaces, privileged, facts):
         libc.sethostname(b"sandbox", 7)
         build_view(sources, interpreter)
         sys.executable = TOOLS + "/python"
-        facts["namespaces"] = "in force: users, mounts, processes, network, ipc, host name; a new set for each run"
+        facts["namespaces"] = "in force: mounts, network and ipc new for each run; users and processes one set a warden, emptied between runs"
         facts["view"] = f"in force: tools and libraries read-only, no installed packages, one private disk at {DISK}"
     else:
         facts["user"] = become_nobody(False, privileged)
@@ -1482,7 +1482,7 @@ def raise_walls(namespaces, privileged, facts):
 
 
 def zygote(control, report, namespaces, privileged, facts):
-    """Raise the walls once, warm up, then turn every message (its descriptors: an asker, perhaps a link) into a run."""
+    """Raise the walls once, warm up, then turn every message (its descriptor: an asker) into a warden."""
     walls = raise_walls(namespaces, privileged, facts)
     prctl(PR_DUMPABLE, int(namespaces))  # a run's id maps must be its own files
     prctl(PR_DEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
