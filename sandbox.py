@@ -1451,7 +1451,7 @@ def raise_walls(namespaces, privileged, facts):
         libc.sethostname(b"sandbox", 7)
         build_view(sources, interpreter)
         sys.executable = TOOLS + "/python"
-        facts["namespaces"] = "in force: mounts, network and ipc new for each run; users and processes one set a warden, emptied between runs"
+        facts["namespaces"] = "in force: mounts, network, ipc new for each run; users, processes one set a warden, emptied between runs"
         facts["view"] = f"in force: tools and libraries read-only, no installed packages, one private disk at {DISK}"
     else:
         facts["user"] = become_nobody(False, privileged)
