@@ -989,7 +989,8 @@ def chain(cfg: TrainConfig, world: World) -> None:
     preset = PRESETS[cfg.preset]
     folder = Path(cfg.out) / "data"
     if world.main and not (folder / "manifest.json").exists():
-        data.build(folder, cfg.source, preset.vocab_size, max_bytes=int(preset.max_mb * cfg.scale * 1e6))
+        megabytes = preset.max_mb and max(6, preset.max_mb * cfg.scale)  # less could not fill the vocabulary; 0 is everything
+        data.build(folder, cfg.source, preset.vocab_size, max_bytes=int(megabytes * 1e6))
     if world.size > 1:
         dist.barrier()
     wanted = list(STAGES) if cfg.stages == "all" else cfg.stages.split(",")
