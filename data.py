@@ -2160,6 +2160,7 @@ def explain(rule, out):
 
 
 def main(argv=None):
+    """Read the options, then build the corpus, or explain, measure or fit one part of it."""
     parser = argparse.ArgumentParser(
         description="Build training tokens: find files or records, clean and verify them, remove copies and benchmarks, hold whole projects out, "
         "train a tokenizer, and write memory-mapped token files of every category with a manifest. Everything is local unless a source is a URL.",

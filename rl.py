@@ -677,6 +677,8 @@ PATHS = {  # path: (starts from, stage it makes, families)
 
 @dataclass
 class RLConfig:
+    """Every knob of a run; the command line is made from these fields."""
+
     path: str = flag("thinking", "thinking, instruct (both: one answer to one question) or swe (a repository, many turns)")
     ckpt: str = flag("", "checkpoint to start from; empty: the path's own stage under --out")
     out: str = flag("out", "folder of the chain; the result goes to its rl_<path>")
@@ -1193,6 +1195,7 @@ def bench(world, rows=32, prompt=128, new=128):
 
 
 def arguments(argv):
+    """The command line as (RLConfig, what else was asked for)."""
     parser = argparse.ArgumentParser(
         prog="rl.py",
         description="Reinforcement learning with verifiable rewards: GRPO on the thinking or the instruct path, or an agent that repairs "
@@ -1221,6 +1224,7 @@ def arguments(argv):
 
 
 def main(argv=None):
+    """Read the options, then train, evaluate, report, draw or study."""
     cfg, extra = arguments(argv)
     if extra["report"] or extra["plot"]:
         return print(report(cfg.out) if extra["report"] else plot(cfg.out))

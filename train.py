@@ -55,6 +55,8 @@ from model import LoopCoder, LoopCoderConfig, flops_per_token, matmul_peak, para
 
 @dataclass(frozen=True)
 class Stage:
+    """One row of the stage table: what a stage starts from, reads, and how its learning rate moves."""
+
     name: str
     start: str | None  # the stage whose checkpoint this one starts from; None: random weights
     context: int  # 0, 1, 2: which of the preset's three row lengths
@@ -116,6 +118,8 @@ def flag(default, help):
 
 @dataclass
 class TrainConfig:
+    """Every knob of a run; the command line is made from these fields."""
+
     preset: str = flag("nano", "scale of the whole chain: " + ", ".join(PRESETS))
     stages: str = flag("all", "comma-separated stages to run, or all")
     out: str = flag("out", "folder of the chain: one folder a stage")
@@ -218,6 +222,8 @@ class Optimizer:
 
 @dataclass
 class World:
+    """This process among the others: its rank, device and number format, and who shares its rows."""
+
     rank: int
     size: int
     device: torch.device
@@ -1055,6 +1061,7 @@ def dry_run(cfg: TrainConfig) -> None:
 
 
 def arguments(argv):
+    """The command line as (TrainConfig, what else was asked for)."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train the chain of checkpoints (pretrain, anneal, mid1, mid2) on real code, one folder a stage under --out; "
@@ -1079,6 +1086,7 @@ def arguments(argv):
 
 
 def main(argv=None):
+    """Read the options, then draw, plan, evaluate or train."""
     cfg, extra = arguments(argv)
     if extra["dry_run"]:
         return dry_run(cfg)
