@@ -1524,27 +1524,27 @@ class Tokenizer:
 
 # ------------------------------------------------------------------------------------------------ token files
 
-INDEX = np.dtype([("length", "<u4"), ("nbytes", "<u4"), ("language", "<u2")])
+INDEX = np.dtype([("length", "<u4"), ("nbytes", "<u4"), ("language", "<u2"), ("project", "<u4")])
 
 
 class TokenWriter:
     """
-    Writes one category of one split: NAME.tokens (all ids, end to end), NAME.index (length, bytes and language of each document),
-    NAME.loss (one byte a token, where a category masks some) and NAME.json, which comes last and says how long the others are.
+    Writes one category of one split: NAME.tokens (all ids, end to end), NAME.index (length, bytes, language and project of each
+    document), NAME.loss (one byte a token, where a category masks some) and NAME.json, which comes last and says how long the others are.
     cut=False: a document means something only as a whole (a FIM example, a dialogue), so it is never cut to fit a context.
     """
     def __init__(self, folder, name, vocab_size, cut=True):
         self.path, self.dtype, self.cut = Path(folder) / name, np.dtype("<u2" if vocab_size <= 65536 else "<u4"), cut
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.files = {kind: open(f"{self.path}.{kind}.tmp", "wb") for kind in ("tokens", "index", "loss")}
-        self.hash, self.counts, self.languages, self.masked, self.tokens = hashlib.sha256(), defaultdict(Counter), {}, False, 0
+        self.hash, self.counts, self.languages, self.projects, self.masked, self.tokens = hashlib.sha256(), defaultdict(Counter), {}, {}, False, 0
 
-    def add(self, ids, nbytes, language, in_loss=None):
+    def add(self, ids, nbytes, language, in_loss=None, project=""):
         ids = np.asarray(ids, self.dtype)
         in_loss = np.ones(len(ids), np.uint8) if in_loss is None else np.asarray(in_loss, np.uint8)
-        number = self.languages.setdefault(language, len(self.languages))
+        numbers = self.languages.setdefault(language, len(self.languages)), self.projects.setdefault(project, len(self.projects))
         self.files["tokens"].write(ids.tobytes())
-        self.files["index"].write(np.array([(len(ids), nbytes, number)], INDEX).tobytes())
+        self.files["index"].write(np.array([(len(ids), nbytes, *numbers)], INDEX).tobytes())
         self.files["loss"].write(in_loss.tobytes())
         self.hash.update(ids.tobytes())
         self.masked |= not bool(in_loss.all())
@@ -1564,7 +1564,8 @@ class TokenWriter:
         if not total:
             return None
         summary = {**total, "sha256": self.hash.hexdigest(), "dtype": self.dtype.str, "cut": self.cut, "masked": self.masked,
-                   "languages": list(self.languages), "by_language": {name: dict(row) for name, row in sorted(self.counts.items())}}
+                   "languages": list(self.languages), "projects": list(self.projects),
+                   "by_language": {name: dict(row) for name, row in sorted(self.counts.items())}}
         write_atomic(f"{self.path}.json", summary)
         return summary
 
@@ -1576,6 +1577,8 @@ class TokenFile:
         if not Path(f"{path}.json").is_file():
             raise ValueError(f"{path}.json: there is no such token file; build it with `python data.py`")
         about = json.loads(Path(f"{path}.json").read_text())
+        if "projects" not in about:
+            raise ValueError(f"{path}.json: written before token files knew the project of a document; build it again with `python data.py`")
         expected = {"tokens": about["tokens"] * np.dtype(about["dtype"]).itemsize, "index": about["documents"] * INDEX.itemsize}
         if about["masked"]:
             expected["loss"] = about["tokens"]
@@ -1583,15 +1586,20 @@ class TokenFile:
             found = os.path.getsize(f"{path}.{kind}") if os.path.exists(f"{path}.{kind}") else 0
             if found != size:
                 raise ValueError(f"{path}.{kind}: {found} bytes, {path}.json promises {size}; it is truncated, build it again")
-        self.name, self.cut, self.languages = name, about["cut"], about["languages"]
+        self.name, self.cut, self.languages, self.projects = name, about["cut"], about["languages"], about["projects"]
         index = np.fromfile(f"{path}.index", INDEX)
-        self.lengths, self.nbytes, self._language = index["length"].astype(np.int64), index["nbytes"].astype(np.int64), index["language"]
+        self.lengths, self.nbytes = index["length"].astype(np.int64), index["nbytes"].astype(np.int64)
+        self._language, self._project = index["language"], index["project"]
         self.starts = np.cumsum(self.lengths) - self.lengths
         self._tokens = np.memmap(f"{path}.tokens", about["dtype"], "r")
         self._loss = np.memmap(f"{path}.loss", np.bool_, "r") if about["masked"] else None
 
     def language(self, i):
         return self.languages[self._language[i]]
+
+    def project(self, i):
+        """The package, repository or site of a document; "" for what was generated."""
+        return self.projects[self._project[i]]
 
     def ids(self, i):
         return self._tokens[self.starts[i]:self.starts[i] + self.lengths[i]]
@@ -1753,11 +1761,11 @@ def file_samples(docs, tokenizer, context, rng):
     for i, (doc, level) in enumerate(zip(docs, fim.plan(len(docs), rng))):
         limit = context // (4 if i % 2 else 1) - fim.FILE_SPECIALS - 2  # pieces of a text may measure a token more than the whole
         if level is None:
-            yield doc.language, plain_parts(tokenizer.decode(tokenizer.encode(doc.text)[:limit]).rstrip("\ufffd"))
+            yield doc.language, doc.project, plain_parts(tokenizer.decode(tokenizer.encode(doc.text)[:limit]).rstrip("\ufffd"))
         else:
             split = fim.split(doc.text, doc.language if doc.language in fim.LANGUAGES else None, level, rng, max_middle=limit)
             with contextlib.suppress(ValueError):  # a middle of rare characters alone can be longer than the limit
-                yield doc.language, fim.file_parts(fim.trim(split, limit, length))
+                yield doc.language, doc.project, fim.file_parts(fim.trim(split, limit, length))
 
 
 PER_PROJECT = 6  # whole contexts, and as many files with a hole, that one project gives
@@ -1781,7 +1789,7 @@ def repo_samples(docs, tokenizer, context, rng):
             if size <= room:                                             # a file that no context holds is left out
                 contexts[-1][1].extend(new)
                 room -= size
-        contexts = [(language, parts + [("<|endoftext|>", True, True)]) for language, parts in contexts if len(parts) > 2]
+        contexts = [(language, project, parts + [("<|endoftext|>", True, True)]) for language, parts in contexts if len(parts) > 2]
         yield from rng.sample(contexts, min(PER_PROJECT, len(contexts)))
         index, paths = fim.Index(texts), rng.sample(sorted(files), min(PER_PROJECT, len(files), max(len(contexts), 1)))
         for i, (path, level) in enumerate(zip(paths, fim.plan(len(paths), rng, rate=1.0))):
@@ -1789,14 +1797,14 @@ def repo_samples(docs, tokenizer, context, rng):
             split = fim.split(texts[path], language if language in fim.LANGUAGES else None, level, rng, max_middle=limit)
             with contextlib.suppress(ValueError):
                 near, split = fim.trim_repo(project, fim.similar_files(index, path, split), path, split, limit, length)
-                yield language, fim.repo_parts(project, near, path, split)
+                yield language, project, fim.repo_parts(project, near, path, split)
 
 
 def commit_samples(repositories, tokenizer, context):
     """Triplets of git histories: message and patch whole, the context around them cut to fit. Patches too long for it are left out."""
     for repository in repositories:
         for i, triplet in enumerate(commits.triplets(repository)):
-            yield "diff", commits.triplet_parts(triplet, budget=context // (4 if i % 2 else 1), length=lambda text: len(tokenizer.encode(text)))
+            yield "diff", Path(repository).resolve().name, commits.triplet_parts(triplet, budget=context // (4 if i % 2 else 1), length=lambda text: len(tokenizer.encode(text)))
 
 
 AGENT_FAMILIES = ("terminal", "tools", "web", "gui", "swe")
@@ -1811,9 +1819,9 @@ def task_samples(families, thinking, split, rng):
         except ValueError:
             continue  # chance made a template that has no answer: the next seed has one
         if family in AGENT_FAMILIES and task.turns:
-            yield family, tasks.trajectory_parts(task, detour=bool(task.detour) and seed % 3 == 0)
+            yield family, "", tasks.trajectory_parts(task, detour=bool(task.detour) and seed % 3 == 0)
         else:
-            yield family, tasks.task_parts(task, thinking)
+            yield family, "", tasks.task_parts(task, thinking)
 
 
 # ------------------------------------------------------------------------------------------------ the whole way
@@ -1933,22 +1941,23 @@ def write_category(job):
     tokenizer, rng = Tokenizer.load(out / "tokenizer"), random.Random(f"{split} {name}")
     docs = (doc for i, doc in enumerate(documents(paths)) if i in numbers)
     end = ("<|endoftext|>", True, True)
-    plain = lambda rows: ((language, [end, (text, False, True), end]) for language, text in rows)
-    facts = (("facts", f"Question: {fact.question}\nAnswer: {fact.answer}\n") for fact in (code_facts() if name == "text" and split == "train" else ()))
+    plain = lambda docs: ((doc.language, doc.project, [end, (doc.text, False, True), end]) for doc in docs)
+    facts = (Document(f"Question: {fact.question}\nAnswer: {fact.answer}\n", "facts", "", "")
+             for fact in (code_facts() if name == "text" and split == "train" else ()))
     samples = {
-        "code": lambda: plain((doc.language, doc.text) for doc in docs if doc.language not in TEXT),
-        "text": lambda: plain(itertools.chain(((doc.language, doc.text) for doc in docs if doc.language in TEXT), facts)),
-        "quality": lambda: plain((doc.language, doc.text) for doc in docs),
+        "code": lambda: plain(doc for doc in docs if doc.language not in TEXT),
+        "text": lambda: plain(itertools.chain((doc for doc in docs if doc.language in TEXT), facts)),
+        "quality": lambda: plain(docs),
         "file": lambda: file_samples(docs, tokenizer, context, rng), "repo": lambda: repo_samples(docs, tokenizer, context, rng),
         "commit": lambda: commit_samples(repositories, tokenizer, context),
         "reasoning": lambda: task_samples(REASONING_FAMILIES, True, split, rng), "agent": lambda: task_samples(AGENT_FAMILIES, True, split, rng),
     }[name]()
     writer = TokenWriter(out / split, name, tokenizer.vocab_size, cut=name in ("code", "text", "quality"))
-    for language, parts in samples:
+    for language, project, parts in samples:
         ids, in_loss = tokenizer.encode_parts(parts)
         if writer.tokens + len(ids) > most:
             break
-        writer.add(ids, sum(len(fim.to_bytes(text)) for text, special, _ in parts if not special), language, in_loss)
+        writer.add(ids, sum(len(fim.to_bytes(text)) for text, special, _ in parts if not special), language, in_loss, project)
     return writer.close()
 
 

@@ -683,7 +683,8 @@ def test_the_manifest_names_held_out_projects_and_no_document_of_theirs_is_train
     for split in ("train", "heldout"):
         file = TokenFile(built / split, "code")
         for i in range(len(file.lengths)):
-            assert (texts[tokenizer.decode(file.ids(i)[1:-1])] in held) == (split == "heldout")
+            project = texts[tokenizer.decode(file.ids(i)[1:-1])]
+            assert file.project(i) == f"{corpus.name}/{project}" and (project in held) == (split == "heldout")
 
 
 def test_files_are_half_holes_and_tasks_hide_what_the_model_did_not_say(built):
@@ -703,7 +704,7 @@ def test_files_are_half_holes_and_tasks_hide_what_the_model_did_not_say(built):
 def test_a_project_is_laid_out_with_what_is_imported_before_its_users(tokenizer):
     docs = [data.Document(f"import b\n\n\ndef run_a():\n    return b.value * {k}\n" if name == "a" else f"value = {k}\n", "python", "p", f"{name}.py")
             for k, name in enumerate(("a", "b"))]
-    parts = [parts for _, parts in data.repo_samples(docs, tokenizer, 1024, random.Random(0)) if parts[-1][0] == "<|endoftext|>"]
+    parts = [parts for *_, parts in data.repo_samples(docs, tokenizer, 1024, random.Random(0)) if parts[-1][0] == "<|endoftext|>"]
     text = "".join(text for text, *_ in parts[0])
     assert text.startswith("<|repo_name|>p\n<|file_sep|>b.py\n") and text.index("b.py") < text.index("a.py")
 
