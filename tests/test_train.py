@@ -341,3 +341,30 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_whole(tmp_path, c
 def test_a_dry_run_of_the_largest_preset_needs_no_memory():
     done = command("--preset", "40b-loop", "--dry-run")
     assert done.returncode == 0 and "mid2" in done.stdout and "131072" in done.stdout
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24), (48, 48)])
+def test_a_step_of_muon_is_that_of_torchs_own_muon(shape):
+    """The peer multiplies in bfloat16 and runs one matrix at a time; so do we here, and the stack changes the last bits alone."""
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for start in [[torch.randn(shape) for _ in range(3)]] * 2)
+    a = train.Muon(ours, weight_decay=0.1, dtype=torch.bfloat16)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    a.param_groups[0]["lr"] = 0.02
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(shape)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, atol=2e-3, rtol=0)
+
+
+def test_muons_step_has_singular_values_near_one_and_the_directions_of_the_gradient():
+    x = torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    got = u.mT @ train.orthogonalize(x) @ vt.mT  # diagonal, where the directions are the same
+    values = got.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert (got - torch.diag_embed(values)).abs().max() < 1e-9
