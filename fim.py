@@ -125,6 +125,9 @@ NODES = {
         "function": "function_definition",
     },
 }
+KEYWORD = {  # a word that every function of the language has once: the smallest named node around it is that function
+    "python": re.compile(rb"def\b"), "go": re.compile(rb"func\b"), "rust": re.compile(rb"fn\b"),
+}
 NODES["typescript"] = NODES["javascript"] | {"expression": NODES["javascript"]["expression"] + " as- satisfies- non_null-"}
 NODES["c++"] = NODES["c"] | {
     "expression": NODES["c"]["expression"] + " new- delete- lambda- fold-",
@@ -277,9 +280,17 @@ class Source:
         """
         The nodes of a level in random order. To list them all costs a walk over the tree. For the common levels it is cheaper to look
         at random nodes of any type until one fits: uniform over the nodes of the level, as the list is, which follows where none was met.
+        Functions are found by their keyword where there is one.
         """
+        wanted = kinds(self.language, level)
+        if level == "function" and self.language in KEYWORD:
+            for found in shuffled(KEYWORD[self.language].finditer(to_bytes(self.code)), rng):
+                node = self.root.named_descendant_for_byte_range(*found.span())
+                if node.type in wanted:
+                    yield node
+            return
         if level not in self.listed:
-            cursor, count, wanted = self.root.walk(), self.root.descendant_count, kinds(self.language, level)
+            cursor, count = self.root.walk(), self.root.descendant_count
             for _ in range(TRIES.get(level, 0)):
                 cursor.goto_descendant(rng.randrange(count))
                 if cursor.node.type in wanted and cursor.node.is_named:  # the keyword `lambda` is of type "lambda" too
@@ -288,14 +299,16 @@ class Source:
         yield from shuffled(self.listed[level], rng)
 
 
-BRACKET = np.zeros(256, np.int8)
-BRACKET[list(b"([{")], BRACKET[list(b")]}")] = 1, -1
+NO_BRACKET = bytes(set(range(256)) - set(b"([{)]}"))
+OPENS = np.zeros(256, np.int8)
+OPENS[list(b"([{")], OPENS[list(b")]}")] = 1, -1
 
 
 def nesting(code: str) -> int:
-    """The most brackets open at once, or the deepest indentation in columns: a bound on the depth of the tree, strings included."""
-    opened = np.cumsum(BRACKET[np.frombuffer(to_bytes(code), np.uint8)], dtype=np.int32).max(initial=0)
-    return max(int(opened), DEEPEST + 1 if re.search(rf"^[ \t]{{{DEEPEST + 1}}}", code, re.M) else 0)
+    """The most brackets open at once, or a longer run of blanks than DEEPEST: a bound on the depth of the tree, strings included."""
+    brackets = to_bytes(code).translate(None, NO_BRACKET)
+    opened = np.cumsum(OPENS[np.frombuffer(brackets, np.uint8)], dtype=np.int32).max(initial=0)
+    return max(int(opened), DEEPEST + 1 if " " * (DEEPEST + 1) in code.replace("\t", " ") else 0)
 
 
 def shuffled(items: list, rng):

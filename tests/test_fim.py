@@ -131,6 +131,23 @@ def test_every_node_type_of_the_table_exists_in_its_grammar(language):
             assert fim.grammar(language).id_for_node_kind(kind, True) is not None, kind
 
 
+NESTED = {  # functions inside functions and classes, and the keyword where it names no function
+    "python": "async def g():\n    f = 'def x'\n    # def\n    class A:\n        def b(self): pass\n",
+    "go": "func (a A) M(f func(int) int) {\n\tg := func() int { return 1 }\n\tg()\n}\n",
+    "rust": "impl A { pub(crate) unsafe fn m(f: fn(i32)) { fn inner() {} } }\ntrait T { fn named(&self); fn given(&self) { } }\n",
+}
+
+
+@pytest.mark.parametrize("language", fim.KEYWORD)
+def test_the_keyword_finds_every_function_once_and_nothing_else(language):
+    for code in [SNIPPETS[language] + NESTED[language], *(library(every=20).values() if language == "python" else ())]:
+        source = fim.Source(code, language)
+        if source.root is not None:
+            listed = fim.matches(source.root, language, [f"({kind})" for kind in fim.kinds(language, "function")])
+            found = sorted(node.byte_range for node in source.nodes("function", random.Random(0)))
+            assert found == [node.byte_range for node in listed]
+
+
 def test_random_nodes_are_as_uniform_as_the_list_of_all_nodes():
     code = "a = f(1)\nif a:\n    b = g(2)\n    c = h(3, k(4))\nd = 5 + 6\n" * 4
     drawn = Counter(fim.split(code, "python", "expression", random.Random(seed))[0] for seed in range(4000))
@@ -206,7 +223,7 @@ def test_a_file_without_a_fitting_node_falls_back_and_says_so(what):
 
 def test_what_nests_too_deep_for_error_recovery_is_not_parsed():
     assert fim.nesting("f(a[{'(':1}])") == 4 and fim.nesting("") == 0 and fim.nesting(")") == 0
-    assert fim.nesting("x\n" + " " * 401 + "y") > fim.DEEPEST and fim.nesting("é(" * 401) > fim.DEEPEST
+    assert fim.nesting("x\n" + " \t" * 201 + "y") > fim.DEEPEST and fim.nesting("é(" * 401) > fim.DEEPEST
     deep = lambda n: fim.Source("x = " + "(" * n + "1" + ")" * n, "python").root
     assert deep(401) is None and deep(400) is not None and not deep(400).has_error
 
