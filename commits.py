@@ -155,7 +155,8 @@ class Repository:
 
     def __init__(self, path: str):
         git_dir = find_git_dir(path)
-        self.path, self._room, self._readers = path, tempfile.TemporaryDirectory(prefix="commits-"), {}
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # thousands of small files that live for seconds: better no disk
+        self.path, self._room, self._readers = path, tempfile.TemporaryDirectory(prefix="commits-", dir=memory), {}
         self.room = Path(self._room.name)
         self.environment = clean_environment(str(self.room))
         try:
@@ -216,16 +217,13 @@ class Repository:
                 answers.append(data[:-1] if kind == "--batch" else int(header[2]))
         return answers
 
-    def size(self, oid: str) -> int:
-        return self.ask("--batch-check", [oid])[0]
-
     def read(self, oid: str) -> bytes:
         """The content of a blob."""
         return self.ask("--batch", [oid])[0]
 
-    def keep(self, data: bytes) -> str:
-        """Write a blob to our own store -> its id."""
-        whole = b"blob %d\0" % len(data) + data
+    def keep(self, data: bytes, kind: bytes = b"blob") -> str:
+        """Write an object to our own store -> its id."""
+        whole = b"%s %d\0" % (kind, len(data)) + data
         oid = self.hash(whole).hexdigest()
         place = self.room / "git" / "objects" / oid[:2] / oid[2:]
         place.parent.mkdir(exist_ok=True)
@@ -441,18 +439,29 @@ class Facts:
     """What the search wants to know about blobs and pairs of blobs; each is read and computed once, while it is of use."""
 
     def __init__(self, repo: Repository):
-        self.repo = repo
-        self.text = functools.lru_cache(512)(lambda mode, oid: b"" if mode == ABSENT else repo.read(oid))
-        self.terms = functools.lru_cache(SHELF)(lambda mode, oid: terms(self.text(mode, oid).decode()))
+        self.repo, self.reasons, self.texts = repo, {}, {}  # blob -> why it is unfit, or ""; the last blobs that were read
+        self.terms = functools.lru_cache(SHELF)(lambda mode, oid: terms(self.text(mode, oid)))
         self.delta = functools.lru_cache(2048)(lambda *sides: delta(self.text(*sides[:2]), self.text(*sides[2:])))
-        self.unfit = functools.cache(self._unfit)
         self.parses = functools.cache(self._parses)
         self.renames = functools.lru_cache(64)(self._renames)
 
-    def _unfit(self, mode: str, oid: str) -> str:
-        if not mode.startswith("100"):
-            return "" if mode == ABSENT else "link or submodule"
-        return unfit_content(self.repo.read(oid)) if self.repo.size(oid) < 20 * MAX_BYTES else "binary"  # or as good as
+    def load(self, sides) -> None:
+        """Read the blobs among these (mode, id) that are new, with two questions to git instead of two for each."""
+        fresh = list({oid: None for mode, oid in sides if mode.startswith("100") and oid not in self.reasons})
+        sizes = dict(zip(fresh, self.repo.ask("--batch-check", fresh)))
+        small = [oid for oid in fresh if sizes[oid] <= MAX_BYTES]
+        self.texts |= zip(small, self.repo.ask("--batch", small))
+        for oid in fresh:  # twenty times too large is as good as binary
+            self.reasons[oid] = unfit_content(self.text("", oid)) if sizes[oid] < 20 * MAX_BYTES else "binary"
+        while len(self.texts) > SHELF // 4:
+            del self.texts[next(iter(self.texts))]  # the oldest
+
+    def text(self, mode: str, oid: str) -> bytes:
+        return b"" if mode == ABSENT else self.texts[oid] if oid in self.texts else self.repo.read(oid)
+
+    def unfit(self, mode: str, oid: str) -> str:
+        """Why one side of a change keeps it out of a patch ("" if it does not). Load it first."""
+        return self.reasons[oid] if mode.startswith("100") else "" if mode == ABSENT else "link or submodule"
 
     def _parses(self, extension: str, mode: str, oid: str) -> bool:
         return mode == ABSENT or any(not p.parse(self.text(mode, oid)).root_node.has_error for p in parsers(extension))
@@ -484,6 +493,7 @@ def measure(changes: list[Change], facts: Facts) -> tuple[str, Candidate | None]
     changes = [c for c in changes if not NOT_SOURCE.search(c.path)]
     if len(changes) > 4 * MAX_FILES:
         return "more than 10 files", None
+    facts.load(side for c in changes for side in (c[1:3], c[3:5]))
     kept = []
     for change in changes:
         reasons = {facts.unfit(change.old_mode, change.old), facts.unfit(change.new_mode, change.new)}
@@ -597,16 +607,22 @@ def score(parts: dict[str, float]) -> float:
 # ----------------------------------------------------------------------------------------------- patch and proof
 
 
+def write_tree(repo: Repository, files: dict[bytes, tuple[str, str]]) -> str:
+    """Write the tree of these {path: (mode, id)} to our own store, folder by folder -> its id. git looks at the names when it reads it."""
+    rows, folders = [], {}
+    for path, (mode, oid) in files.items():
+        name, slash, rest = path.partition(b"/")
+        if slash:
+            folders.setdefault(name, {})[rest] = mode, oid
+        else:
+            rows.append((name, name, mode, oid))
+    rows += [(name + b"/", name, "40000", write_tree(repo, inside)) for name, inside in folders.items()]  # sorted as if it ended in "/"
+    return repo.keep(b"".join(b"%s %s\0%s" % (mode.encode(), name, bytes.fromhex(oid)) for _, name, mode, oid in sorted(rows)), b"tree")
+
+
 def write_trees(repo: Repository, changes) -> tuple[str, str]:
     """Two trees that hold only the changed paths, old and new: what lies between them is the change and nothing else."""
-    trees = []
-    for mode, oid in ((1, 2), (3, 4)):
-        index = {"GIT_INDEX_FILE": str(repo.room / "index")} | repo.LONELY
-        (repo.room / "index").unlink(missing_ok=True)
-        rows = b"".join(b"%s %s\t%s\0" % (c[mode].encode(), c[oid].encode(), c.path) for c in changes if c[mode] != ABSENT)
-        repo.git("update-index", "-z", "--index-info", stdin=rows, **index)
-        trees.append(repo.git("write-tree", "--missing-ok", **index).decode().strip())
-    return trees[0], trees[1]
+    return tuple(write_tree(repo, {c.path: c[side:side + 2] for c in changes if c[side] != ABSENT}) for side in (1, 3))
 
 
 def apply_patch(repo: Repository, tree: str, patch: bytes) -> str:
@@ -644,15 +660,24 @@ class Context(NamedTuple):
     files: list[tuple[str, str]]
 
 
-def terms(text: str) -> collections.Counter:
+LETTERS = bytes(byte if chr(byte).isalpha() and byte < 128 else 32 for byte in range(256))
+CAMEL = re.compile(rb"[A-Z]?[a-z]{2,}|[A-Z]{3,}(?![a-z])")
+
+
+def terms(text: bytes) -> collections.Counter:
     """The words of a text and the parts of its identifiers, counted in lower case: parse_URL getHTTPHeader -> parse url get http header."""
-    counts = collections.Counter()
-    for word, times in collections.Counter(re.findall(r"[A-Z]?[a-z]{2,}|[A-Z]{3,}(?![a-z])", text)).items():
-        counts[word.lower()] += times
+    counts = collections.Counter(text.translate(LETTERS).split())
+    for word in [word for word in counts if not word.islower()]:
+        times = counts.pop(word)
+        for part in CAMEL.findall(word):
+            counts[part.lower()] += times
     return counts
 
 
-def bm25(documents: list[collections.Counter], lengths: list[int], query: set[str], k1: float = 1.2, b: float = 0.75) -> list[float]:
+terms_of_path = functools.lru_cache(1 << 16)(terms)
+
+
+def bm25(documents: list[dict[bytes, int]], lengths: list[int], query: set[bytes], k1: float = 1.2, b: float = 0.75) -> list[float]:
     """
     How well each document answers the query: sum over its words of  idf(w) n (k1 + 1) / (n + k1 (1 - b + b length / mean length)).
 
@@ -672,17 +697,26 @@ def look_around(repo: Repository, facts: Facts, commit: str, messages: list[str]
     rows = [row.split(b"\t", 1) for row in repo.git("ls-tree", "-r", "-z", "--full-tree", commit).split(b"\0") if row]
     files = [(path, *meta.decode().split(" ")[::2]) for meta, path in rows]  # (path, mode, oid)
     files.sort(key=lambda f: (f[0].count(b"/"), f[0]))
-    heads = [f for f in files if re.fullmatch(rb"readme(\.\w+)?", f[0], re.I) and not facts.unfit(*f[1:])]
+    heads = [f for f in files if re.fullmatch(rb"readme(\.\w+)?", f[0], re.I)]
+    facts.load(f[1:] for f in heads)
+    heads = [f for f in heads if not facts.unfit(*f[1:])]
     readme = "\n".join(facts.text(*heads[0][1:]).decode().split("\n")[:40])[:2000] if heads else ""
-    query = {word for word in terms("\n".join(messages)) if word not in COMMON}
-    sources = [(f, terms(text_path(f[0]))) for f in files if f[1].startswith("100") and not NOT_SOURCE.search(f[0])]
+    query = {word for word in terms("\n".join(messages).encode()) if len(word) > 1 and word.decode() not in COMMON}
+    sources = [f for f in files if f[1].startswith("100") and not NOT_SOURCE.search(f[0])]
     if len(sources) > SHELF:  # in a large tree only the files whose paths fit best are opened
-        sources = sorted(sources, key=lambda f: -len(query & f[1].keys()))[:SHELF]
-    sources = [(f, in_path, facts.terms(*f[1:])) for f, in_path in sources if not facts.unfit(*f[1:])]
-    counts = [collections.Counter({w: in_path[w] + text[w] for w in query if w in in_path or w in text}) for _, in_path, text in sources]
-    scores = bm25(counts, [text.total() for *_, text in sources], query)
-    best = sorted((i for i in range(len(sources)) if scores[i] > 0), key=lambda i: (-scores[i], sources[i][0][0]))[:5]
-    fitting = [(quote(f[0]), facts.text(*f[1:]).decode()) for f in (sources[i][0] for i in best)]
+        sources = sorted(sources, key=lambda f: -len(query & terms_of_path(f[0]).keys()))[:SHELF]
+    shelf, counts, lengths = [], [], []
+    for i in range(0, len(sources), SHELF // 8):
+        facts.load(f[1:] for f in sources[i:i + SHELF // 8])
+        for f in sources[i:i + SHELF // 8]:
+            if not facts.unfit(*f[1:]):
+                in_path, in_text = terms_of_path(f[0]), facts.terms(*f[1:])
+                shelf.append(f)
+                counts.append({w: in_path[w] + in_text[w] for w in query if w in in_path or w in in_text})
+                lengths.append(in_text.total())
+    scores = bm25(counts, lengths, query)
+    best = sorted((i for i in range(len(shelf)) if scores[i] > 0), key=lambda i: (-scores[i], shelf[i][0]))[:5]
+    fitting = [(quote(shelf[i][0]), facts.text(*shelf[i][1:]).decode()) for i in best]
     return Context(readme, [quote(f[0]) for f in files[:2000]], fitting)
 
 

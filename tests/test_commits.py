@@ -223,6 +223,18 @@ def test_a_patch_with_every_hard_kind_of_change_gives_the_new_tree_to_the_bit(tm
         assert git(tmp_path / "work", "write-tree") == git(repo_dir, "rev-parse", "HEAD^{tree}")
 
 
+def test_paths_that_git_would_not_check_out_are_refused(tmp_path):
+    with contextlib.closing(commits.Repository(build(tmp_path / "r", plain_steps(20)))) as repo:
+        blobs = [repo.keep(text) for text in (b"a = 1\n", b"a = 2\n")]
+        before = {True: ("100644", blobs[0]), False: (commits.ABSENT, "0" * 40)}
+        change = lambda path, old=True: commits.Change(path, *before[old], "100644", blobs[1])
+        assert b"+a = 2" in proven(repo, [change(b"pkg/a.py")])
+        for path in (b"../a.py", b".git/hooks/pre-commit", b"pkg//a.py", b"pkg/./a.py", b"/a.py"):
+            for bad in (change(path), change(path, old=False)):
+                with pytest.raises(commits.Refused):
+                    proven(repo, [bad])
+
+
 def test_the_proof_fails_when_a_single_byte_of_the_patch_is_wrong(tmp_path, monkeypatch):
     repo_dir = build(tmp_path / "r", plain_steps(22))
     true_apply = commits.apply_patch
@@ -530,7 +542,7 @@ def test_bm25_is_its_formula():
             total += idf * document[word] * (k1 + 1) / (document[word] + k1 * (1 - b + b * length / (sum(lengths) / 12)))
         expected.append(total)
     assert commits.bm25(documents, lengths, query) == pytest.approx(expected, rel=1e-12)
-    assert commits.terms("parse_URL getHTTPHeader x2 héllo") == collections.Counter(["parse", "url", "get", "http", "header", "llo"])
+    assert commits.terms("parse_URL getHTTPHeader x2 héllo".encode()) == collections.Counter(b"parse url get http header x h llo".split())
 
 
 def test_the_context_is_of_r_old_and_the_best_file_is_the_one_the_message_speaks_of(tmp_path):
