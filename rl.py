@@ -16,8 +16,8 @@ overlong shaping; Dr.GRPO for the missing division by the spread. Ours, since no
     python rl.py --path instruct                   # from out/sft_instruct to out/rl_instruct
     python rl.py --path swe                        # the agent, from out/rl_thinking to out/rl_swe
     python rl.py --eval out/rl_swe --against out/sft_thinking
-    python rl.py --study all                       # gains and their controls on small models made for it, from nothing but this file
-    python rl.py --report                          # out/report.md: the whole chain, stage by stage, from its logs
+    python rl.py --study                           # gains and their controls on small models made for it, from nothing but this file
+    python rl.py --plot --report                   # out/report.md: the chain, stage by stage, and the study, from their logs
     torchrun --nproc_per_node 8 rl.py              # rollouts and updates in parallel
 """
 
@@ -26,8 +26,10 @@ import ast
 import dataclasses
 import json
 import math
+import multiprocessing
 import random
 import re
+import signal
 import sys
 import threading
 import time
@@ -583,6 +585,13 @@ class RemoteRollout:
         return found
 
 
+def rollout(model, tokenizer, cfg):
+    """Who decodes under this configuration: run(episodes, seed) of the result gives their Trajectories."""
+    if cfg.rollout_url:
+        return RemoteRollout(cfg.rollout_url, model, tokenizer, cfg.context, cfg.temperature)
+    return Rollout(model, tokenizer.special["<|im_end|>"], cfg.context, cfg.slots, cfg.temperature)
+
+
 # ---------------------------------------------------------------------------------------------- one update
 
 
@@ -695,7 +704,7 @@ class RLConfig:
     clip_grad: float = flag(1.0, "largest gradient norm")
     std: bool = flag(False, "divide advantages by the standard deviation of their group")
     average: str = flag("token", "token: every token of a step weighs the same; sequence: every answer does")
-    terse: bool = flag(False, "keep the first line of each prompt only, without its examples: as much as a very small model can use")
+    terse: bool = flag(False, "keep the first line of each prompt only, without examples or tools: as much as a very small model can use")
     band_low: float = flag(0.0, "groups with a lower mean of the primary reward are dropped")
     band_high: float = flag(1.0, "groups with a higher one too (0.875 in Seed-Coder)")
     rounds: int = flag(2, "dynamic sampling: rollouts a step at most, until enough groups carry signal")
@@ -775,9 +784,9 @@ def episode_of(task, tokenizer, verdicts, cfg, planted=False):
 
 
 def draw_task(cfg, family, level, seed, split="train"):
-    """A task of this configuration; an agent's prompt is never cut."""
+    """A task of this configuration."""
     task = tasks.generate(family, level, seed, split)
-    return dataclasses.replace(task, prompt=task.prompt.split("\n")[0]) if cfg.terse and family != "swe" else task
+    return dataclasses.replace(task, prompt=task.prompt.split("\n")[0]) if cfg.terse else task
 
 
 def sample_groups(roller, tokenizer, cfg, curriculum, verdicts, rng, want, seed):
@@ -810,10 +819,7 @@ def rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world)
     """Roll out until enough groups carry signal, then cfg.updates optimizer steps; returns the record of the step."""
     start, runs, busy = time.perf_counter(), verdicts.runs, verdicts.seconds
     rng = random.Random(f"{cfg.seed}/{step}/{world.rank}")
-    end_id = tokenizer.special["<|im_end|>"]
-    roller = RemoteRollout(cfg.rollout_url, model, tokenizer, cfg.context, cfg.temperature) if cfg.rollout_url else \
-        Rollout(model, end_id, cfg.context, cfg.slots, cfg.temperature)
-    mine = len(range(world.rank, cfg.prompts, world.size))
+    roller, mine = rollout(model, tokenizer, cfg), len(range(world.rank, cfg.prompts, world.size))
     groups, samples, informed = [], [], 0
     model.eval()
     for again in range(cfg.rounds):
@@ -829,27 +835,35 @@ def rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world)
     done = [update(model, optimizer, part, cfg, lr, world) for part in split_evenly(samples, cfg.updates, rng)]
     lived = [t for _, ts in groups for t in ts]
     judged = [t.outcome for t in lived if t.outcome is not None]
-    curriculum.record([(task.difficulty, float(np.mean([t.outcome["solved"] for t in ts if t.outcome] or [0]))) for task, ts in groups])
-    actions = sum(int(t.action.sum()) for t in lived)
-    sums = all_sum([len(lived), len(judged), sum(o["reward"] for o in judged), sum(o["solved"] for o in judged), len(groups), informed,
-                    actions, -sum(float(t.logp.sum()) for t in lived), sum(not t.ended for t in lived), verdicts.runs - runs,
-                    verdicts.seconds - busy, roller.waited_s], world)  # fmt: skip
-    n, n_judged, reward, solved, n_groups, n_informed, actions, entropy, cut_off, runs, busy, waited = sums
-    seconds = time.perf_counter() - start
-    return {"step": step + 1, "reward": reward / max(n_judged, 1), "pass": solved / max(n_judged, 1), "groups": int(n_groups),
-            "informative": int(n_informed), "clip": float(np.mean([d["cut"] for d in done])), "loss": done[0]["loss"],
-            "grad": float(np.mean([d["grad"] for d in done])), "entropy": entropy / max(actions, 1), "length": actions / n,
-            "cut_off": cut_off / n, "errors": int(n - n_judged), "tokens_per_s": actions / rolled, "sandbox_runs": int(runs),
-            "sandbox_s": busy, "sandbox_wait_s": waited / world.size,
-            "rollout_s": rolled, "seconds": seconds, "level": curriculum.open}  # fmt: skip
+    shares = [float(np.mean([t.outcome["solved"] for t in ts if t.outcome] or [0])) for _, ts in groups]
+    curriculum.record([(task.difficulty, share) for (task, _), share in zip(groups, shares)])
+    failed = [o for o in judged if o.get("first_failed")]  # episodes that were told of an error
+    sums = {"samples": len(lived), "judged": len(judged), "reward": sum(o["reward"] for o in judged),
+            "solved": sum(o["solved"] for o in judged), "groups": len(groups), "informative": informed,
+            "solved_groups": sum(share > 0 for share in shares), "actions": sum(int(t.action.sum()) for t in lived),
+            "entropy": -sum(float(t.logp.sum()) for t in lived), "cut_off": sum(not t.ended for t in lived), "trained": sum(len(t.ids) for t, _ in samples),
+            "failed": len(failed), "recovered": sum(o["solved"] for o in failed), "runs": verdicts.runs - runs,
+            "busy": verdicts.seconds - busy, "waited": roller.waited_s}  # fmt: skip
+    n = dict(zip(sums, all_sum(list(sums.values()), world)))
+    n_judged, n_actions = max(n["judged"], 1), max(n["actions"], 1)
+    return {"step": step + 1, "reward": n["reward"] / n_judged, "pass": n["solved"] / n_judged, "groups": int(n["groups"]),
+            "informative": int(n["informative"]), "solved_groups": int(n["solved_groups"]),
+            "clip": float(np.mean([d["cut"] for d in done])), "loss": done[0]["loss"], "grad": float(np.mean([d["grad"] for d in done])),
+            "entropy": n["entropy"] / n_actions, "length": n["actions"] / n["samples"], "cut_off": n["cut_off"] / n["samples"],
+            "errors": int(n["samples"] - n["judged"]), "failed": int(n["failed"]), "recovered": int(n["recovered"]),
+            "tokens": int(n["actions"]), "trained": int(n["trained"]), "tokens_per_s": n["actions"] / rolled,
+            "sandbox_runs": int(n["runs"]), "sandbox_s": n["busy"], "sandbox_wait_s": n["waited"] / world.size,
+            "rollout_s": rolled, "seconds": time.perf_counter() - start, "level": curriculum.open}  # fmt: skip
 
 
 def line_of(record, steps):
+    """The one line of a step. groups: how many had a solution, how many taught something, of how many."""
     r = record
     return (
-        f"step {r['step']:4d}/{steps} | reward {r['reward']:.3f} | pass@1 {r['pass']:.3f} | groups {r['informative']:3d}/{r['groups']:<3d}"
+        f"step {r['step']:4d}/{steps} | reward {r['reward']:.3f} | pass@1 {r['pass']:.3f}"
+        f" | groups solved {r['solved_groups']:3d}, used {r['informative']:3d} of {r['groups']:<3d}"
         f" | clip {r['clip']:.3f} | entropy {r['entropy']:.3f} | length {r['length']:5.1f} | {r['tokens_per_s'] / 1e3:.2f}k tok/s"
-        f" | sandbox {r['sandbox_runs'] / r['seconds']:.0f}/s, {100 * r['sandbox_wait_s'] / r['seconds']:.0f}% | level {r['level']}"
+        f" | sandbox {r['sandbox_runs'] / r['seconds']:.0f}/s, {100 * r['sandbox_wait_s'] / r['seconds']:.0f}% waited | level {r['level']}"
         f" | {r['seconds']:.1f}s"
     )
 
@@ -857,24 +871,23 @@ def line_of(record, steps):
 def train(cfg: RLConfig, world) -> Path:
     """Run RL from cfg's start to its stage; a killed run loses at most the step it was in. Returns the folder of the new checkpoint."""
     folder, start = result_folder(cfg), start_folder(cfg)
+    log, snapshot, first, spent = folder / "log.jsonl", folder / "state.pt", 0, 0.0
+    if cfg.resume and (folder / "model.safetensors").exists() and not snapshot.exists():
+        return folder  # complete
     tokenizer, model = Tokenizer.load(start), LoopCoder.from_pretrained(start, device=world.device, dtype=torch.float32)
     if cfg.context > model.config.max_position_embeddings:
         raise ValueError(f"--context {cfg.context}: {start} was made for {model.config.max_position_embeddings} positions")
     optimizer = pipeline.Optimizer(model, kind="adamw", weight_decay=0.0)
     curriculum, verdicts = Curriculum([int(level) for level in cfg.levels.split(",")]), Verdicts()
     folder.mkdir(parents=True, exist_ok=True)
-    snapshot, first, spent = folder / "state.pt", 0, 0.0
     if cfg.resume and snapshot.exists():
         state = torch.load(snapshot, map_location=world.device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         curriculum.load_state(state["curriculum"])
         first, spent = state["step"], state["seconds"]
-    log, records = folder / "log.jsonl", []
-    if first:
-        records = [r for r in map(json.loads, log.read_text().splitlines()) if r.get("step", first + 1) <= first]
     if world.main:
-        text = "".join(json.dumps(r) + "\n" for r in records)
+        text = "".join(json.dumps(r) + "\n" for r in read_log(folder)[:first])
         pipeline.write_atomically(log, lambda path: path.write_text(text))
     for step in range(first, cfg.steps):
         verdicts.known.clear()  # tasks are new in every step
@@ -883,7 +896,7 @@ def train(cfg: RLConfig, world) -> Path:
         if world.main:
             with open(log, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            print(line_of(record, cfg.steps), flush=True)
+            print(f"{folder.name}: {line_of(record, cfg.steps)}", flush=True)
             state = {"step": step + 1, "seconds": spent, "curriculum": curriculum.state()}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             pipeline.write_atomically(snapshot, lambda path, state=state: torch.save(state, path))
@@ -892,8 +905,15 @@ def train(cfg: RLConfig, world) -> Path:
     if world.main:
         tokenizer.save(folder)
         model.save_pretrained(folder)
+        (folder / "eval.json").unlink(missing_ok=True)  # it would speak of other weights
         snapshot.unlink(missing_ok=True)
     return folder
+
+
+def read_log(folder):
+    """The records of a stage's log.jsonl; [] where it has none. A line that a full disk or a kill cut short is no record."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def start_folder(cfg):
@@ -923,7 +943,7 @@ def evaluate(model, tokenizer, cfg, split="test", seed=0):
     found, verdicts, k = {}, Verdicts(), cfg.eval_samples
     levels = [int(level) for level in cfg.levels.split(",")]
     model.eval()
-    roller = Rollout(model, tokenizer.special["<|im_end|>"], cfg.context, cfg.slots, cfg.temperature)
+    roller = rollout(model, tokenizer, cfg)
     for family in cfg.families.split(","):
         chosen = [draw_task(cfg, family, levels[i % len(levels)], seed + i, split) for i in range(cfg.eval_tasks)]
         for planted in (False, True) if family == "swe" else (False,):
@@ -964,15 +984,21 @@ def interval(a, b=None, draws=4000, seed=0):
 
 
 def evaluate_checkpoint(folder, cfg, world):
-    """Load, evaluate, and leave the result beside the weights as eval.json, from which the report is made."""
+    """Load, evaluate, and leave the result beside the weights as eval.json: the intervals, and the counts by task they are made of."""
     folder = Path(folder)
     tokenizer, model = Tokenizer.load(folder), LoopCoder.from_pretrained(folder, device=world.device, dtype=torch.float32)
     found = evaluate(model, tokenizer, cfg)
-    path = folder / "eval.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known |= {name: dict(zip(("value", "low", "high"), interval(pair))) | {"tasks": cfg.eval_tasks} for name, pair in found.items()}
-    pipeline.write_atomically(path, lambda at: at.write_text(json.dumps(known, indent=1) + "\n"))
+    known = json.loads((folder / "eval.json").read_text()) if (folder / "eval.json").exists() else {}
+    for name, pair in found.items():
+        known[name] = dict(zip(("value", "low", "high"), interval(pair))) | {"counts": [x.tolist() for x in pair]}
+    pipeline.write_atomically(folder / "eval.json", lambda at: at.write_text(json.dumps(known) + "\n"))
     return found
+
+
+def evaluated(folder):
+    """What evaluate_checkpoint() left in this folder: {metric: (numerators, denominators)}; {} where it was not there."""
+    path = folder / "eval.json"
+    return {name: tuple(map(np.array, e["counts"])) for name, e in json.loads(path.read_text()).items()} if path.exists() else {}
 
 
 def comparison(found, against=None):
@@ -988,97 +1014,31 @@ def comparison(found, against=None):
     return lines
 
 
-# ---------------------------------------------------------------------------------------------- the report
-
-
-def chain_folders(out):
-    """The finished stages under out/ in the order of the chain."""
-    names = [*pipeline.STAGES, "sft_thinking", "sft_instruct", *(stage for _, stage, _ in PATHS.values())]
-    return [out / name for name in dict.fromkeys(names) if (out / name / "config.json").exists()]
-
-
-def read_log(folder):
-    """The records of a stage's log.jsonl; [] where it has none."""
-    path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def report(out) -> Path:
-    """Write out/report.md: one row a stage, from the logs and evaluations that the stages left behind; nothing is typed in by hand."""
-    out = Path(out)
-    folders = chain_folders(out)
-    if not folders:
-        raise ValueError(f"{out}: no finished stage to report on; run python train.py first")
-    evals = {f: json.loads((f / "eval.json").read_text()) if (f / "eval.json").exists() else {} for f in folders}
-    metrics = list(dict.fromkeys(name for found in evals.values() for name in found if "@1" in name or "recovery" in name))
-    rows = [["stage", "steps", "tokens", "minutes", "bits per byte", "reward", *metrics]]
-    for folder in folders:
-        records = read_log(folder)
-        steps = [r for r in records if "step" in r]
-        bits = next((r["bits_per_byte"] for r in reversed(records) if "bits_per_byte" in r), {})
-        rewards = [r["reward"] for r in steps if "reward" in r]
-        n = max(1, len(rewards) // 5)
-        tokens = sum(r["tokens_per_s"] * r["rollout_s"] for r in steps) if rewards else (steps[-1].get("tokens", 0) if steps else 0)
-        seconds = sum(r["seconds"] for r in steps) if rewards else (steps[-1].get("seconds", 0) if steps else 0)
-        row = [folder.name, str(len(steps)), f"{tokens / 1e6:.2f}M", f"{seconds / 60:.1f}",
-               ", ".join(f"{language} {value:.3f}" for language, value in bits.items()) or "-",
-               f"{np.mean(rewards[:n]):.3f} -> {np.mean(rewards[-n:]):.3f}" if rewards else "-"]  # fmt: skip
-        for name in metrics:
-            e = evals[folder].get(name)
-            row.append(f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" if e and e["value"] == e["value"] else "-")
-        rows.append(row)
-    source = "Made by `python rl.py --report` from `log.jsonl` and `eval.json` of each stage. 95 % intervals over held-out tasks."
-    lines = ["# The chain, stage by stage", "", source, ""]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(5, "|" + " --- |" * len(rows[0]))
-    path = out / "report.md"
-    pipeline.write_atomically(path, lambda at: at.write_text("\n".join(lines) + "\n"))
-    return path
-
-
-def plot(out) -> Path:
-    """Draw reward, pass@1, entropy and clip share of every RL stage under out/ to out/rl.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    out = Path(out)
-    logs = {stage: [r for r in read_log(out / stage) if "reward" in r] for _, stage, _ in PATHS.values()}
-    logs = {stage: records for stage, records in logs.items() if records}
-    if not logs:
-        raise ValueError(f"{out}: no RL stage to draw; run python rl.py first")
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2))
-    titles = {"reward": "reward", "pass": "pass@1 in training", "entropy": "entropy, nats a token", "clip": "clipped share"}
-    for ax, key in zip(axes, titles):
-        for stage, records in logs.items():
-            ax.plot([r["step"] for r in records], [r[key] for r in records], label=stage, lw=1)
-        ax.set(title=titles[key], xlabel="step")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(out / "rl.png", dpi=120)
-    return out / "rl.png"
-
-
 # ---------------------------------------------------------------------------------------------- the study
 # Does it work, and is it the reward that does it? Models of under a million parameters, made here from nothing; held-out templates;
 # several seeds; and beside each run the controls that would show the same gain if it came from anything else.
 
-STUDY = {
-    # few demonstrations, fitted until they give no more; RL then has fresh problems and their tests, but no solution
-    "compose": (dict(path="instruct", families="compose", levels="1,2", terse=True, room=64, context=160, overlong=0, prompts=16,
-                     samples=12),
-                {"grpo": {}, "shuffled rewards": {"shuffle_rewards": True}, "more sft": None}),
-    # demonstrations in which one in twenty makes a mistake and repairs it
-    "swe": (dict(path="swe", families="swe", levels="2", room=48, context=320, prompts=12, samples=12),
-            {"grpo": {}, "shuffled feedback": {"shuffle_feedback": True}, "more sft": None}),
+STUDY = {  # task: its demonstrations and the tokens that are spent on imitating them, how RL goes on, and the arms
+    "compose": {
+        "demonstrations": 2000, "wrong": 0.4, "detours": 0, "imitate": 4e5, "metrics": ("compose pass@1", "compose pass@4"),
+        "cfg": dict(path="instruct", families="compose", levels="2", terse=True, room=64, context=160, overlong=0, prompts=16, samples=12,
+                    updates=2, lr=4e-5, steps=40, minutes=10),
+        "arms": {"grpo": {}, "shuffled_rewards": {"shuffle_rewards": True}, "more_sft": None},
+    },
+    "swe": {
+        "demonstrations": 1500, "wrong": 0, "detours": 20, "imitate": 4e5,
+        "metrics": ("swe pass@1", "swe recovery", "swe planted recovery"),
+        "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=12, samples=12, updates=2, lr=4e-5,
+                    steps=40, minutes=15),
+        "arms": {"grpo": {}, "shuffled_feedback": {"shuffle_feedback": True}, "more_sft": None},
+    },
 }  # fmt: skip
-DEMONSTRATIONS, SFT_STEPS = {"compose": 500, "swe": 1500}, {"compose": 120, "swe": 120}
 
 
-def imitate(model, samples, steps, seed, lr=3e-3, rows=64):
-    """Supervised fine-tuning on [(ids, in_loss)], `rows` a step: the loss of the chain's SFT without its data machinery."""
+def imitate(model, samples, tokens, seed, lr=3e-3, rows=32):
+    """Supervised fine-tuning on [(ids, in_loss)] for so many tokens, `rows` samples a step: the loss of the chain's SFT, and no more."""
     optimizer, rng = pipeline.Optimizer(model, kind="muon", weight_decay=0.1), random.Random(seed)
+    steps = max(1, round(tokens / rows / np.mean([len(ids) for ids, _ in samples])))
     model.train()
     for step in range(steps):
         chosen = rng.choices(samples, k=rows)
@@ -1090,52 +1050,163 @@ def imitate(model, samples, steps, seed, lr=3e-3, rows=64):
         optimizer.step(pipeline.learning_rate(step, steps, lr, 0.1 * lr), 1.0)
 
 
-def study_start(which, cfg, folder, seed, world):
-    """A small loop model that has imitated a few demonstrations; returns them, encoded."""
-    levels = [int(level) for level in cfg.levels.split(",")]
-    shown = [draw_task(cfg, which, levels[i % len(levels)], 10**6 * (seed + 1) + i) for i in range(DEMONSTRATIONS[which])]
-    parts = [tasks.trajectory_parts(t, detour=i % 20 == 0) if which == "swe" else tasks.task_parts(t) for i, t in enumerate(shown)]
-    tokenizer = Tokenizer.train(["".join(text for text, special, _ in sample if not special) for sample in parts], 340)
-    torch.manual_seed(seed)
-    model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
-                                      num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512))  # fmt: skip
+def demonstrations(plan, cfg):
+    """What the start of a study imitates, in parts. Some answers are wrong and some episodes hold a mistake and its repair, as in life."""
+    found, levels = [], [1, int(cfg.levels)] if plan["wrong"] else [int(cfg.levels)]
+    for i in range(plan["demonstrations"]):
+        task = draw_task(cfg, cfg.families, levels[i % len(levels)], 10**6 * (cfg.seed + 1) + i)
+        if cfg.families == "swe":
+            found.append(tasks.trajectory_parts(task, detour=i % plan["detours"] == 0))
+        else:
+            found.append(tasks.task_parts(dataclasses.replace(task, solution=task.wrong) if i % 10 < 10 * plan["wrong"] else task))
+    return found
+
+
+def study_cell(out, name, seed, steps, eval_tasks):
+    """One task and seed: a start, then every arm from it. What a former run finished is kept, and what it had begun goes on."""
+    world = pipeline.start_world(pipeline.TrainConfig(device="cpu", dtype="float32", threads=1))
+    plan, home = STUDY[name], Path(out) / "study" / f"{name}-{seed}"
+    cfg = RLConfig(**plan["cfg"], out=str(home), ckpt=str(home / "sft"), seed=seed, eval_tasks=eval_tasks, resume=True)
+    cfg = dataclasses.replace(cfg, steps=steps or cfg.steps)
+    parts, start = demonstrations(plan, cfg), home / "sft"
+    tokenizer = Tokenizer.train(["".join(text for text, special, _ in sample if not special) for sample in parts], 440)
     samples = [tokenizer.encode_parts(sample) for sample in parts]
-    imitate(model.to(world.device), samples, SFT_STEPS[which], seed)
-    tokenizer.save(folder)
-    model.save_pretrained(folder)
-    return samples
+    if not (start / "eval.json").exists():
+        torch.manual_seed(seed)
+        shape = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+        model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, **shape))
+        imitate(model, samples, plan["imitate"], seed)
+        tokenizer.save(start)
+        model.save_pretrained(start)
+        evaluate_checkpoint(start, cfg, world)
+    for arm, changes in plan["arms"].items():
+        folder = home / arm
+        if not (folder / "eval.json").exists():
+            if changes is None:  # as many tokens of imitation as the first arm has trained on
+                model = LoopCoder.from_pretrained(start)
+                imitate(model, samples, sum(r["trained"] for r in read_log(home / "grpo")), seed + 1, lr=1e-3)
+                tokenizer.save(folder)
+                model.save_pretrained(folder)
+            else:
+                train(dataclasses.replace(cfg, name=arm, **changes), world)
+            evaluate_checkpoint(folder, dataclasses.replace(cfg, **(changes or {})), world)
+        lines = comparison(evaluated(folder), evaluated(start))
+        print("\n".join(f"{name}-{seed}/{arm}: {line}" for line in lines), flush=True)
 
 
-def study(out, seeds, steps, eval_tasks, world, which=None):
-    """Every arm of STUDY from the same start, for each seed; prints the paired gains and leaves them in OUT/study/results.json."""
-    results = []
-    for name, (settings, arms) in STUDY.items():
-        for seed in range(seeds if which in (None, name) else 0):
-            home = Path(out) / "study" / f"{name}-{seed}"
-            base = RLConfig(**settings, out=str(home), ckpt=str(home / "sft"), seed=seed, steps=steps, eval_tasks=eval_tasks)
-            began = time.perf_counter()
-            samples = study_start(name, base, home / "sft", seed, world)
-            print(f"{name}, seed {seed}: start made in {time.perf_counter() - began:.0f} s", flush=True)
-            for arm, changes in arms.items():
-                began = time.perf_counter()
-                cfg = dataclasses.replace(base, name=arm.replace(" ", "_"), **(changes or {}))
-                before = evaluate_checkpoint(home / "sft", cfg, world)
-                if changes is None:
-                    model = LoopCoder.from_pretrained(home / "sft", device=world.device)
-                    imitate(model, samples, SFT_STEPS[name], seed + 1, lr=1e-3)
-                    Tokenizer.load(home / "sft").save(result_folder(cfg))
-                    model.save_pretrained(result_folder(cfg))
-                else:
-                    train(cfg, world)
-                after = evaluate_checkpoint(result_folder(cfg), cfg, world)
-                minutes = (time.perf_counter() - began) / 60
-                print("\n".join([f"{name}, seed {seed}, {arm}: {minutes:.1f} min", *comparison(after, before)]), flush=True)
-                gains = {metric: {"before": interval(before[metric])[0], "after": interval(after[metric])[0],
-                                  "gain": interval(after[metric], before[metric])} for metric in after}  # fmt: skip
-                results.append({"task": name, "seed": seed, "arm": arm, "minutes": minutes, "metrics": gains})
-                text = json.dumps(results, indent=1)
-                pipeline.write_atomically(Path(out) / "study" / "results.json", lambda at, text=text: at.write_text(text + "\n"))
-    return results
+def study(out, names, seeds, steps, eval_tasks, jobs=2):
+    """Every arm of these tasks for so many seeds, `jobs` single-threaded processes side by side; a killed study goes on arm by arm."""
+    cells = [(out, name, seed, steps, eval_tasks) for seed in range(seeds) for name in names]
+    leave = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    with multiprocessing.get_context("spawn").Pool(jobs, leave, maxtasksperchild=1) as pool:
+        pool.starmap(study_cell, cells, chunksize=1)
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def chain_table(out) -> list[list[str]]:
+    """A row a finished stage of the chain, from its log and its evaluation."""
+    names = [*pipeline.STAGES, *(stage for _, stage, _ in PATHS.values())]
+    folders = [out / name for name in names if (out / name / "config.json").exists()]
+    evals = {folder: evaluated(folder) for folder in folders}
+    metrics = list(dict.fromkeys(name for found in evals.values() for name in found if "@1" in name or "recovery" in name))
+    rows = [["stage", "steps", "tokens", "minutes", "bits per byte", "reward", *metrics]]
+    for folder in folders:
+        records = read_log(folder)
+        steps = [r for r in records if "step" in r]
+        bits = next((r["bits_per_byte"] for r in reversed(records) if "bits_per_byte" in r), {})
+        rewards = [r["reward"] for r in steps if "reward" in r]
+        fifth, count = max(1, len(rewards) // 5), sum if rewards else lambda values: max(values, default=0)  # train.py's log counts up
+        rows.append([folder.name, str(len(steps)), f"{count([r['tokens'] for r in steps]) / 1e6:.2f}M",
+                     f"{count([r['seconds'] for r in steps]) / 60:.1f}",
+                     ", ".join(f"{language} {value:.3f}" for language, value in bits.items()) or "-",
+                     f"{np.mean(rewards[:fifth]):.3f} -> {np.mean(rewards[-fifth:]):.3f}" if rewards else "-",
+                     *(in_words(evals[folder].get(name)) for name in metrics)])  # fmt: skip
+    return rows if folders else []
+
+
+def study_table(out) -> list[list[str]]:
+    """A row for each arm and metric of the study, all seeds together; the difference to its own start is paired, task by task."""
+    rows = [["task", "arm", "metric", "start", "after", "gain", "gain by seed", "steps", "minutes"]]
+    for name, plan in STUDY.items():
+        for arm in plan["arms"]:
+            homes = [home for home in sorted((out / "study").glob(f"{name}-*")) if (home / arm / "eval.json").exists()]
+            logs = [read_log(home / arm) for home in homes]
+            for metric in plan["metrics"] if homes else ():
+                after, start = ([evaluated(home / which)[metric] for home in homes] for which in (arm, "sft"))
+                pooled = [tuple(map(np.concatenate, zip(*pairs))) for pairs in (start, after)]
+                value, low, high = interval(pooled[1], pooled[0])
+                rows.append([name, arm.replace("_", " "), metric, in_words(pooled[0]), in_words(pooled[1]),
+                             f"{value:+.3f} [{low:+.3f}, {high:+.3f}]",
+                             ", ".join(f"{interval(a, b)[0]:+.3f}" for a, b in zip(after, start)),
+                             f"{np.mean([len(log) for log in logs]):.0f}" if any(logs) else "-",
+                             f"{np.mean([sum(r['seconds'] for r in log) for log in logs]) / 60:.1f}" if any(logs) else "-"])  # fmt: skip
+    return rows if len(rows) > 1 else []
+
+
+def in_words(pair):
+    """A metric with its interval; "-" where there is none."""
+    value, low, high = interval(pair) if pair is not None else (math.nan,) * 3
+    return "-" if math.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def report(out) -> Path:
+    """Write OUT/report.md from the logs and evaluations that lie under OUT: the chain, a row a stage, and the study. Nothing by hand."""
+    out = Path(out)
+    text = ["# What was measured", "", "Made by `python rl.py --report` from `log.jsonl` and `eval.json` of each run under this folder. In "
+            "brackets: 95 % bootstrap intervals over held-out tasks, of differences paired task by task."]  # fmt: skip
+    tables = {"The chain, stage by stage": chain_table(out), "The study: gains and their controls": study_table(out)}
+    if not any(tables.values()):
+        raise ValueError(f"{out}: no finished stage and no study to report on; run python train.py or python rl.py --study first")
+    for title, rows in tables.items():
+        if rows:
+            text += ["", f"## {title}", "", *("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])]
+    text += [line for name in ("rl.png", "study.png") if (out / name).exists() for line in ("", f"![{name}]({name})")]
+    pipeline.write_atomically(out / "report.md", lambda at: at.write_text("\n".join(text) + "\n"))
+    return out / "report.md"
+
+
+CURVES = {"reward": "reward", "pass": "pass@1 in training", "recovery": "recovery in training", "entropy": "entropy, nats a token",
+          "clip": "clipped share"}  # fmt: skip
+
+
+def plot(out) -> list[Path]:
+    """Draw the curves of every RL stage under OUT to OUT/rl.png, and those of the study, arm by arm, to OUT/study.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    out, made = Path(out), []
+    stages = [out / stage for _, stage, _ in PATHS.values()]
+    arms = [folder for name, plan in STUDY.items() for arm in plan["arms"] for folder in sorted((out / "study").glob(f"{name}-*/{arm}"))]
+    for path, folders in ((out / "rl.png", stages), (out / "study.png", arms)):
+        logs = {folder: records for folder in folders if (records := [r for r in read_log(folder) if "reward" in r])}
+        if not logs:
+            continue
+        figure, axes = plt.subplots(1, len(CURVES), figsize=(18, 3.2))
+        labels = list(dict.fromkeys(label_of(folder) for folder in logs))
+        for ax, (key, title) in zip(axes, CURVES.items()):
+            for folder, records in logs.items():
+                minutes = np.cumsum([r["seconds"] for r in records]) / 60
+                values = [r["recovered"] / r["failed"] if r["failed"] else math.nan for r in records] if key == "recovery" else \
+                    [r[key] for r in records]
+                ax.plot(minutes, values, color=f"C{labels.index(label_of(folder))}", lw=1)
+            ax.set(title=title, xlabel="minutes")
+        axes[0].legend([plt.Line2D([], [], color=f"C{i}") for i in range(len(labels))], labels, fontsize=7)
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+        made.append(path)
+    if not made:
+        raise ValueError(f"{out}: no RL run to draw; run python rl.py or python rl.py --study first")
+    return made
+
+
+def label_of(folder):
+    """rl_swe, or for an arm of the study its task and name: seeds share a colour."""
+    return f"{folder.parent.name.rpartition('-')[0]} {folder.name}" if folder.parent.parent.name == "study" else folder.name
 
 
 # ---------------------------------------------------------------------------------------------- speed
@@ -1211,29 +1282,49 @@ def arguments(argv):
             parser.add_argument(name, type=type(f.default), default=f.default, help=help)
     parser.add_argument("--eval", metavar="CKPT", help="print the held-out metrics of this checkpoint and leave")
     parser.add_argument("--against", metavar="CKPT", help="with --eval: paired differences to this checkpoint")
-    parser.add_argument("--report", action="store_true", help="write OUT/report.md from the logs of the chain and leave")
-    parser.add_argument("--plot", action="store_true", help="draw OUT/rl.png and leave (needs matplotlib)")
-    parser.add_argument("--study", choices=["all", *STUDY], help="gains and controls on small models, --steps an arm; then leave")
+    parser.add_argument("--report", action="store_true", help="write OUT/report.md from the logs of the chain and the study, and leave")
+    parser.add_argument("--plot", action="store_true", help="draw OUT/rl.png and OUT/study.png and leave (needs matplotlib)")
+    parser.add_argument("--study", nargs="?", const="all", choices=["all", *STUDY], help="gains and controls on small models; goes on "
+                        "where it was stopped, ends with the report; then leave")  # fmt: skip
     parser.add_argument("--bench", action="store_true", help="speed of rollouts and of a step, beside transformers where installed")
     parser.add_argument("--seeds", type=int, default=3, help="with --study: repetitions")
+    parser.add_argument("--jobs", type=int, default=2, help="with --study: processes side by side, of one thread each")
+    parser.add_argument("--study-steps", type=int, default=0, help="with --study: RL steps of each arm; 0: the study's own")
     given = vars(parser.parse_args(argv))
-    extra = {name: given.pop(name) for name in ("eval", "against", "report", "plot", "study", "seeds", "bench")}
+    extra = {name: given.pop(name) for name in ("eval", "against", "report", "plot", "study", "seeds", "jobs", "study_steps", "bench")}
     if extra["against"] and not extra["eval"]:
         raise ValueError("--against CKPT compares with --eval CKPT; give both")
     return RLConfig(**given), extra
 
 
+def draw_and_report(out):
+    """The figures, where matplotlib is installed, and the report that shows them."""
+    try:
+        plot(out)
+    except ImportError:
+        pass
+    print(report(out))
+
+
 def main(argv=None):
     """Read the options, then train, evaluate, report, draw or study."""
     cfg, extra = arguments(argv)
+    if extra["plot"]:
+        print(*plot(cfg.out), sep="\n")
+    if extra["report"]:
+        print(report(cfg.out))
     if extra["report"] or extra["plot"]:
-        return print(report(cfg.out) if extra["report"] else plot(cfg.out))
+        return
     world = pipeline.start_world(pipeline.TrainConfig(device=cfg.device, dtype="float32", threads=cfg.threads))
     if extra["bench"]:
         return bench(world)
+    if world.main:
+        facts = sandbox.protection()
+        print(f"sandbox: {facts.pop('level')} protection; " + "; ".join(f"{layer} {words}" for layer, words in facts.items()), flush=True)
     if extra["study"]:
-        study(cfg.out, extra["seeds"], cfg.steps, cfg.eval_tasks, world, None if extra["study"] == "all" else extra["study"])
-        return None
+        names = list(STUDY) if extra["study"] == "all" else [extra["study"]]
+        study(cfg.out, names, extra["seeds"], extra["study_steps"], cfg.eval_tasks, extra["jobs"])
+        return draw_and_report(cfg.out)
     if extra["eval"]:
         for folder in filter(None, (extra["eval"], extra["against"])):
             start_folder(dataclasses.replace(cfg, ckpt=folder))
@@ -1242,13 +1333,11 @@ def main(argv=None):
     start = start_folder(cfg)
     if world.main:
         print(f"rl.py: {json.dumps(dataclasses.asdict(cfg))}\n{start} -> {result_folder(cfg)} on {world.device}, {world.size} process(es)")
-        print("\n".join(f"sandbox: {layer}: {words}" for layer, words in sandbox.protection().items()))
     folder = train(cfg, world)
     if world.main and cfg.eval_tasks:
         print("\n".join(comparison(evaluate_checkpoint(folder, cfg, world), evaluate_checkpoint(start, cfg, world))))
-        print(report(cfg.out))
+        draw_and_report(cfg.out)
     pipeline.end_world()
-    return None
 
 
 if __name__ == "__main__":
