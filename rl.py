@@ -819,41 +819,49 @@ def rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world)
     """Roll out until enough groups carry signal, then cfg.updates optimizer steps; returns the record of the step."""
     start, runs, busy = time.perf_counter(), verdicts.runs, verdicts.seconds
     rng = random.Random(f"{cfg.seed}/{step}/{world.rank}")
-    roller, mine = rollout(model, tokenizer, cfg), len(range(world.rank, cfg.prompts, world.size))
+    roller, wanted = rollout(model, tokenizer, cfg), len(range(world.rank, cfg.prompts, world.size))
     groups, samples, informed = [], [], 0
     model.eval()
     for again in range(cfg.rounds):
-        new = sample_groups(roller, tokenizer, cfg, curriculum, verdicts, rng, mine - informed, [cfg.seed, step, world.rank, again])
-        groups += new
+        new = sample_groups(roller, tokenizer, cfg, curriculum, verdicts, rng, wanted - informed, [cfg.seed, step, world.rank, again])
         more, n = credit(new, cfg, rng)
-        samples, informed = samples + more, informed + n
-        if informed >= mine:
+        groups, samples, informed = groups + new, samples + more, informed + n
+        if informed >= wanted:
             break
     rolled = time.perf_counter() - start
     model.train()
     lr = cfg.lr * min(1.0, (step + 1) / 3)
     done = [update(model, optimizer, part, cfg, lr, world) for part in split_evenly(samples, cfg.updates, rng)]
+    curriculum.record([(task.difficulty, solved_share(lived)) for task, lived in groups])
+    mine = counts_of(groups) | {"informative": informed, "trained": sum(len(t.ids) for t, _ in samples)}
+    mine |= {"sandbox_runs": verdicts.runs - runs, "sandbox_s": verdicts.seconds - busy, "sandbox_wait_s": roller.waited_s / world.size}
+    sums = dict(zip(mine, all_sum(list(mine.values()), world)))
+    samples, judged, tokens = (max(sums[name], 1) for name in ("samples", "judged", "tokens"))
+    whole = {name: round(value) for name, value in sums.items() if isinstance(mine[name], int)}
+    return {
+        "step": step + 1, "seconds": time.perf_counter() - start, "rollout_s": rolled, "tokens_per_s": tokens / rolled,
+        "reward": sums["reward"] / judged, "pass": sums["solved"] / judged, "entropy": sums["surprise"] / tokens,
+        "length": tokens / samples, "loss": done[0]["loss"], "clip": float(np.mean([d["cut"] for d in done])),
+        "grad": float(np.mean([d["grad"] for d in done])), "level": curriculum.open, "sandbox_s": sums["sandbox_s"],
+        "sandbox_wait_s": sums["sandbox_wait_s"], **whole,
+    }  # fmt: skip
+
+
+def solved_share(lived):
+    return float(np.mean([t.outcome["solved"] for t in lived if t.outcome] or [0]))
+
+
+def counts_of(groups):
+    """What is added up over the processes of a step: episodes, verdicts, sampled tokens, and how often an error was repaired."""
     lived = [t for _, ts in groups for t in ts]
     judged = [t.outcome for t in lived if t.outcome is not None]
-    shares = [float(np.mean([t.outcome["solved"] for t in ts if t.outcome] or [0])) for _, ts in groups]
-    curriculum.record([(task.difficulty, share) for (task, _), share in zip(groups, shares)])
-    failed = [o for o in judged if o.get("first_failed")]  # episodes that were told of an error
-    sums = {"samples": len(lived), "judged": len(judged), "reward": sum(o["reward"] for o in judged),
-            "solved": sum(o["solved"] for o in judged), "groups": len(groups), "informative": informed,
-            "solved_groups": sum(share > 0 for share in shares), "actions": sum(int(t.action.sum()) for t in lived),
-            "entropy": -sum(float(t.logp.sum()) for t in lived), "cut_off": sum(not t.ended for t in lived), "trained": sum(len(t.ids) for t, _ in samples),
-            "failed": len(failed), "recovered": sum(o["solved"] for o in failed), "runs": verdicts.runs - runs,
-            "busy": verdicts.seconds - busy, "waited": roller.waited_s}  # fmt: skip
-    n = dict(zip(sums, all_sum(list(sums.values()), world)))
-    n_judged, n_actions = max(n["judged"], 1), max(n["actions"], 1)
-    return {"step": step + 1, "reward": n["reward"] / n_judged, "pass": n["solved"] / n_judged, "groups": int(n["groups"]),
-            "informative": int(n["informative"]), "solved_groups": int(n["solved_groups"]),
-            "clip": float(np.mean([d["cut"] for d in done])), "loss": done[0]["loss"], "grad": float(np.mean([d["grad"] for d in done])),
-            "entropy": n["entropy"] / n_actions, "length": n["actions"] / n["samples"], "cut_off": n["cut_off"] / n["samples"],
-            "errors": int(n["samples"] - n["judged"]), "failed": int(n["failed"]), "recovered": int(n["recovered"]),
-            "tokens": int(n["actions"]), "trained": int(n["trained"]), "tokens_per_s": n["actions"] / rolled,
-            "sandbox_runs": int(n["runs"]), "sandbox_s": n["busy"], "sandbox_wait_s": n["waited"] / world.size,
-            "rollout_s": rolled, "seconds": time.perf_counter() - start, "level": curriculum.open}  # fmt: skip
+    failed = [o for o in judged if o.get("first_failed")]
+    return {
+        "samples": len(lived), "cut_off": sum(not t.ended for t in lived), "judged": len(judged), "errors": len(lived) - len(judged),
+        "groups": len(groups), "solved_groups": sum(solved_share(ts) > 0 for _, ts in groups), "solved": sum(o["solved"] for o in judged),
+        "failed": len(failed), "recovered": sum(o["solved"] for o in failed), "tokens": sum(int(t.action.sum()) for t in lived),
+        "reward": float(sum(o["reward"] for o in judged)), "surprise": -sum(float(t.logp.sum()) for t in lived),
+    }  # fmt: skip
 
 
 def line_of(record, steps):
@@ -896,10 +904,10 @@ def train(cfg: RLConfig, world) -> Path:
         if world.main:
             with open(log, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            print(f"{folder.name}: {line_of(record, cfg.steps)}", flush=True)
             state = {"step": step + 1, "seconds": spent, "curriculum": curriculum.state()}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             pipeline.write_atomically(snapshot, lambda path, state=state: torch.save(state, path))
+            print(f"{folder.name}: {line_of(record, cfg.steps)}", flush=True)
         if cfg.minutes and all_sum([spent], world)[0] > 60 * cfg.minutes * world.size:
             break
     if world.main:
@@ -1062,44 +1070,60 @@ def demonstrations(plan, cfg):
     return found
 
 
-def study_cell(out, name, seed, steps, eval_tasks):
-    """One task and seed: a start, then every arm from it. What a former run finished is kept, and what it had begun goes on."""
-    world = pipeline.start_world(pipeline.TrainConfig(device="cpu", dtype="float32", threads=1))
-    plan, home = STUDY[name], Path(out) / "study" / f"{name}-{seed}"
-    cfg = RLConfig(**plan["cfg"], out=str(home), ckpt=str(home / "sft"), seed=seed, eval_tasks=eval_tasks, resume=True)
+def study_start(out, name, steps, eval_tasks):
+    """
+    The model that all arms of a task start from, made and evaluated once; returns (configuration, demonstrations as [(ids, in_loss)]).
+
+    What a former run finished is kept.
+    """
+    plan, start = STUDY[name], Path(out) / "study" / name / "start"
+    cfg = RLConfig(**plan["cfg"], out=str(start.parent), ckpt=str(start), eval_tasks=eval_tasks, resume=True)
     cfg = dataclasses.replace(cfg, steps=steps or cfg.steps)
-    parts, start = demonstrations(plan, cfg), home / "sft"
+    parts = demonstrations(plan, cfg)
     tokenizer = Tokenizer.train(["".join(text for text, special, _ in sample if not special) for sample in parts], 440)
     samples = [tokenizer.encode_parts(sample) for sample in parts]
     if not (start / "eval.json").exists():
-        torch.manual_seed(seed)
+        torch.manual_seed(cfg.seed)
         shape = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
         model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, **shape))
-        imitate(model, samples, plan["imitate"], seed)
+        began = time.perf_counter()
+        imitate(model, samples, plan["imitate"], cfg.seed)
         tokenizer.save(start)
         model.save_pretrained(start)
-        evaluate_checkpoint(start, cfg, world)
-    for arm, changes in plan["arms"].items():
-        folder = home / arm
+        found = evaluate_checkpoint(start, cfg, one_thread())
+        print(f"{name}: start made in {(time.perf_counter() - began) / 60:.1f} min", *comparison(found), sep="\n", flush=True)
+    return cfg, samples
+
+
+def study_seed(out, name, seed, steps, eval_tasks):
+    """Every arm of a task from its start, under one seed. What a former run finished is kept, and what it had begun goes on."""
+    cfg, samples = study_start(out, name, steps, eval_tasks)
+    start = Path(cfg.ckpt)
+    for arm, changes in STUDY[name]["arms"].items():
+        own = dataclasses.replace(cfg, name=f"{arm}-{seed}", seed=seed, **(changes or {}))
+        folder = result_folder(own)
         if not (folder / "eval.json").exists():
-            if changes is None:  # as many tokens of imitation as the first arm has trained on
+            if changes is None:  # imitation goes on for as many tokens as the first arm has trained on
                 model = LoopCoder.from_pretrained(start)
-                imitate(model, samples, sum(r["trained"] for r in read_log(home / "grpo")), seed + 1, lr=1e-3)
-                tokenizer.save(folder)
+                imitate(model, samples, sum(r["trained"] for r in read_log(start.parent / f"grpo-{seed}")), seed + 1, lr=1e-3)
+                Tokenizer.load(start).save(folder)
                 model.save_pretrained(folder)
             else:
-                train(dataclasses.replace(cfg, name=arm, **changes), world)
-            evaluate_checkpoint(folder, dataclasses.replace(cfg, **(changes or {})), world)
-        lines = comparison(evaluated(folder), evaluated(start))
-        print("\n".join(f"{name}-{seed}/{arm}: {line}" for line in lines), flush=True)
+                train(own, one_thread())
+            evaluate_checkpoint(folder, own, one_thread())
+        print("\n".join(f"{name}, {folder.name}: {line}" for line in comparison(evaluated(folder), evaluated(start))), flush=True)
+
+
+def one_thread():
+    return pipeline.start_world(pipeline.TrainConfig(device="cpu", dtype="float32", threads=1))
 
 
 def study(out, names, seeds, steps, eval_tasks, jobs=2):
     """Every arm of these tasks for so many seeds, `jobs` single-threaded processes side by side; a killed study goes on arm by arm."""
-    cells = [(out, name, seed, steps, eval_tasks) for seed in range(seeds) for name in names]
     leave = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    with multiprocessing.get_context("spawn").Pool(jobs, leave, maxtasksperchild=1) as pool:
-        pool.starmap(study_cell, cells, chunksize=1)
+    with multiprocessing.get_context("spawn").Pool(jobs, leave) as pool:
+        pool.starmap(study_start, [(out, name, steps, eval_tasks) for name in names], chunksize=1)
+        pool.starmap(study_seed, [(out, name, seed, steps, eval_tasks) for seed in range(seeds) for name in names], chunksize=1)
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -1127,19 +1151,19 @@ def chain_table(out) -> list[list[str]]:
 
 
 def study_table(out) -> list[list[str]]:
-    """A row for each arm and metric of the study, all seeds together; the difference to its own start is paired, task by task."""
+    """A row for each arm and metric of the study, all seeds together; the difference to the start is paired, task by task."""
     rows = [["task", "arm", "metric", "start", "after", "gain", "gain by seed", "steps", "minutes"]]
     for name, plan in STUDY.items():
+        home = out / "study" / name
         for arm in plan["arms"]:
-            homes = [home for home in sorted((out / "study").glob(f"{name}-*")) if (home / arm / "eval.json").exists()]
-            logs = [read_log(home / arm) for home in homes]
-            for metric in plan["metrics"] if homes else ():
-                after, start = ([evaluated(home / which)[metric] for home in homes] for which in (arm, "sft"))
-                pooled = [tuple(map(np.concatenate, zip(*pairs))) for pairs in (start, after)]
-                value, low, high = interval(pooled[1], pooled[0])
-                rows.append([name, arm.replace("_", " "), metric, in_words(pooled[0]), in_words(pooled[1]),
-                             f"{value:+.3f} [{low:+.3f}, {high:+.3f}]",
-                             ", ".join(f"{interval(a, b)[0]:+.3f}" for a, b in zip(after, start)),
+            folders = [folder for folder in sorted(home.glob(f"{arm}-*")) if (folder / "eval.json").exists()]
+            logs = [read_log(folder) for folder in folders]
+            for metric in plan["metrics"] if folders else ():
+                start, seeds = evaluated(home / "start")[metric], [evaluated(folder)[metric] for folder in folders]
+                after = tuple(map(sum, zip(*seeds)))  # the tasks are the same under every seed
+                value, low, high = interval(after, start)
+                rows.append([name, arm.replace("_", " "), metric, in_words(start), in_words(after),
+                             f"{value:+.3f} [{low:+.3f}, {high:+.3f}]", ", ".join(f"{interval(one, start)[0]:+.3f}" for one in seeds),
                              f"{np.mean([len(log) for log in logs]):.0f}" if any(logs) else "-",
                              f"{np.mean([sum(r['seconds'] for r in log) for log in logs]) / 60:.1f}" if any(logs) else "-"])  # fmt: skip
     return rows if len(rows) > 1 else []
@@ -1180,7 +1204,7 @@ def plot(out) -> list[Path]:
 
     out, made = Path(out), []
     stages = [out / stage for _, stage, _ in PATHS.values()]
-    arms = [folder for name, plan in STUDY.items() for arm in plan["arms"] for folder in sorted((out / "study").glob(f"{name}-*/{arm}"))]
+    arms = [folder for name, plan in STUDY.items() for arm in plan["arms"] for folder in sorted((out / "study" / name).glob(f"{arm}-*"))]
     for path, folders in ((out / "rl.png", stages), (out / "study.png", arms)):
         logs = {folder: records for folder in folders if (records := [r for r in read_log(folder) if "reward" in r])}
         if not logs:
@@ -1205,8 +1229,8 @@ def plot(out) -> list[Path]:
 
 
 def label_of(folder):
-    """rl_swe, or for an arm of the study its task and name: seeds share a colour."""
-    return f"{folder.parent.name.rpartition('-')[0]} {folder.name}" if folder.parent.parent.name == "study" else folder.name
+    """rl_swe; or for an arm of the study its task and name: its seeds share a colour."""
+    return f"{folder.parent.name} {folder.name.rpartition('-')[0]}" if folder.parent.parent.name == "study" else folder.name
 
 
 # ---------------------------------------------------------------------------------------------- speed

@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import os
+import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -486,6 +489,46 @@ def test_shuffled_feedback_shows_another_tasks_failure_and_a_planted_start_stand
     assert not play(task, tokenizer, ["submit"], verdicts, planted=True)[1]["solved"]
 
 
+def test_512_trajectories_are_in_flight_at_once_and_each_is_what_it_would_be_alone(tokenizer):
+    """Every one of them runs tests of its own in the sandbox, and all are begun before the first one ends."""
+    model, verdicts, at_once, most = small_model(tokenizer, hidden_size=16, head_dim=8, num_hidden_layers=1), rl.Verdicts(), set(), []
+
+    def watched(n, task):
+        at_once.add(n)
+        judge = yield from rl.swe_episode(task, tokenizer, verdicts, 4, 400, planted=True)
+        most.append(len(at_once))
+        at_once.remove(n)
+        return judge
+
+    drawn = [tasks.generate("swe", 1, n // 8) for n in range(512)]  # 64 tasks, 8 trajectories of each
+    roller = rl.Rollout(model, tokenizer.special["<|im_end|>"], context=400, slots=512)
+    lived = roller.run([watched(n, task) for n, task in enumerate(drawn)], [5])
+    assert max(most) == 512 and all(t.outcome is not None and t.action.any() for t in lived)
+    few = [rl.swe_episode(task, tokenizer, verdicts, 4, 400, planted=True) for task in drawn[:5]]
+    for one, alone in zip(lived, rl.Rollout(model, tokenizer.special["<|im_end|>"], context=400, slots=1).run(few, [5])):
+        assert torch.equal(one.ids, alone.ids) and one.outcome == alone.outcome
+
+
+def test_a_sandbox_that_is_killed_costs_some_verdicts_and_the_next_ones_come(tokenizer):
+    task, verdicts = tasks.generate("swe", 1, 5), rl.Verdicts()
+    assert play(task, tokenizer, [task.solution, "submit"], verdicts)[1]["solved"]
+
+    def killed_under_it(n):
+        yield rl.Ask(tokenizer.encode("Fix"), 2)
+
+        def judge():
+            if n == 2:
+                for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+                    os.kill(int(child), signal.SIGKILL)
+            return {"reward": float(all(ok for ok, _ in rl.run_tests(task.files, task.tests["pass_to_pass"])))}
+
+        return judge
+
+    lived = rl.Rollout(small_model(tokenizer), 0, 50, slots=1, workers=1).run([killed_under_it(n) for n in range(6)], [1])
+    assert all(t.outcome in (None, {"reward": 1.0}) for t in lived) and sum(t.outcome is None for t in lived) < 3
+    assert play(task, tokenizer, [task.solution, "submit"], rl.Verdicts())[1]["solved"]
+
+
 # ---------------------------------------------------------------------------------------------- training
 
 
@@ -514,27 +557,55 @@ def weights(folder):
     return LoopCoder.from_pretrained(folder).state_dict()
 
 
-def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(start, tmp_path, monkeypatch):
+def command(cfg):
+    """The command line that makes this configuration."""
+    flags = []
+    for name, value in rl.dataclasses.asdict(cfg).items():
+        flags += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])] if value not in (False, "") else []
+    return [sys.executable, "rl.py", *flags]
+
+
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit_and_a_finished_one_is_kept(start, tmp_path):
     whole = rl.train(config(start, tmp_path / "whole"), world())
-    step, cfg = rl.rl_step, config(start, tmp_path / "cut")
-
-    def killed(*args):
-        if args[6] == 2:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(rl, "rl_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        rl.train(cfg, world())
-    monkeypatch.undo()
-    resumed = rl.train(rl.dataclasses.replace(cfg, resume=True), world())
-    a, b, first = weights(whole), weights(resumed), weights(start)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not (resumed / "state.pt").exists()
-    assert [r["step"] for r in rl.read_log(resumed)] == [1, 2, 3]
+    cfg = config(start, tmp_path / "cut", threads=1)
+    run = subprocess.Popen(command(rl.dataclasses.replace(cfg, steps=500)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    lines = [run.stdout.readline()]
+    while "step    1/" not in lines[-1]:
+        lines.append(run.stdout.readline())
+        assert lines[-1], "the run ended before its first step"
+    run.kill()
+    run.communicate()
+    assert lines[0].startswith("sandbox: ") and "protection" in lines[0]  # what stands between the machine and the model's code comes first
+    folder = rl.result_folder(cfg)
+    with open(folder / "log.jsonl", "a") as log:
+        log.write('{"step": 99, "rew')  # as a kill in the middle of a write leaves it
+    state = torch.load(folder / "state.pt")
+    rl.train(rl.dataclasses.replace(cfg, resume=True, steps=max(3, state["step"])), world())
+    records = rl.read_log(folder)
+    assert [r["step"] for r in records] == list(range(1, max(3, state["step"]) + 1)) and not (folder / "state.pt").exists()
+    for one, other in zip(records, rl.read_log(whole)):
+        assert all(one[name] == other[name] for name in ("reward", "pass", "loss", "grad", "entropy", "tokens", "clip"))
+    a, b, first = weights(whole), weights(folder), weights(start)
+    if state["step"] <= 3:
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], first[name]) for name in a)
     for record in rl.read_log(whole):
         assert record["groups"] == 4 and record["errors"] == 0 and record["informative"] > 0 and record["grad"] > 0
-    assert any(not torch.equal(a[name], first[name]) for name in a)
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert rl.train(rl.dataclasses.replace(cfg, resume=True), world()) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_costs_one_step(start, tmp_path):
+    cfg = config(start, tmp_path, threads=1, eval_tasks=0)
+    size = 2 * (start / "model.safetensors").stat().st_size  # a snapshot holds the weights and two moments: it does not fit
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    run = subprocess.run(command(cfg), capture_output=True, text=True, cwd=ROOT, preexec_fn=full)
+    folder = rl.result_folder(cfg)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "state.pt" in run.stderr, run.stderr
+    assert not (folder / "state.pt").exists() and not list(folder.glob("*.tmp")) and not (folder / "model.safetensors").exists()
+    rl.train(rl.dataclasses.replace(cfg, resume=True, steps=1), world())
+    assert [r["step"] for r in rl.read_log(folder)] == [1] and (folder / "model.safetensors").exists()
 
 
 def test_groups_without_signal_leave_the_weights_alone(start, tmp_path):
@@ -600,9 +671,11 @@ def test_evaluation_finds_no_difference_between_a_checkpoint_and_itself_and_the_
     for name in one:
         assert all(np.array_equal(a, b) for a, b in zip(one[name], two[name]))
     assert any("gain +0.000" in line for line in rl.comparison(one, two))
+    assert rl.plot(tmp_path) == [tmp_path / "rl.png"]
     text = rl.report(tmp_path).read_text()
-    (row,) = [line for line in text.splitlines() if line.startswith("| rl_instruct")]
-    assert f"{rl.read_log(folder)[0]['reward']:.3f}" in row and row.count("|") == text.splitlines()[4].count("|")
+    (head,), (row,) = ([line for line in text.splitlines() if line.startswith(name)] for name in ("| stage", "| rl_instruct"))
+    assert f"{rl.read_log(folder)[0]['reward']:.3f}" in row and row.count("|") == head.count("|") and "![rl.png](rl.png)" in text
+    assert rl.in_words(one["math pass@1"]) in row
     with pytest.raises(ValueError, match="train.py"):
         rl.report(tmp_path / "empty")
 
