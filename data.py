@@ -694,6 +694,14 @@ def mix(h):
     return h ^ (h >> U64(32))
 
 
+def token_starts(raw):
+    """Where the words and single signs of a text begin, as byte offsets."""
+    kind = KIND.take(raw)
+    in_word, first = kind == 1, kind > 0
+    first[1:] &= ~(in_word[1:] & in_word[:-1])
+    return np.flatnonzero(first)
+
+
 def lex(text):
     """
     Words and single signs of a text as numbers: (hash of each token (n,) uint64, its first byte (n,)).
@@ -701,10 +709,7 @@ def lex(text):
     A word's hash is the polynomial sum BYTE[c_k] BASE^-k; all of them come from one weighted sum over the bytes, cut at the starts.
     """
     raw = np.frombuffer(fim.to_bytes(text), np.uint8)
-    kind = KIND.take(raw)
-    in_word, first = kind == 1, kind > 0
-    first[1:] &= ~(in_word[1:] & in_word[:-1])
-    starts = np.flatnonzero(first)
+    starts = token_starts(raw)
     if not len(starts):
         return np.empty(0, U64), np.empty(0, np.uint8)
     up, down = powers(1 << max(16, (len(raw) - 1).bit_length()))
@@ -950,8 +955,8 @@ def read_benchmark(path):
 
 def code_rubric(text):
     """
-    Readability, modularity, clarity, reusability of Python, 0 to 10, from what only a program sees: the syntax tree. Each line is a
-    share in [0, 1]; the score is their mean. None where the text does not parse.
+    Readability, modularity, clarity, reusability of Python from what only a program sees, the syntax tree: ten shares in [0, 1]. The
+    score, 0 to 10, is their sum. None where the text does not parse.
     """
     try:
         tree = ast.parse(text)
@@ -964,39 +969,40 @@ def code_rubric(text):
     handlers = [n for n in nodes if isinstance(n, ast.ExceptHandler)]
     lines = text.count("\n") + 1
     share = lambda good, of, empty=0.5: sum(map(bool, good)) / len(of) if of else empty
-    return 10 * float(np.mean([
+    return [
         share([ast.get_docstring(n) for n in public], public), ast.get_docstring(tree) is not None,
         share([n.end_lineno - n.lineno <= 40 for n in functions], functions), share([len(n.args.args) <= 5 for n in functions], functions),
         min(1, len(functions) / max(lines / 40, 1)), share([3 <= len(name) <= 24 for name in names], names),
         share([n.type is not None for n in handlers], handlers, 1), min(1, 10 * len(re.findall(r"^\s*#", text, re.M)) / lines),
         share([n.returns or any(a.annotation for a in n.args.args) for n in functions], functions),
         not any(isinstance(n, ast.Global) or isinstance(n, ast.ImportFrom) and n.names[0].name == "*" for n in nodes),
-    ]))
+    ]
 
 
 def text_rubric(text):
-    """Prose that explains, 0 to 10: whole sentences of a readable length, varied words, few marks, examples beside the words."""
+    """Prose that explains, as shares: whole sentences of a readable length, varied words, few marks, examples beside the words."""
     sentences = [s.split() for s in re.split(r"(?<=[.!?])\s+", text) if len(s.split()) > 2]
     words = re.findall(r"[^\W\d_]{2,}", text.lower())
     if not words or not sentences:
-        return 0.0
-    return 10 * float(np.mean([
+        return [0.0] * 7
+    return [
         np.mean([8 <= len(s) <= 30 for s in sentences]), np.mean([s[0][0].isupper() and s[-1][-1] in ".!?:" for s in sentences]),
         min(1, len(set(words[:200])) / min(len(words), 200) / 0.6), min(1, len(words) / 150), sum(map(len, words)) / len(text) > 0.6,
-        bool(re.search(r"because|so that|therefore|for example|note that|in order to|which means|if the", text, re.I)), ">>>" in text or "::" in text]))
+        bool(re.search(r"because|so that|therefore|for example|note that|in order to|which means|if the", text, re.I)), ">>>" in text or "::" in text]
 
 
 def maths_rubric(text):
-    """Mathematics that can be followed, 0 to 10: its equations hold where they can be computed, steps are linked, terms are defined."""
+    """Mathematics that can be followed, as shares: its equations hold where they can be computed, steps are linked, terms are defined."""
     held = []
     for left, right in re.findall(r"([-+*/^() \d.]{3,60})=\s*(-?\d+(?:\.\d+)?)(?![\d*/^+-])", text):
         with contextlib.suppress(ValueError, ArithmeticError):
             held.append(abs(float(tasks.formula(left.strip().replace("^", "**"))) - float(right)) < 1e-6)
     words = max(len(text.split()), 1)
-    return 10 * float(np.mean([
-        np.mean(held) if held else 0.3, min(1, 40 * text.count("=") / words), min(1, 25 * len(re.findall(r"\b(?:let|then|hence|since|thus|where|if|suppose|"
-        r"returns?|given|equals?)\b", text, re.I)) / words), bool(re.search(r"theorem|lemma|proof|defin|formula|matrix|polynomial|integral", text, re.I)),
-        bool(re.search(r">>>|example|\\frac|\$", text, re.I)), min(1, words / 120)]))
+    linked = re.findall(r"\b(?:let|then|hence|since|thus|where|if|suppose|returns?|given|equals?)\b", text, re.I)
+    return [
+        np.mean(held) if held else 0.3, min(1, 40 * text.count("=") / words), min(1, 25 * len(linked) / words),
+        bool(re.search(r"theorem|lemma|proof|defin|formula|matrix|polynomial|integral", text, re.I)),
+        bool(re.search(r">>>|example|\\frac|\$", text, re.I)), min(1, words / 120)]
 
 
 RUBRICS = {"code": code_rubric, "text": text_rubric, "maths": maths_rubric}
@@ -1014,78 +1020,122 @@ def samples_of(doc):
         yield ("maths" if len(MATHS.findall(text)) >= 3 else "text"), text
 
 
+READ_LINES, PLACE = 256, 256 + len(KEYWORDS) + 100  # lines that a proxy reads; kinds of token: a sign, a keyword, a name or number by length
+
+
+def first_lines(text):
+    """What both scorers see: the lines that are not blank, up to READ_LINES."""
+    return list(itertools.islice((line for line in text.split("\n") if line.strip()), READ_LINES))
+
+
 class NgramScorer:
     """The baseline, fastText's idea: counts of hashed 1- to 3-grams of tokens (square roots, unit length), and a ridge regression on them."""
-    def __init__(self, rows, scores, places=1 << 13, ridge=1.0):
-        self.places, self.mean = places, np.mean(scores)
-        x = self.features(rows)
-        self.weight = x.T @ np.linalg.solve(x @ x.T + ridge * np.eye(len(x), dtype=np.float32), (np.asarray(scores) - self.mean).astype(np.float32))
+    def __init__(self, texts, goals, tokenizer, places=1 << 13, ridge=1.0):
+        scores = np.sum(goals, 1)
+        self.tokenizer, self.places, self.mean = tokenizer, places, np.mean(scores)
+        x = self.features(texts)
+        self.weight = x.T @ np.linalg.solve(x @ x.T + ridge * np.eye(len(x), dtype=np.float32), (scores - self.mean).astype(np.float32))
 
-    def features(self, rows):
-        x = np.zeros((len(rows), self.places), np.float32)
-        for out, row in zip(x, rows):
-            ids = np.asarray(row, U64) + U64(1)
+    def features(self, texts):
+        x = np.zeros((len(texts), self.places), np.float32)
+        for out, text in zip(x, texts):
+            ids = np.asarray(self.tokenizer.encode("\n".join(first_lines(text))), U64) + U64(1)
             for n in (1, 2, 3):
-                gram = mix(sum((ids[i:len(ids) - n + 1 + i] * BASE**U64(i + 1) for i in range(n)), U64(n)))
+                gram = mix(np.asarray(sum(ids[i:len(ids) - n + 1 + i] * BASE**U64(i + 1) for i in range(n)) + U64(n))) if len(ids) >= n else ids
                 out += np.bincount((gram % U64(self.places)).astype(np.int64), minlength=self.places)
         x = np.sqrt(x)
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
 
-    def __call__(self, rows):
-        return self.features(rows) @ self.weight + self.mean
+    def __call__(self, texts):
+        return self.features(texts) @ self.weight + self.mean
+
+
+def line_marks(text, width=16):
+    """
+    A text as a proxy reads it, one row a line, (lines, width): indentation, length, then the first tokens: signs and keywords as they
+    stand, a name or number by its length and kind alone, each apart for the first place of a line, the second, and the others. 0 is
+    nothing. Quality shows in the layout; what single names mean, a few hundred documents cannot teach.
+    """
+    raw = np.frombuffer(fim.to_bytes("\n".join(first_lines(text))), np.uint8)
+    at = token_starts(raw)
+    if not len(at):
+        return np.zeros((1, width), np.int64)
+    token, first = lex(raw.tobytes().decode("utf-8", "replace"))
+    begins = np.append(0, np.flatnonzero(raw == 10) + 1)
+    line = np.searchsorted(begins, at, side="right") - 1
+    place = np.arange(len(at)) - np.searchsorted(line, line)                      # 0 for the first token of a line, 1, 2, ...
+    key = np.searchsorted(KEYWORDS, token)
+    kind = (first // 32 == 2) + 2 * (first // 16 == 3)                            # a capital (or _), a digit
+    name = 256 + len(KEYWORDS) + np.minimum(np.diff(at, append=len(raw)), 24) + 25 * kind
+    mark = np.where(KEYWORDS.take(key, mode="clip") == token, 256 + key, np.where(KIND.take(first) == 2, first, name))
+    marks, shown = np.zeros((len(begins), width), np.int64), place < width - 2
+    marks[line[shown], 2 + place[shown]] = 1 + mark[shown] + PLACE * np.minimum(place[shown], 2)
+    marks[:, 0] = 1 + 3 * PLACE + np.minimum(at[np.searchsorted(at, begins)] - begins, 31)
+    marks[:, 1] = 33 + 3 * PLACE + np.minimum(np.diff(begins, append=len(raw)) // 8, 15)
+    return marks
 
 
 class Proxy:
     """
-    A small transformer of model.py's blocks that reads the first `length` tokens and says the oracle's score: mean of its hidden
-    states, one linear layer. It sees text only; what the rubric computed from the syntax tree, it has to read.
+    A small transformer of model.py's blocks over lines: a line is the mean of its marks, every line attends to every other, and one
+    linear layer on the mean and the maximum of all lines says each of the oracle's shares; their sum is the score. Being asked for the
+    shares, not for the sum alone, is what lets it learn from a few hundred documents. It never sees the syntax tree, only the text.
     """
-    def __init__(self, rows, scores, vocab_size, length=128, width=64, epochs=4, seed=0):
+    def __init__(self, texts, goals, width=64, epochs=10, batch=32, crop=64, seed=0):
         import torch
-        from model import LoopCoder, LoopCoderConfig
+        from model import Block, LoopCoderConfig, Norm
 
-        self.torch, self.length = torch, length
+        self.torch, goals = torch, np.asarray(goals, float)
         state = torch.random.get_rng_state()
         torch.manual_seed(seed)
-        self.body = LoopCoder(LoopCoderConfig(vocab_size=vocab_size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-                                              num_attention_heads=4, num_key_value_heads=4, head_dim=width // 4, loop_num=1))
-        self.head = torch.nn.Linear(2 * width, 1)
-        self.mean, self.spread = float(np.mean(scores)), float(np.std(scores)) or 1.0
-        goal = torch.tensor((np.asarray(scores) - self.mean) / self.spread, dtype=torch.float32)
-        weights = [p for p in [*self.body.model.parameters(), *self.head.parameters()]]
-        steps, batch = epochs * math.ceil(len(rows) / 32), 32
-        optimizer = torch.optim.AdamW(weights, 3e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1)
-        rng = np.random.default_rng(seed)
+        self.config = LoopCoderConfig(vocab_size=8, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=4,
+                                      num_key_value_heads=4, head_dim=width // 4, loop_num=1)
+        self.marks = torch.nn.EmbeddingBag(1 + 3 * PLACE + 48, width, mode="mean", padding_idx=0)
+        self.block, self.norm, self.head = Block(self.config), Norm(self.config), torch.nn.Linear(2 * width, goals.shape[1])
+        parameters = [p for part in (self.marks, self.block, self.norm, self.head) for p in part.parameters()]
+        torch.nn.init.normal_(self.marks.weight, std=0.1)
+        self.mean, self.spread = goals.mean(0), np.maximum(goals.std(0), 1e-6)
+        wanted = torch.tensor((goals - self.mean) / self.spread, dtype=torch.float32)
+        weight = torch.tensor(self.spread / self.spread.sum(), dtype=torch.float32)   # a share that varies decides more of the sum
+        optimizer = torch.optim.AdamW(parameters, 4e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * math.ceil(len(texts) / batch) + 1)
+        rows, rng = [line_marks(text) for text in texts], np.random.default_rng(seed)
         for _ in range(epochs):
             order = rng.permutation(len(rows))
             for at in range(0, len(rows), batch):
-                chosen = order[at:at + batch]
-                loss = torch.nn.functional.mse_loss(self.forward([rows[i] for i in chosen]), goal[chosen])
+                chosen, pieces = order[at:at + batch], []
+                for row in (rows[i] for i in chosen):                                 # half of the time the beginning, else a part from within
+                    start = int(rng.integers(max(len(row) - crop, 0) + 1)) * int(rng.random() < 0.5)
+                    pieces.append(row[start:start + crop] * (rng.random(row[start:start + crop].shape) > 0.1))
+                loss = ((self.forward(pieces) - wanted[chosen])**2 * weight).sum(1).mean()
                 optimizer.zero_grad()
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(weights, 1.0)
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()
         torch.random.set_rng_state(state)
 
     def forward(self, rows):
-        torch = self.torch
-        rows = [torch.as_tensor(np.asarray(row[:self.length], np.int64)) for row in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)                     # (B, T)
-        counts = (torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]).float()[..., None]
-        h = self.body.hidden(ids)                                                         # (B, T, C)
-        mean = (h * counts).sum(1) / counts.sum(1)
-        most = (h + (counts - 1) * 1e4).amax(1)
-        return self.head(torch.cat([mean, most], 1))[:, 0]
+        """rows of marks (lines, width) -> (B, shares), each in its own spread around its own mean."""
+        from model import rotary_table
 
-    def __call__(self, rows):
+        torch, longest = self.torch, max(map(len, rows))
+        marks = torch.from_numpy(np.stack([np.pad(row, ((0, longest - len(row)), (0, 0))) for row in rows]))      # (B, T, width)
+        lines = torch.arange(longest).expand(len(rows), longest)
+        counts = lines < torch.tensor([len(row) for row in rows])[:, None]
+        h = self.marks(marks.flatten(0, 1)).view(len(rows), longest, -1)                                          # (B, T, C)
+        attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=counts[:, None, None])
+        h = self.norm(self.block(h, *rotary_table(lines, self.config.head_dim, self.config.rope_theta), attend)[0])
+        counts = counts[..., None].float()
+        return self.head(torch.cat([(h * counts).sum(1) / counts.sum(1), (h + (counts - 1) * 1e4).amax(1)], 1))
+
+    def __call__(self, texts):
+        rows, shares = [line_marks(text) for text in texts], np.zeros((len(texts), len(self.mean)))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         with self.torch.no_grad():
-            order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-            scores = np.zeros(len(rows))
             for at in range(0, len(rows), 64):
-                scores[order[at:at + 64]] = self.forward([rows[i] for i in order[at:at + 64]]).numpy()
-        return scores * self.spread + self.mean
+                shares[order[at:at + 64]] = self.forward([rows[i] for i in order[at:at + 64]]).numpy()
+        return (shares * self.spread + self.mean).sum(1)
 
 
 def ranks(values):
@@ -1106,32 +1156,33 @@ def auc(scores, good):
 
 def quality_table(docs, tokenizer, teacher=None, kinds=tuple(RUBRICS), most=1500, log=print):
     """
-    Train the three proxies and their baselines on some projects' documents, judge both on other projects', print AUC (of the better
-    half by the oracle) and Spearman. -> {kind: proxy}. The oracle is the rubric, or a larger model that is asked for a score.
+    Train the proxies and their baselines on some projects' documents, judge both on other projects', print AUC (of the better half by
+    the oracle) and Spearman. -> {kind: the scorer of texts that was better there}. The oracle is the rubric, or a larger model's score.
     """
-    by_kind, proxies = defaultdict(list), {}
+    by_kind, better = defaultdict(list), {}
     for doc in docs:
         for kind, text in samples_of(doc):
-            score = RUBRICS[kind](text) if kind in kinds and (kind != "code" or doc.language == "python") else None
-            if score is not None:
-                by_kind[kind].append((digest(doc.project) % 4 == 0, digest(text), text, score))
+            shares = RUBRICS[kind](text) if kind in kinds and (kind != "code" or doc.language == "python") else None
+            if shares is not None:
+                by_kind[kind].append((digest(doc.project) % 4 == 0, digest(text), text, np.array(shares, float) * 10 / len(shares)))
     for kind, rows in by_kind.items():
         rows = sorted(rows, key=lambda row: row[1])[:most]
         if teacher:
-            rows = [(test, key, text, rated) for test, key, text, _ in rows if (rated := teacher_score(teacher, kind, text)) is not None]
-        ids, scores = [tokenizer.encode(text[:1500])[:256] for _, _, text, _ in rows], np.array([row[3] for row in rows])
-        train, test = [i for i, row in enumerate(rows) if not row[0]], [i for i, row in enumerate(rows) if row[0]]
-        if len(train) < 64 or len(test) < 16:
-            log(f"proxy   {kind}: only {len(train)} documents to learn from and {len(test)} to judge on; left out")
+            rows = [(*row[:3], np.array([rated])) for row in rows if (rated := teacher_score(teacher, kind, row[2])) is not None]
+        learn, judge = [row for row in rows if not row[0]], [row for row in rows if row[0]]
+        if len(learn) < 64 or len(judge) < 16:
+            log(f"proxy   {kind}: only {len(learn)} documents to learn from and {len(judge)} to judge on; left out")
             continue
-        pick = lambda chosen: [ids[i] for i in chosen]
-        proxies[kind] = Proxy(pick(train), scores[train], tokenizer.vocab_size)
-        good = scores[test] > np.median(scores[test])
-        for name, scorer in (("proxy", proxies[kind]), ("n-grams", NgramScorer(pick(train), scores[train]))):
-            found = scorer(pick(test))
-            log(f"{name:8s}{kind}: {len(train)} documents, held-out sources {len(test)}: AUC {auc(found, good):.3f}, "
-                f"Spearman {spearman(found, scores[test]):.3f}")
-    return proxies
+        texts, goals, scores = [row[2] for row in learn], [row[3] for row in learn], np.array([row[3].sum() for row in judge])
+        scorers, marks = {"proxy": Proxy(texts, goals), "n-grams": NgramScorer(texts, goals, tokenizer)}, {}
+        for name, scorer in scorers.items():
+            found = scorer([row[2] for row in judge])
+            marks[name] = auc(found, scores > np.median(scores)), spearman(found, scores)
+            log("{:8s}{}: {} documents, held-out sources {}: AUC {:.3f}, Spearman {:.3f}".format(name, kind, len(learn), len(judge), *marks[name]))
+        best = max(marks, key=marks.get)
+        better[kind] = scorers[best]
+        log(f"        {kind}: the {best} {'is' if best == 'proxy' else 'are'} better on sources not seen, and decide{'s' * (best == 'proxy')}")
+    return better
 
 
 def teacher_score(teacher, kind, text):
@@ -1916,16 +1967,16 @@ def deduplicate(paths, near=0.7, alike=0.8):
     return gone
 
 
-def best_code(docs, tokenizer, teacher, log, share=0.25, learn_from=800):
+def best_code(docs, tokenizer, teacher, log, share=0.25, learn_from=1200):
     """
-    The numbers of the documents of `quality`, the code that deserves to be annealed on: in each language the quarter that the code
-    proxy scores highest. docs() -> an iterator of (number, document), asked for twice.
+    The numbers of the documents of `quality`, the code that deserves to be annealed on: in each language the quarter scored highest by
+    the proxy, or by the n-grams where these were better. docs() -> an iterator of (number, document), asked for twice.
     """
     lessons = heapq.nsmallest(learn_from, (row for row in docs() if row[1].language == "python"), key=lambda row: digest(row[1].path))
-    proxy = quality_table([doc for _, doc in lessons], tokenizer, teacher, ("code",), log=log).get("code")
+    scorer = quality_table([doc for _, doc in lessons], tokenizer, teacher, ("code",), log=log).get("code")
     scores = defaultdict(list)
     for batch in iter(lambda rows=docs(): list(itertools.islice((row for row in rows if row[1].language in CODE), 256)), []):
-        found = proxy([tokenizer.encode(doc.text[:2000])[:256] for _, doc in batch]) if proxy else np.zeros(len(batch))
+        found = scorer([doc.text for _, doc in batch]) if scorer else np.zeros(len(batch))
         for (number, doc), score in zip(batch, found):
             scores[doc.language].append((-score, digest(doc.path), number))
     return {number for rows in scores.values() for _, _, number in sorted(rows)[:math.ceil(share * len(rows))]}

@@ -597,14 +597,38 @@ def test_auc_and_spearman_are_what_counting_pairs_says():
 def test_the_rubric_prefers_documented_code_and_both_scorers_learn_a_visible_mark(tokenizer):
     bare = "def f(a,b):\n    x=a\n    y=b\n    try:\n        return x/y\n    except:\n        pass\n"
     fine = 'DOC = 1\n\n\ndef divide(number: float, other: float) -> float:\n    """The quotient of both."""\n    # zero is the caller\'s\n    return number / other\n'
-    assert data.code_rubric(fine) > data.code_rubric(bare) + 2 and data.code_rubric("def (") is None
-    rng = random.Random(0)
-    rows = [[rng.randrange(500) for _ in range(40)] for _ in range(240)]
-    scores = np.array([float(i % 2) for i in range(240)])
-    for row, score in zip(rows, scores):
-        row[rng.randrange(40)] = 700 if score else 701
-    for scorer in (data.NgramScorer(rows[:200], scores[:200]), data.Proxy(rows[:200], scores[:200], tokenizer.vocab_size, epochs=12)):
-        assert data.auc(scorer(rows[200:]), scores[200:] > 0.5) > 0.9
+    assert sum(data.code_rubric(fine)) > sum(data.code_rubric(bare)) + 2 and data.code_rubric("def (") is None
+    rng, names = random.Random(0), ["alpha", "beta", "gamma", "delta", "total", "count"]
+    texts = [[f"{rng.choice(names)} = {rng.choice(names)} + {rng.randrange(90)}" for _ in range(20)] for _ in range(240)]
+    for i, lines in enumerate(texts):
+        lines[rng.randrange(20)] = "assert alpha" if i % 2 else "global alpha"
+    texts, goals = ["\n".join(lines) for lines in texts], np.array([[i % 2, 0.5] for i in range(240)])
+    for scorer in (data.NgramScorer(texts[:200], goals[:200], tokenizer), data.Proxy(texts[:200], goals[:200], epochs=6)):
+        assert data.auc(scorer(texts[200:]), goals[200:, 0] > 0.5) > 0.95
+
+
+def test_a_proxy_reads_layout_signs_and_keywords_and_of_a_name_its_length():
+    marks = data.line_marks("def area(x):\n\n    return x\n")
+    same, other = data.line_marks("def size(y):\n    return y"), data.line_marks("class area(x):\n  return x")
+    assert marks.shape[0] == 2 and (marks == same).all() and (marks[0, 2] != other[0, 2]) and (marks[1, 0] != other[1, 0])
+    assert data.line_marks("").shape[0] == 1 and not data.line_marks("\n \n").any()
+
+
+@pytest.mark.parametrize("informative", ["layout", "names"])
+def test_the_scorer_that_wins_on_sources_not_seen_is_the_one_that_decides(tokenizer, monkeypatch, informative):
+    """Quality is made to hang on layout, which n-grams of tokens barely see, or on a name, which the proxy does not read."""
+    rng, log = random.Random(0), []
+    def text(good):
+        name, deep = ("alpha" if good else "gamma", 1) if informative == "names" else (rng.choice(("alpha", "gamma")), 5 if good else 1)
+        return "\n".join(" " * rng.choice((0, deep)) + f"{name} = {rng.randrange(90)}" for _ in range(12))
+    docs = [data.Document(text(i % 2), "python", f"p{i % 40}", f"{i}.py") for i in range(400)]
+    goods = {doc.text: i % 2 for i, doc in enumerate(docs)}
+    monkeypatch.setitem(data.RUBRICS, "code", lambda text: [goods[text], 0.5])
+    chosen = data.quality_table(docs, tokenizer, kinds=("code",), log=log.append)["code"]
+    figures = {line.split()[0]: float(re.search(r"AUC ([\d.]+)", line)[1]) for line in log if "AUC" in line}
+    assert isinstance(chosen, data.Proxy) == (figures["proxy"] >= figures["n-grams"])
+    if informative == "names":
+        assert isinstance(chosen, data.NgramScorer) and figures["n-grams"] > 0.95
 
 
 def test_the_solver_gives_the_reports_allocation_and_the_printed_law_a_single_language():
