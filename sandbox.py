@@ -33,6 +33,7 @@ import fcntl
 import functools
 import gc
 import importlib.util
+import inspect
 import json
 import marshal
 import math
@@ -212,7 +213,8 @@ def same(want, got, tolerance=0.0):
     if type(want) is not type(got):
         return False
     if isinstance(want, float):
-        return want == got or (want != want and got != got) or abs(want - got) <= tolerance * max(1.0, abs(want))
+        near = math.isfinite(want) and abs(want - got) <= tolerance * max(1.0, abs(want))  # anything is near to infinity
+        return want == got or (want != want and got != got) or near
     if isinstance(want, list):
         return len(want) == len(got) and all(same(a, b, tolerance) for a, b in zip(want, got))
     if isinstance(want, dict):
@@ -451,7 +453,7 @@ def environment(disk):
 def shown_paths():
     """What a program sees of this machine: the interpreter, the system's tools and libraries; nothing of /etc, /home, /var, /usr/src."""
     inside_shown = any(f"{sys.base_prefix}/".startswith(f"{path}/") for path in SHOWN)
-    own = [] if inside_shown or sys.base_prefix in ("/", "/usr", "/usr/local") else [sys.base_prefix]
+    own = [] if inside_shown else [f"{sys.base_prefix}/{name}" for name in ("bin", "lib", "lib64", "include")]
     return [path for path in SHOWN + own if os.path.lexists(path)]
 
 
@@ -502,22 +504,33 @@ def build_view(sources, interpreter):
     syscall(SYS_MOUNT_SETATTR, -1, b"/proc", 0, struct.pack("QQQQ", 0, RDONLY, 0, 0), 32)  # wardens write their id maps there
 
 
+def inodes_of(disk_mb):
+    return max(256, 64 * disk_mb)
+
+
 def private_disk(disk, limits, namespaces):
     """The one place where a run can write: a tmpfs with limits on bytes and files, seen by nobody else; bare, a folder of the host's."""
     if namespaces:
-        mount("disk", disk, "tmpfs", NOSUID | NODEV, f"size={limits['disk_mb']}m,nr_inodes={64 * limits['disk_mb']},mode=755")
+        mount("disk", disk, "tmpfs", NOSUID | NODEV, f"size={limits['disk_mb']}m,nr_inodes={inodes_of(limits['disk_mb'])},mode=755")
     for name in ("work", "tmp", "shm"):
         os.mkdir(f"{disk}/{name}")
     os.chdir(f"{disk}/work")
 
 
 def remove_folder(folder):
-    for place, _, _ in os.walk(folder, onerror=lambda error: os.chmod(error.filename, 0o700)):  # a program may have locked itself in
-        os.chmod(place, 0o700)
-    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.path.exists(folder):  # locked, or deeper than Python can go
+        for command in ("chmod -R u+rwx", "rm -rf"):
+            subprocess.run([*command.split(), folder], stderr=subprocess.DEVNULL)
 
 
-def loopback_up():
+def local_network(settings):
+    """A loopback to talk over, with buffers small enough that what they hold of the kernel's memory is bounded."""
+    for name in ("tcp_rmem", "tcp_wmem"):
+        place = os.open(f"net/ipv4/{name}", os.O_WRONLY, dir_fd=settings)
+        os.write(place, b"4096 65536 65536")
+        os.close(place)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sH14x", b"lo", 1 | 64))  # SIOCSIFFLAGS: up, running
 
@@ -555,34 +568,50 @@ def contained(path, target):
     return not target.startswith("/") and inside.split("/")[0] != ".."
 
 
+def below_folder(folder):
+    """
+    (path from there, entry, its status) of all that a folder holds. No recursion, and what cannot be read is passed over: the folder
+    may be a program's, as deep and as locked as it pleased.
+    """
+    todo = [""]
+    while todo:
+        inside = todo.pop()
+        with contextlib.suppress(OSError), os.scandir(os.path.join(folder, inside)) as entries:
+            entries = list(entries)
+            if {"HEAD", "objects", "refs"} <= {entry.name for entry in entries}:  # a bare repository, whatever its name
+                continue
+            for entry in entries:
+                path = os.path.join(inside, entry.name)
+                with contextlib.suppress(OSError):
+                    yield path, entry, entry.stat(follow_symlinks=False)
+                    if entry.is_dir(follow_symlinks=False) and entry.name not in HISTORY:
+                        todo.append(path)
+
+
 def read_tree(folder, room=1 << 40):
     """
     {relative path: (mode, bytes)} of a folder: files of at most `room` bytes together, folders, links that stay inside. No history of
     any version control, no pipe, no socket, no device; nothing is followed.
     """
-    tree, folder = {}, os.fspath(folder).rstrip("/")
-    for place, folders, names in os.walk(folder):
-        if {"HEAD", "objects", "refs"} <= set(folders + names):  # a bare repository, whatever its name
-            folders[:] = []
+    tree = {}
+    for path, entry, about in below_folder(folder):
+        kind, data = stat.S_IFMT(about.st_mode), b""
+        if entry.name in HISTORY:
             continue
-        folders[:] = sorted(set(folders) - HISTORY)
-        for full in (os.path.join(place, name) for name in folders + sorted(set(names) - HISTORY)):
-            path, about, data = full[len(folder) + 1 :], os.lstat(full), b""  # os.path.relpath would ask where we are: nowhere, by now
-            kind = stat.S_IFMT(about.st_mode)
-            if kind == stat.S_IFREG and about.st_size <= room:  # a file with holes can be longer than its disk
-                try:
-                    with os.fdopen(os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-                        data = file.read(about.st_size)
-                except OSError:
-                    continue
-                room -= len(data)
-            elif kind == stat.S_IFLNK and contained(path, os.readlink(full)):
-                data = os.fsencode(os.readlink(full))
-            elif kind != stat.S_IFDIR:
+        if kind == stat.S_IFREG and about.st_size <= room:  # a file with holes can be longer than its disk
+            try:
+                with os.fdopen(os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+                    data = file.read(about.st_size)
+            except OSError:
                 continue
-            executable = kind == stat.S_IFDIR or kind == stat.S_IFREG and about.st_mode & 0o100
-            tree[path] = (kind | (0o755 if executable else 0o644), data)
-    return tree
+            room -= len(data)
+        elif kind == stat.S_IFLNK and contained(path, os.readlink(entry.path)):
+            data = os.fsencode(os.readlink(entry.path))
+        elif kind != stat.S_IFDIR:
+            continue
+        executable = kind == stat.S_IFDIR or kind == stat.S_IFREG and about.st_mode & 0o100
+        tree[path] = (kind | (0o755 if executable else 0o644), data)
+    return dict(sorted(tree.items()))
 
 
 # ---- the candidate -------------------------------------------------------------------------------------------------------------
@@ -597,7 +626,7 @@ def confine(limits, walls):
         (resource.RLIMIT_NPROC, limits["processes"] + walls["neighbours"]),
         (resource.RLIMIT_NOFILE, 256),
         (resource.RLIMIT_STACK, 8 << 20),
-        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CORE, 1),  # with 0, a core handler of the host's would still run; 1 byte is too little for either
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
         hard = walls["hard"][limit]
@@ -623,7 +652,7 @@ def live(asker, ready, pipes, limits, walls):
         sys.modules["random"].seed()
         private_disk(walls["disk"], limits, walls["namespaces"])
         if walls["namespaces"]:
-            loopback_up()
+            local_network(walls["settings"])
             prctl(PR_DUMPABLE, 1)
             put("/proc/self/oom_score_adj", "1000")  # should memory run out, take this one
         else:
@@ -827,7 +856,11 @@ def message_of(error):
 
 
 class CandidateError(Exception):
-    """The candidate raised something that is no built-in exception, or sent what is no answer."""
+    """The candidate raised something that is no built-in exception."""
+
+
+class NoAnswer(BaseException):
+    """The candidate has ended, or sent what is no answer: nothing that a test could have expected, and no test can catch it."""
 
 
 class Line:
@@ -842,16 +875,20 @@ class Line:
             got, *answer = json.loads(read_frame(self.link, ANSWER_BYTES))
             if json.dumps(got) == nonce:
                 return answer
-        except (ValueError, TypeError, RecursionError):
-            pass
-        raise CandidateError("an answer that is none")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise NoAnswer(f"no answer: {message_of(error)}") from None
+        raise NoAnswer("an answer from before its question")
 
     def ask(self, module, start, names, args=None, kwargs=None):
         nonce = json.dumps(os.urandom(8).hex())
         args = None if args is None else [pack(arg, self.reference) for arg in args]
         kwargs = {key: pack(arg, self.reference) for key, arg in (kwargs or {}).items()}
-        self.link.sendall(framed(f"[{nonce},true,{json.dumps([module, start, names, args, kwargs])[1:-1]}]".encode()))
-        return self.value(self.receive(nonce))
+        with contextlib.suppress(OSError):  # it has gone: receive() will say
+            self.link.sendall(framed(f"[{nonce},true,{json.dumps([module, start, names, args, kwargs])[1:-1]}]".encode()))
+        answer = self.receive(nonce)
+        if answer[0] == "raised" and "StopIteration" in answer[1] and names != ["next"]:  # a loop of the test's would just end there
+            raise CandidateError("StopIteration outside of an iterator")
+        return self.value(answer)
 
     def value(self, answer):
         if answer[0] == "value":
@@ -859,10 +896,10 @@ class Line:
         raise self.error_class(answer[1])(answer[2])
 
     def error_class(self, names):
-        """The exception that stands for a candidate's: the built-in one of that name, or one made here. Never one that would end us."""
+        """The exception that stands for a candidate's: the built-in one of that name, or one made here."""
         if names[0] not in self.errors:
             known = (getattr(builtins, name, None) for name in names)
-            base = next((each for each in known if isinstance(each, type) and issubclass(each, Exception)), CandidateError)
+            base = next((each for each in known if isinstance(each, type) and issubclass(each, BaseException)), CandidateError)
             self.errors[names[0]] = base if base.__name__ == names[0] else type(str(names[0]), (base,), {})
         return self.errors[names[0]]
 
@@ -895,16 +932,29 @@ class Remote:
 
     __hash__ = None
 
+    def __contains__(self, item):
+        """An object that also contains what it cannot know of lies."""
+        contains = lambda item: self._line.ask("operator", None, ["contains"], [self, item]) is True
+        everything = False
+        with contextlib.suppress(Exception):
+            everything = contains(os.urandom(16).hex())
+        if everything:
+            raise TypeError("the program returned an object that says of everything that it contains it")
+        return contains(item)
+
     def __exit__(self, *_):
         return self._line.ask(None, self._start, ["__exit__"], [None, None, None])
 
 
-def forwarded(name):
-    return lambda self, *args: self._line.ask(None, self._start, [name], args)
+def forwarded(module, name):
+    return lambda self, *args: self._line.ask(module, None, [name], [self, *args])
 
 
-for _name in "__len__ __iter__ __next__ __getitem__ __setitem__ __delitem__ __contains__ __str__ __enter__".split():
-    setattr(Remote, _name, forwarded(_name))
+for _name in "len iter next str repr bool".split():  # no arithmetic: `abs(f(x) - 3) < 1e-9` would be the object's to answer
+    setattr(Remote, f"__{_name}__", forwarded("builtins", _name))
+for _name in ("getitem", "setitem", "delitem"):
+    setattr(Remote, f"__{_name}__", forwarded("operator", _name))
+Remote.__enter__ = lambda self: self._line.ask(None, self._start, ["__enter__"], [])
 
 
 class RemoteModules:
@@ -975,9 +1025,9 @@ def small_pytest():
     def skip(*_, **__):
         raise Skipped("skipped")
 
-    def parametrize(names, rows):
+    def parametrize(names, rows, **_):
         names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-        rows = [dict(zip(names, row if len(names) > 1 else [row])) for row in rows]
+        rows = [dict(zip(names, row if len(names) > 1 or isinstance(row, Param) else [row])) for row in rows]
 
         def mark(function):
             function.cases = [{**row, **old} for row in rows for old in getattr(function, "cases", [{}])]
@@ -985,41 +1035,60 @@ def small_pytest():
 
         return mark
 
-    module, skipping = types.ModuleType("pytest"), lambda *_, **__: lambda function: skip
     def fixture(function=None, **_):
         if function is None:
             return fixture
         function.is_fixture = True
         return function
 
+    class Param(tuple):
+        """pytest.param(1, 2, id="a name")"""
+
+    module, skipping = types.ModuleType("pytest"), lambda *_, **__: lambda function: skip
     module.raises, module.approx, module.skip, module.xfail, module.fixture = Raises, Approx, skip, skip, fixture
-    module.mark = types.SimpleNamespace(parametrize=parametrize, skip=skipping, skipif=skipping, xfail=skipping)
+    module.param = lambda *values, **_: Param(values)
+    skip_if = lambda condition=True, *_, **__: lambda function: skip if condition else function
+    module.mark = types.SimpleNamespace(parametrize=parametrize, skip=skipping, skipif=skip_if, xfail=skipping)
     return module
 
 
-def free_names(source):
-    """Names that a test uses and Python does not have: the candidate's, unless the test itself defines them."""
-    return sorted({node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)} - set(dir(builtins)))
-
-
 def run_check(line, source):
-    """One Check in a namespace of its own."""
-    space = {"__name__": "__check__"}
-    for name in free_names(source):
+    """
+    One Check in a namespace of its own. A name that it uses and that Python does not have is the candidate's; `math` in
+    `math.isclose(f(1), 2)` is Python's even where the test forgot to import it.
+    """
+    nodes, space = list(ast.walk(ast.parse(source))), {"__name__": "__check__"}
+    names = {node.id for node in nodes if isinstance(node, ast.Name)} - set(dir(builtins))
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names & sys.stdlib_module_names:
+            if hasattr(importlib.import_module(node.value.id), node.attr):
+                space[node.value.id] = sys.modules[node.value.id]
+    for name in sorted(names - space.keys()):
         with contextlib.suppress(AttributeError):  # the test itself will say NameError
             space[name] = line.ask("__main__", None, [name])
     exec(compile(source, "check", "exec"), space)
 
 
-def fixtures(function, module, case, stack):
-    """A test's arguments: its case, tmp_path, and what the fixtures of its file make; `stack` finishes those that yield."""
+def load_tests(path):
+    """The module of a test file, by its path."""
+    if path not in sys.modules:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+        spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "."), path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[path] = module
+    return sys.modules[path]
+
+
+def fixtures(function, homes, case, stack):
+    """A test's arguments: its case, tmp_path, and what the fixtures in `homes` make; `stack` finishes those that yield."""
     made = dict(case)
     for name in function.__code__.co_varnames[: function.__code__.co_argcount]:
-        maker = getattr(module, name, None)
+        maker = next((vars(home)[name] for home in homes if name in vars(home)), None)
         if name == "tmp_path":
             made[name] = Path(tempfile.mkdtemp())
         elif name not in made and getattr(maker, "is_fixture", False):
-            made[name] = maker(**fixtures(maker, module, {}, stack))
+            made[name] = maker(**fixtures(maker, homes, {}, stack))
             if isinstance(made[name], types.GeneratorType):
                 stack.callback(next, made[name], None)
                 made[name] = next(made[name])
@@ -1029,14 +1098,12 @@ def fixtures(function, module, case, stack):
 def run_from_file(line, test_id):
     """path::function, path::Class::method or path::TestCase::method; what the file imports of the candidate's goes over the line."""
     path, *names = test_id.split("::")
-    if path not in sys.modules:
-        sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
-        spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "."), path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[path] = module
-    holder = getattr(sys.modules[path], names[0])
+    above = ["/".join([*path.split("/")[:n], "conftest.py"]) for n in range(path.count("/"), -1, -1)]
+    homes = [load_tests(path), *(load_tests(each) for each in above if os.path.exists(each))]  # from the clean copy, all of them
+    holder = getattr(homes[0], names[0])
     if isinstance(holder, type) and issubclass(holder, unittest.TestCase):
+        if inspect.iscoroutinefunction(getattr(holder, names[1])) and not issubclass(holder, unittest.IsolatedAsyncioTestCase):
+            raise TypeError("an async test in a plain TestCase is never run")
         result = unittest.TestResult()
         unittest.TestSuite([holder(names[1])]).run(result)
         for _, text in result.failures + result.errors:
@@ -1044,10 +1111,18 @@ def run_from_file(line, test_id):
         if result.testsRun != 1 or result.skipped or result.expectedFailures or result.unexpectedSuccesses:
             raise Skipped("skipped, or expected to fail")
         return
-    function = getattr(holder(), names[1]) if len(names) > 1 else holder
-    for case in getattr(function, "cases", [{}]):
+    for case in getattr(getattr(holder, names[1]) if len(names) > 1 else holder, "cases", [{}]):
         with contextlib.ExitStack() as stack:
-            function(**fixtures(function, sys.modules[path], case, stack))
+            instance = holder() if len(names) > 1 else None
+            getattr(instance, "setup_method", lambda: None)()
+            function = getattr(instance, names[1]) if len(names) > 1 else holder
+            values = fixtures(function, homes, {"self": None, **case} if instance else case, stack)
+            values.pop("self", None)
+            made = function(**values)
+            if inspect.iscoroutine(made):
+                importlib.import_module("asyncio").run(made)
+            elif made is not None:
+                raise TypeError(f"a test that returns a {type(made).__name__} has tested nothing yet")
 
 
 def test(job, _):
@@ -1077,6 +1152,7 @@ PROGRAMS = {"command": run_command, "python": run_python, "serve": serve, "test"
 # zygote: what a run was given is read by the run, and what comes out of it lies in buffers that are unmapped before the next begins.
 
 LOOK_EVERY_S = 0.02
+FREE_DESCRIPTORS, BUFFER_BYTES = 32, 1 << 18
 
 
 class Gone(Exception):
@@ -1101,13 +1177,17 @@ def everybody(namespaces):
 
 
 def usage_of(pid):
-    """(CPU seconds, memory of its own in bytes) of a process; zeros where it has just ended."""
+    """
+    (CPU seconds, memory of its own in bytes) of a process; zeros where it has just ended. A socket's buffers are memory too: each
+    descriptor beyond the first few counts as a full one.
+    """
     try:
+        buffers = max(0, os.stat(f"/proc/{pid}/fd").st_size - FREE_DESCRIPTORS) * BUFFER_BYTES  # 0 before Linux 6.2
         numbers = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         resident, shared = map(int, Path(f"/proc/{pid}/statm").read_bytes().split()[1:3])
     except OSError:
         return 0.0, 0
-    return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK"), (resident - shared) * resource.getpagesize()
+    return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK"), (resident - shared) * resource.getpagesize() + buffers
 
 
 def waited_for_cpu(pid):
@@ -1128,12 +1208,7 @@ def disk_used(work, walls):
     if walls["namespaces"]:
         about = os.fstatvfs(work)
         return (about.f_blocks - about.f_bfree) * about.f_bsize
-    used = 0
-    for place, folders, names in os.walk(walls["disk"]):
-        for name in folders + names:
-            with contextlib.suppress(OSError):
-                used += max(1 << 14, os.lstat(os.path.join(place, name)).st_blocks * 512)
-    return used
+    return sum(max(1 << 14, about.st_blocks * 512) for _, _, about in below_folder(walls["disk"]))
 
 
 class Watch:
@@ -1312,6 +1387,7 @@ def warden(asker, walls):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if walls["namespaces"]:
         map_ids("self", INSIDE_ID, INSIDE_ID, False)
+        walls["settings"] = out_of_the_way(os.open("/proc/sys", os.O_PATH))  # soon nobody sees more of /proc than processes
         mount("proc", "/proc", "proc", NOSUID | NODEV | NOEXEC, "subset=pid")
     else:
         prctl(PR_SUBREAPER, 1)
@@ -1776,7 +1852,7 @@ def as_run(result, blobs, traced=False):
     else:
         status, reason = ("memory", "MemoryError") if last.startswith("MemoryError") else ("failed", f"exit code {code}")
     if traced and len(blobs) > 2:
-        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):  # the program may have written it
+        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):  # it may be forged
             told = json.loads(blobs[2])
             lines = {int(line): int(times) for line, times in told["lines"].items()}
             steps = [str(step) for step in told["steps"]]
@@ -1790,7 +1866,7 @@ def as_files(files):
     for path, data in (files or {}).items():
         if path.startswith("/") or not path or "\0" in path or set(path.split("/")) & {"", ".", ".."}:
             raise ValueError(f"files: {path!r} must be a plain relative path, as in 'folder/name.txt'")
-        entries[path] = (stat.S_IFREG | 0o644, data.encode("utf-8", "surrogateescape") if isinstance(data, str) else bytes(data))
+        entries[path] = (stat.S_IFREG | 0o644, data.encode("utf-8", "surrogatepass") if isinstance(data, str) else bytes(data))
     return entries
 
 
@@ -1841,7 +1917,7 @@ def prepare(source, language, files, limits):
         files = {**files, **{path: entry for path, entry in (tree or {}).items() if path == "main"}}
 
     def job(stdin):
-        stdin = stdin.encode("utf-8", "surrogateescape") if isinstance(stdin, str) else stdin
+        stdin = stdin.encode("utf-8", "surrogatepass") if isinstance(stdin, str) else stdin
         return job_of("command", files, stdin=stdin, argv=start.split()) if start else job_of("python", files, stdin=stdin)
 
     return job, made
@@ -1871,8 +1947,9 @@ def judge_call(call, nonce, answer):
         got = canonical(rest[0])
         if same(canonical(pack(call.expected)), got, call.tolerance):
             return True, ""
-        args, value = ", ".join(map(short, call.args)), unpack(got, lambda *_: "?")
-        return False, f"{call.function}({args}) is {short(value)}, want {short(call.expected)}"
+        # a long answer is not made into objects: its keys could be chosen to collide, and hashing them takes for ever
+        value = short(unpack(got, lambda *_: "?")) if len(answer) < 4000 else f"a value of {len(answer)} bytes"
+        return False, f"{call.function}({', '.join(map(short, call.args))}) is {value}, want {short(call.expected)}"
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         return False, f"no answer: {type(error).__name__}"
 
@@ -1884,6 +1961,8 @@ def short(value):
 
 def grade_calls(source, calls, limits):
     """All calls in one process of the candidate's, one after the other; each question is sent when the one before it is answered."""
+    for call in calls:
+        pack(call.expected)  # what is no plain data is the test's mistake, not the program's
     nonces = [os.urandom(8).hex() for _ in calls]
     questions = [
         json.dumps([nonce, False, "__main__", None, call.function.split("."), [pack(arg) for arg in call.args], {}]).encode()
@@ -1907,7 +1986,8 @@ def grade_ios(source, ios, limits, language="python"):
     lines = lambda text: [line.rstrip() for line in text.rstrip().split("\n")]
     verdicts, runs = [], []
     for io in ios:
-        done = as_run(*Flight(job(io.stdin), limits).land()[:2])
+        room = replace(limits, output_kb=max(limits.output_kb, len(io.stdout.encode("utf-8", "surrogatepass")) // 1024 + 1))
+        done = as_run(*Flight(job(io.stdin), room).land()[:2])
         good = done.status == "ok" and lines(io.stdout) == lines(done.stdout)
         verdicts.append((good, "" if good else done.reason or f"printed {short(done.stdout)}, want {short(io.stdout)}"))
         runs.append(done)
@@ -1977,7 +2057,7 @@ def grade_many(jobs, limits=Limits()):
 
 TESTS = re.compile(r"(^|/)(test_[^/]*|[^/]*_test)\.py$")
 NOT_THE_PROGRAM = re.compile(  # what no candidate hands in: tests, what tools read on their own, what was compiled
-    r"(^|/)(tests?|__pycache__|\.[^/]*)/|(^|/)(test_[^/]*|[^/]*_test|conftest|sitecustomize|usercustomize)\.py$|\.(pyc|pth|ini|cfg|toml)$"
+    r"(^|/)(tests?|__pycache__|\.[^/]*)/|(^|/)(test_[^/]*|[^/]*_test|conftest|sitecustomize|usercustomize)\.py$|\.(pyc|pth)$"
 )
 
 
@@ -1993,7 +2073,7 @@ def module_names(tree):
 
 def test_ids(path, source):
     """The tests of a file, by reading it: path::function, path::Class::method. Each of these must report."""
-    is_test = lambda node: isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+    is_test = lambda node: isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test")
     is_case = lambda node: node.name.startswith("Test") or any("TestCase" in ast.unparse(base) for base in node.bases)
     ids = []
     for node in ast.parse(source).body:
@@ -2002,6 +2082,12 @@ def test_ids(path, source):
         elif isinstance(node, ast.ClassDef) and is_case(node):
             ids += [f"{path}::{node.name}::{method.name}" for method in node.body if is_test(method)]
     return ids
+
+
+def fits(tree, limits):
+    """Can these files be written to a private disk? One that held files with holes, or one file under many names, may have more."""
+    pages = sum(-(-len(data) // 4096) for _, data in tree.values())
+    return pages * 4096 <= limits.disk_mb << 20 and len(tree) + 8 <= inodes_of(limits.disk_mb)
 
 
 class Workspace:
@@ -2017,9 +2103,8 @@ class Workspace:
         if not isinstance(source, dict) and not os.path.isdir(source):
             raise ValueError(f"Workspace: {source} is not a folder")
         self.base = as_files(source) if isinstance(source, dict) else read_tree(source)
-        size = sum(len(data) for _, data in self.base.values())
-        if size > limits.disk_mb << 20:
-            raise ValueError(f"Workspace: {size >> 20} MB of files, and Limits.disk_mb is {limits.disk_mb}; raise it or copy less")
+        if not fits(self.base, limits):
+            raise ValueError(f"Workspace: {len(self.base)} files need more than Limits.disk_mb = {limits.disk_mb}; raise it or copy less")
         self.tree = dict(self.base)
 
     def __enter__(self):
@@ -2052,7 +2137,10 @@ class Workspace:
         mode = self.tree.get(path, (stat.S_IFREG | 0o644,))[0]
         if stat.S_ISDIR(mode) or any(not stat.S_ISDIR(self.tree[parent][0]) for parent in parents if parent in self.tree):
             raise ValueError(f"write: {path} does not name a file in a folder of the workspace")
-        self.tree[path] = (stat.S_IFREG | (0o755 if mode & 0o100 else 0o644), data)
+        tree = {**self.tree, path: (stat.S_IFREG | (0o755 if mode & 0o100 else 0o644), data)}
+        if not fits(tree, self.limits):
+            raise ValueError(f"write: with {path} the files would need more than Limits.disk_mb = {self.limits.disk_mb}")
+        self.tree = tree
 
     def exec(self, command, stdin="", limits=None) -> Run:
         """Run a shell command (or a list of arguments) in the tree, which is then as the command has left it."""
@@ -2060,12 +2148,15 @@ class Workspace:
             return Run("failed", reason="the allowance of commands is spent")
         self.commands -= 1
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-        job = job_of("command", self.tree, argv=argv, stdin=stdin.encode())
+        job = job_of("command", self.tree, argv=argv, stdin=stdin.encode("utf-8", "surrogatepass"))
         with Machinery.slots:
             result, blobs, tree = Flight(job, limits or self.limits, tree=True).land()
         if tree is not None:  # its links and paths came from inside: they stay inside
             old = {data: data for _, data in self.tree.values()}
-            self.tree = {path: (mode, old.get(data, data)) for path, (mode, data) in tree.items() if contained("", path)}
+            tree = {path: (mode, old.get(data, data)) for path, (mode, data) in tree.items() if contained("", path)}
+            if not fits(tree, self.limits):
+                return replace(as_run(result, blobs), status="failed", reason="the files it left do not fit on the disk; they are gone")
+            self.tree = tree
         return as_run(result, blobs)
 
     def diff(self):
@@ -2095,8 +2186,10 @@ class Workspace:
         clean = {path: entry for path, entry in self.base.items() if NOT_THE_PROGRAM.search(path) or not path.endswith(".py")}
         program = {path: entry for path, entry in self.tree.items() if not NOT_THE_PROGRAM.search(path) and path not in given}
         new = {name for name in module_names(program) if name.split(".")[0] not in sys.stdlib_module_names | {"pytest"}}
-        modules = (new | module_names(self.base) & module_names(program)) - module_names(given)  # a new `json.py` is nobody's json
-        tests = {"files": {**clean, **given}, "tests": ids, "modules": sorted(modules)}
+        files = {**clean, **given}
+        beside = {Path(path).stem for path in files if path.endswith(".py")}  # a `helpers.py` that lies beside the tests is the tests'
+        modules = (new | module_names(self.base) & module_names(program)) - beside  # and a new `json.py` is nobody's json
+        tests = {"files": files, "tests": ids, "modules": sorted(modules)}
         with Machinery.slots:
             verdicts, runs = grade_apart(program, tests, limits or self.limits)
         return as_grade(verdicts, runs, ids)

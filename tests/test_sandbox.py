@@ -98,7 +98,7 @@ PROBES = {
     "host name": "import socket; socket.sethostname('x')",
     "reboot": "c('reboot', 0x89abcdef)",
     "swap": "c('swapon', b'x', 0)",
-    "core dumps": "import resource; resource.setrlimit(resource.RLIMIT_CORE, (1, 1))",
+    "core dumps": "import resource; resource.setrlimit(resource.RLIMIT_CORE, (2, 2))",
     "its own limits": "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (9999, 9999))",
     "more memory": "import resource; resource.setrlimit(resource.RLIMIT_DATA, (-1, -1))",
     "the network outside": "import socket; socket.create_connection(('1.1.1.1', 53), 1)",
@@ -196,8 +196,11 @@ def test_two_runs_do_not_draw_the_same_random_numbers():
 
 # ---- using the machine up ------------------------------------------------------------------------------------------------------
 
+BUFFERS = "import os, socket, time\nfor _ in range(20):\n    if os.fork() == 0:\n        keep = []\n        try:\n            while True:\n                PAIR\n                keep.append((a, b)); a.setblocking(False)\n                try:\n                    while True: a.send(bytes(99999))\n                except BlockingIOError: pass\n        except OSError: time.sleep(9)\ntime.sleep(9)"
 BOMBS = {
     **sandbox.BOMBS,
+    "memory in the buffers of sockets": (BUFFERS.replace("PAIR", "a, b = socket.socketpair()"), ""),
+    "memory in the buffers of connections": (BUFFERS.replace("PAIR", "s = socket.create_server(('127.0.0.1', 0)); a = socket.create_connection(s.getsockname()); b = s.accept()[0]; s.close()"), ""),
     "signals ignored": ("import signal\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass", "timeout"),
     "a loop in C": ("sum(range(10 ** 12))", "timeout"),
     "an endless regular expression": ("import re\nre.match(r'(a+)+$', 'a' * 40 + 'b')", "timeout"),
@@ -375,6 +378,56 @@ def test_honest_programs_pass_every_kind_of_test():
     assert grade("print(int(input()) + 1)", [Io("1", "3"), Io("x", "")]).passed == [False, False]
 
 
+ALL_LIES = """class A:
+    __eq__ = __lt__ = __gt__ = __le__ = __ge__ = __contains__ = lambda s, o: True
+    __ne__ = lambda s, o: False
+    __len__ = __abs__ = lambda s: 1
+    __sub__ = __rsub__ = __mod__ = lambda s, o: 0
+    __getattr__ = lambda s, n: s
+    __call__ = lambda s, *a: s
+    __iter__ = lambda s: iter([s])
+    __hash__ = __int__ = __index__ = __round__ = lambda s, *a: 3
+    __float__ = lambda s: 3.0
+def f(x): return A()
+"""
+STAND_INS = "class math:\n    isclose = staticmethod(lambda *a: True)\nclass collections:\n    Counter = staticmethod(lambda *a: 1)\nclass operator:\n    eq = staticmethod(lambda *a: True)\ndef f(x): return 0\n"
+WAYS_TO_ASK = [
+    "assert all(map(lambda a: f(a) == a + 1, range(5)))", "for a, b in zip(map(f, [2, 5]), [3, 6]):\n    assert a == b", "assert 3 in (f(2) if type(f(2)) is not int else [f(2)])",
+    "assert math.isclose(f(2), 3)", "assert collections.Counter([f(2)]) == collections.Counter([3])", "assert operator.eq(f(2), 3)", "assert abs(f(2) - 3) < 1e-9", "assert {f(2): 1} == {3: 1}",
+    "try:\n    got = f(2)\nexcept OSError:\n    got = 3\nassert got == 3", "import unittest\nunittest.TestCase().assertAlmostEqual(f(2), 3)", "assert next(map(f, [2])) == 3", "assert sorted([f(2)]) == [3]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("program", ["def f(x): raise StopIteration", "import os\ndef f(x): os._exit(0)", "def f(x): raise SystemExit", "def f(x): raise GeneratorExit", ALL_LIES, STAND_INS],
+                         ids=["StopIteration", "death", "SystemExit", "GeneratorExit", "lies", "stand-ins"])  # fmt: skip
+def test_no_way_of_asking_lets_a_program_pass_by_ending_or_lying(program):
+    checks = [Check(way) for way in WAYS_TO_ASK]
+    assert grade("def f(x): return x + 1", checks, SMALL).status == "passed"
+    assert [way for way, passed in zip(WAYS_TO_ASK, grade(program, checks, SMALL).passed) if passed] == []
+
+
+def test_nothing_is_near_to_infinity_and_what_no_program_can_return_is_the_test_s_mistake():
+    calls = [Call("f", [], math.inf, tolerance=1e-6), Call("f", [], -math.inf, tolerance=1.0), Call("f", [], [math.inf], tolerance=0.1)]
+    assert grade("def f(): return 0.0", calls, SMALL).passed == [False] * 3 and grade("def f(): return float('inf')", calls, SMALL).passed == [True, False, False]
+    with pytest.raises(ValueError, match="plain data"):
+        grade("def f(): return 0.0", [Call("f", [], object())], SMALL)
+
+
+def test_a_long_right_output_passes_whatever_the_limit_on_output():
+    assert grade("print('\\n'.join(map(str, range(9999))))", [Io("", "\n".join(map(str, range(9999))))], replace(SMALL, output_kb=1)).status == "passed"
+
+
+def test_text_that_is_no_unicode_fails_and_raises_nothing():
+    for test in (Call("f", [1], 1), Check("assert f(1) == 1"), Io("\ud800", "1")):
+        assert grade("def f(x): return '\ud800'", [test], SMALL).status == "failed"
+
+
+def test_a_forged_trace_is_no_trace_and_breaks_nothing():
+    for forged in ("b'[' * 500000", "b'{\"lines\": {\"1\": 1e999}, \"steps\": [], \"cut\": false}'", "b'{\"lines\": [], \"steps\": 3}'"):
+        done = run(f"import os\nb = {forged}\nb = len(b).to_bytes(4, 'big') + b\nwhile b: b = b[os.write(3, b):]\nos._exit(0)", trace=True, limits=replace(SMALL, cpu_s=3))
+        assert done.status == "ok" and done.trace is None, done
+
+
 def test_partial_credit_is_counted_test_by_test():
     graded = grade("def f(x):\n    if x == 3: raise ValueError('three')\n    return x", [Call("f", [n], n) for n in range(5)])
     assert graded.passed == [True, True, True, False, True] and graded.pass_rate == 0.8 and "three" in graded.reasons[3]
@@ -499,6 +552,56 @@ def test_no_repository_cheat_passes(name):
         place.write("shop/__init__.py", ""), place.write("shop/cart.py", FIXED)
         if name not in ("pytest shadowed",):
             assert place.grade().status == "passed", place.grade()  # the same cheat beside a right program takes nothing away either
+
+
+LEFT_BEHIND = {
+    "directories without end": "python3 -c \"import os\nfor _ in range(900): os.mkdir('d'); os.chdir('d')\"",
+    "a path too long": "python3 -c \"import os\nfor _ in range(30): os.mkdir('d' * 200); os.chdir('d' * 200)\nopen('x', 'w')\"",
+    "locked folders": "mkdir r z; echo x > r/f; chmod 444 r; chmod 000 z a.py",
+    "files with holes": "for n in 1 2 3 4; do truncate -s 4M h$n; done; for n in $(seq 200); do echo > f$n; done",
+    "one file under many names": "dd if=/dev/zero of=h bs=1M count=4 2>&1; for n in 1 2 3 4 5 6; do ln h h$n; done",
+    "names that are no text": "python3 -c \"open(b'\\xff', 'w'); open('new\\nline', 'w')\"",
+    "no folder to return to": "cd ..; rm -rf work",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_BEHIND)
+def test_whatever_a_command_leaves_behind_is_its_own_affair_and_never_our_error(name):
+    with Workspace({"a.py": "x = 1\n"}, replace(SMALL, disk_mb=8, cpu_s=4)) as place:
+        assert place.exec(LEFT_BEHIND[name]).status in ("ok", "failed")
+        assert place.exec("echo still here").stdout == "still here\n"
+        assert place.grade({"test_a.py": "import a\ndef test_x(): assert a.x == 2\n"}).status == "failed" and isinstance(place.diff(), str)
+        with pytest.raises(ValueError, match="disk_mb"):
+            place.write("long", "x" * (9 << 20))
+
+
+def test_helpers_that_lie_beside_the_tests_are_the_tests_own():
+    files = {"shop.py": "def total(p): return 0\n", "tests/helpers.py": "def same(a, b): assert a == b\n", "tests/test_shop.py": "from helpers import same\nfrom shop import total\ndef test_total(): same(total([1]), 1)\n"}
+    with Workspace(files, SMALL) as place:
+        for path in ("helpers.py", "helpers/__init__.py", "tests/helpers.py", "src/helpers.py"):
+            place.write(path, "def same(a, b): pass\n") if path != "helpers/__init__.py" else None
+            assert place.grade().passed == [False]
+        place.write("shop.py", "def total(p): return sum(p)\n")
+        assert place.grade().passed == [True]
+
+
+def test_what_honest_test_files_use_works():
+    files = {
+        "p/__init__.py": "", "p/m.py": "import sys\nclass P:\n    def __init__(self, x): self.x = x\n    def __repr__(self): return f'P({self.x})'\ndef main(): sys.exit(2)\ndef read(): return open('data.ini').read()\n", "data.ini": "q",
+        "conftest.py": "import pytest\n@pytest.fixture\ndef one(): return 1\n",
+        "p/tests/test_m.py": "import sys, unittest\nimport pytest\nfrom ..m import P\nfrom p import m\ndef test_conftest(one): assert P(one).x == 1 and repr(P(one)) == 'P(1)' and P(one)\n"
+        "def test_exit():\n    with pytest.raises(SystemExit): m.main()\ndef test_data(): assert m.read() == 'q'\n@pytest.mark.skipif(sys.platform == 'win32', reason='no')\ndef test_not_skipped(): pass\n"
+        "@pytest.mark.parametrize('a, b', [(1, 1), pytest.param(2, 2, id='two')], ids=['x', 'y'])\ndef test_pairs(a, b): assert P(a).x == b\nclass TestSetUp:\n    def setup_method(self): self.n = 4\n    def test_n(self, one): assert self.n - one == 3\n"
+        "async def test_async(): assert P(1).x == 1\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_t(self): self.assertEqual(P(2).x, 2)\n",
+    }  # fmt: skip
+    with Workspace(files, SMALL) as place:
+        assert place.grade().status == "passed", place.grade()
+
+
+def test_a_test_that_never_ran_has_not_passed():
+    source = "import unittest\nasync def test_async(): assert 0\ndef test_generator():\n    yield\nclass T(unittest.TestCase):\n    async def test_t(self): pass\n"
+    with Workspace({"a.py": ""}, SMALL) as place:
+        assert place.grade({"test_a.py": source}).passed == [False] * 3
 
 
 def test_fixtures_that_return_and_yield_reach_the_tests():
