@@ -146,6 +146,13 @@ def is_repository(root):
     return (root / ".git").exists() or (root / "HEAD").is_file() and (root / "objects").is_dir()
 
 
+def repository_of(source):
+    """The git repository that a source is or lies in, or None: its history gives the category `commit`."""
+    root = Path(source).resolve()
+    if source != "python" and root.is_dir():
+        return next((str(folder) for folder in (root, *root.parents) if is_repository(folder)), None)
+
+
 def git_files(repo, project_of):
     """Entries of a git repository's HEAD, bare or not: what is committed, not what lies around."""
     listing = subprocess.run(["git", "-C", repo, "ls-tree", "-r", "-l", "-z", "--full-tree", "HEAD"], capture_output=True)
@@ -168,8 +175,8 @@ def find(sources, folder, counts):
         elif source.startswith("cc:") or re.search(r"\.(jsonl|warc|wet)(\.gz)?(\?|$)", source):
             entries += spooled(source, Path(folder), counts)
         elif not root.is_dir():
-            raise ValueError(f"source {source}: there is no such folder; give `python`, a folder, a git repository, a .jsonl, .warc or .wet "
-                             f"file or URL (gzipped or not), or cc:INDEX?url=PATTERN")
+            raise ValueError(f"source {source}: there is no such folder; give `python`, a folder, a git repository, a .jsonl, .warc or "
+                             f".wet file or URL (gzipped or not), or cc:INDEX?url=PATTERN")
         elif is_repository(root):
             entries += git_files(str(root), inside if len(sources) == 1 else lambda parts, name=name: name)
         else:
@@ -262,13 +269,13 @@ LARGEST_RECORD, LARGEST_DOWNLOAD = 16_000_000, 2_000_000_000  # bytes
 CC_DATA = "https://data.commoncrawl.org/"
 
 
-def request(url, tries=6, wait_s=1.0, headers=(), **options):
+def request(url, tries=6, wait_s=1.0, headers=(), method="GET", **options):
     """One request, patiently: lost connections, 429 and 5xx are tried again after 1, 2, 4, ... seconds or as long as the server says."""
     trouble = ""
     for attempt in range(tries):
         pause = wait_s * 2**attempt
         try:
-            reply = requests.request(options.pop("method", "GET"), url, headers={**AGENT, **dict(headers)}, timeout=60, stream=True, **options)
+            reply = requests.request(method, url, headers={**AGENT, **dict(headers)}, timeout=60, stream=True, **options)
             if reply.ok or reply.status_code == 416:  # 416: the range that we ask for begins at the end of the file
                 return reply
             trouble = f"HTTP {reply.status_code}"
@@ -295,7 +302,7 @@ def download(url, path, wait_s=1.0):
             if declared > LARGEST_DOWNLOAD:
                 raise ValueError(f"{url}: {declared} bytes; more than {LARGEST_DOWNLOAD} are not fetched, name a smaller file")
             with open(part, "ab" if start else "wb") as file, contextlib.suppress(urllib3.exceptions.HTTPError):
-                for chunk in iter(lambda: reply.raw.read(1 << 16, decode_content=False), b""):
+                while chunk := reply.raw.read(1 << 16, decode_content=False):
                     file.write(chunk)
             size = part.stat().st_size
             if size < declared:
@@ -325,10 +332,10 @@ def crawl(query, folder, counts, data_url=None):
             continue
         if not path.exists():
             reply = request(urllib.parse.urljoin(data_url, row["filename"]), headers={"Range": f"bytes={first}-{last}"})
-            try:
-                body = reply.raw.read(last - first + 1, decode_content=False) if reply.status_code == 206 and last - first < LARGEST_RECORD else b""
-            except urllib3.exceptions.HTTPError:
-                body = b""
+            body = b""
+            with contextlib.suppress(urllib3.exceptions.HTTPError):
+                if reply.status_code == 206 and last - first < LARGEST_RECORD:
+                    body = reply.raw.read(last - first + 1, decode_content=False)
             if len(body) != last - first + 1:
                 counts["range not given"] += 1
                 continue
@@ -406,13 +413,14 @@ def json_lines(path, counts):
             for number, line in enumerate(lines):
                 try:
                     row = json.loads(line)
-                    text, path_inside = first(row, "text", "content", "code"), first(row, "path", "max_stars_repo_path", "url") or str(number)
+                    text, name = first(row, "text", "content", "code"), first(row, "path", "max_stars_repo_path", "url") or str(number)
                 except (ValueError, AttributeError):
                     counts["JSON line not understood"] += 1
                     continue
                 language = first(row, "language", "lang").lower()
-                language = language if language in LANGUAGES else BY_EXTENSION.get(os.path.splitext(path_inside)[1].lower(), "text")
-                yield Document(text, language, first(row, "project", "repo_name", "repo", "max_stars_repo_name") or f"line {number}", path_inside)
+                language = language if language in LANGUAGES else BY_EXTENSION.get(os.path.splitext(name)[1].lower(), "text")
+                project = first(row, "project", "repo_name", "repo", "max_stars_repo_name") or f"line {number}"
+                yield Document(text, language, project, name)
     except (EOFError, zlib.error, gzip.BadGzipFile):
         counts["gzip file cut short"] += 1
 
@@ -528,18 +536,21 @@ EDITS = {  # name: (languages, a string that must occur for the pattern to match
     "key redacted": (EVERY, "", re.compile(
         r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}|\bxox[baprs]-[A-Za-z0-9-]{10,}|\bsk-[A-Za-z0-9_-]{32,}|\bAIza[\w-]{35}"
         r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]+?-----END [A-Z ]*PRIVATE KEY-----"), "<KEY>"),
-    "e-mail redacted": (EVERY, "@", re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?!example\.|localhost)[\w-]{1,63}(?:\.[\w-]{2,63})*\.[A-Za-z]{2,10}\b"),
-                        "<EMAIL>"),
+    "e-mail redacted": (EVERY, "@", re.compile(
+        r"(?<![\w.+%-])[\w.+%-]{1,64}@(?!example\.|localhost)[\w-]{1,63}(?:\.[\w-]{2,63})*\.[A-Za-z]{2,10}\b"), "<EMAIL>"),
     "address redacted": (EVERY, ".", re.compile(  # an IPv4 address of the open Internet, no version number behind a v or in a longer one
         r"(?<![\w.-])(?!(?:0|10|127|169\.254|172\.(?:1[6-9]|2\d|3[01])|192\.(?:168|0\.2)|198\.51\.100|203\.0\.113|22[4-9]|2[3-5]\d)\.)"
         r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?![\w.-]|\.\d)"), "<IP>"),
-    "cookie line": (WEB, "ookie", re.compile(r"^.*\b(?:accept (?:all )?cookies|(?:use[sd]?|about|these|our) cookies|cookie (?:policy|settings|consent))\b.*\n?",
-                                             re.I | re.M), ""),
+    "cookie line": (WEB, "ookie", re.compile(
+        r"^.*\b(?:accept (?:all )?cookies|(?:use[sd]?|about|these|our) cookies|cookie (?:policy|settings|consent))\b.*\n?",
+        re.I | re.M), ""),
     "boilerplate line": (WEB, "", re.compile(
-        r"^.{0,80}\b(?:all rights reserved|terms of (?:service|use)|privacy policy|powered by|subscribe to our|sign (?:in|up)|log ?in|javascript is "
-        r"(?:disabled|required)|skip to (?:main )?content|share (?:this|on)|follow us|back to top|read more|click here)\b.{0,80}\n?", re.I | re.M), ""),
+        r"^.{0,80}\b(?:all rights reserved|terms of (?:service|use)|privacy policy|powered by|subscribe to our|sign (?:in|up)|log ?in|"
+        r"javascript is (?:disabled|required)|skip to (?:main )?content|share (?:this|on)|follow us|back to top|read more|"
+        r"click here)\b.{0,80}\n?", re.I | re.M), ""),
     "navigation line": (WEB, "", re.compile(r"^(?:[- ]*[\w' ]{1,24}(?: [|»›>·•/] )){2,}[\w' ]{1,24}\n?", re.M), ""),
-    "encoded blob": (TEXT, "", re.compile(r"(?:data:[\w/+.-]+;base64,)?(?<![A-Za-z0-9+/=])(?=\S{0,200}\d)(?:[A-Za-z0-9+/]{120,}={0,2}|[0-9a-fA-F]{96,})"), "<BLOB>"),
+    "encoded blob": (TEXT, "", re.compile(
+        r"(?:data:[\w/+.-]+;base64,)?(?<![A-Za-z0-9+/=])(?=\S{0,200}\d)(?:[A-Za-z0-9+/]{120,}={0,2}|[0-9a-fA-F]{96,})"), "<BLOB>"),
 }
 FENCED = re.compile(r"(^(`{3,}).*?^\2[ \t]*$)", re.M | re.S)
 
@@ -575,12 +586,14 @@ def measure(text):
     size, n, w = max(size, 1), max(len(filled), 1), max(len(words), 1)
     grams = [words[i:i + 3] for i in range(0, len(words) - 2, 3)] if len(words) < 20_000 else []
     return {
-        "chars": len(text), "lines": len(lines), "words": len(words), "longest line": max(map(len, lines)), "mean line": len(text) / len(lines),
+        "chars": len(text), "lines": len(lines), "words": len(words),
+        "longest line": max(map(len, lines)), "mean line": len(text) / len(lines),
         "alphabet": alphabet / size, "alphanumeric": (alphabet + digits) / size, "digits": digits / size, "space": space / size,
         "repeated lines": 1 - len(set(filled)) / n, "repeated phrases": 1 - len(set(map(tuple, grams))) / max(len(grams), 1),
         "hex words": len(HEX.findall(text)) / w, "strings": sum(map(len, STRINGS.findall(text))) / max(len(text), 1),
         "generated": len(GENERATED.findall(text[:600])), "mean word": sum(map(len, words)) / w,
-        "symbols": (text.count("#") + text.count("…") + text.count("...")) / w, "sentences": sum(line[-1] in ".!?\"'”:;)" for line in filled) / n,
+        "symbols": (text.count("#") + text.count("…") + text.count("...")) / w,
+        "sentences": sum(line[-1] in ".!?\"'”:;)" for line in filled) / n,
         "short lines": sum(len(line) <= 30 for line in filled) / n,
         **{kind: kinds[kind] / n for kind in ("passes", "imports", "asserts", "prints", "comments", "bullets", "ellipses")},
     }
@@ -653,8 +666,9 @@ def parses(code, language):
     if np.cumsum(BRACKETS.take(np.frombuffer(data, np.uint8)), dtype=np.int32).max(initial=0) > DEEPEST:
         return False
     parser = fim.parser(language)
+    read, late = lambda offset, point: data[offset:offset + 65536], lambda *_: time.monotonic() - began > SLOWEST_S
     try:
-        tree = parser.parse(lambda offset, point: data[offset:offset + 65536], progress_callback=lambda *_: time.monotonic() - began > SLOWEST_S)
+        tree = parser.parse(read, progress_callback=late)
     except ValueError:
         tree = None
     if tree is None:
@@ -716,10 +730,10 @@ def lex(text):
     return mix(np.add.reduceat(BYTE.take(raw) * down[:len(raw)], starts) * up[starts]), raw[starts]
 
 
-KEYWORDS = np.unique(lex(" ".join(keyword.kwlist + """abstract boolean byte case catch char const default delete do double enum export extends
-    extern final float fn func function goto impl implements include int interface let long match mod mut namespace new override package private
-    protected pub public self short signed static string struct super switch template this throw throws trait type typedef typename union
-    unsigned use using var virtual void volatile""".split()))[0])
+KEYWORDS = np.unique(lex(" ".join(keyword.kwlist + """abstract boolean byte case catch char const default delete do double enum export
+    extends extern final float fn func function goto impl implements include int interface let long match mod mut namespace new override
+    package private protected pub public self short signed static string struct super switch template this throw throws trait type typedef
+    typename union unsigned use using var virtual void volatile""".split()))[0])
 
 
 def shapes(text, n):
@@ -784,7 +798,7 @@ def signature(shingle_set):
 
 @functools.cache
 def bands(threshold, n=len(PERMUTATIONS)):
-    """(b, r): a pair of Jaccard s meets with probability 1 - (1 - s^r)^b. The r with fewest pairs on the wrong side, misses counting double."""
+    """(b, r): a pair of Jaccard s meets with probability 1 - (1 - s^r)^b. The r with fewest errors, a miss counting double."""
     s = np.linspace(0.005, 0.995, 100)
     wrong = lambda r: sum(np.where(s < threshold, meet, 2 * (1 - meet))) if (meet := 1 - (1 - s**r) ** (n // r)) is not None else 0
     r = min(range(1, 33), key=wrong)
@@ -792,7 +806,7 @@ def bands(threshold, n=len(PERMUTATIONS)):
 
 
 def meetings(signatures, b, r):
-    """Pairs (i, j), i < j, whose signatures agree in all r places of a band. In a crowd of equals each meets its 8 neighbours and the first."""
+    """Pairs (i, j), i < j, whose signatures agree in all r places of a band. In a crowd of equals: 8 neighbours and the first."""
     pairs = []
     for band in range(b):
         key = np.zeros(len(signatures), U64)
@@ -846,7 +860,7 @@ EMBEDDING, SHAPE_SHARE = 256, 0.7
 
 
 def project(h, weight, salt):
-    """A bag of hashes as a unit vector: each distinct one adds +-sqrt(its count) to four of the places, by hash (a sparse random projection)."""
+    """A bag of hashes as a unit vector: each adds +-sqrt(its count) to four of the places, by hash (a sparse random projection)."""
     v = np.zeros(EMBEDDING)
     h, count = np.unique(h, return_counts=True)
     for i in range(4):
@@ -867,7 +881,8 @@ def embed(texts, model=None, tokenizer=None, teacher=None, length=512):
     elif model is not None:
         import torch  # here and below: a plain build of tokens needs no torch
         with torch.no_grad():
-            rows = np.stack([model.hidden(torch.tensor([tokenizer.encode(text)[:length] or [0]]))[0].float().mean(0).numpy() for text in texts])
+            ids = (torch.tensor([tokenizer.encode(text)[:length] or [0]]) for text in texts)
+            rows = np.stack([model.hidden(row)[0].float().mean(0).numpy() for row in ids])
         rows = rows - rows.mean(0)  # what all hidden states share says nothing
     else:
         rows = np.zeros((len(texts), 2 * EMBEDDING), np.float32)
@@ -882,7 +897,7 @@ def embed(texts, model=None, tokenizer=None, teacher=None, length=512):
 def embedding_duplicates(vectors, threshold=0.8, block=1024):
     """
     Rows of unit length whose cosine is at least `threshold`, found block by block in bounded memory. A row goes if it is that close
-    to one that stays: no chains, which in this space lead anywhere. Rows are judged in the order of their bytes, so input order is no matter.
+    to one that stays: no chains, which in this space lead anywhere. Rows are judged in the order of their bytes, not of the input.
     """
     vectors = np.ascontiguousarray(vectors, np.float32)
     order = sorted(range(len(vectors)), key=lambda i: vectors[i].tobytes())
@@ -948,7 +963,8 @@ def read_benchmark(path):
     if ".jsonl" not in path.name:
         return {name: [path.read_text(errors="replace")]}
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as lines:
-        return {name: [value for line in lines if line.strip() for value in json.loads(line).values() if isinstance(value, str) and len(value) > 40]}
+        values = (value for line in lines if line.strip() for value in json.loads(line).values())
+        return {name: [value for value in values if isinstance(value, str) and len(value) > 40]}
 
 
 # ------------------------------------------------------------------------------------------------ quality: an oracle, and proxies of it
@@ -965,7 +981,8 @@ def code_rubric(text):
     nodes = list(ast.walk(tree))
     functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
     public = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
-    names = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)] + [n.arg for n in nodes if isinstance(n, ast.arg)]
+    names = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    names += [n.arg for n in nodes if isinstance(n, ast.arg)]
     handlers = [n for n in nodes if isinstance(n, ast.ExceptHandler)]
     lines = text.count("\n") + 1
     share = lambda good, of, empty=0.5: sum(map(bool, good)) / len(of) if of else empty
@@ -988,7 +1005,8 @@ def text_rubric(text):
     return [
         np.mean([8 <= len(s) <= 30 for s in sentences]), np.mean([s[0][0].isupper() and s[-1][-1] in ".!?:" for s in sentences]),
         min(1, len(set(words[:200])) / min(len(words), 200) / 0.6), min(1, len(words) / 150), sum(map(len, words)) / len(text) > 0.6,
-        bool(re.search(r"because|so that|therefore|for example|note that|in order to|which means|if the", text, re.I)), ">>>" in text or "::" in text]
+        bool(re.search(r"because|so that|therefore|for example|note that|in order to|which means|if the", text, re.I)),
+        ">>>" in text or "::" in text]
 
 
 def maths_rubric(text):
@@ -1006,7 +1024,8 @@ def maths_rubric(text):
 
 
 RUBRICS = {"code": code_rubric, "text": text_rubric, "maths": maths_rubric}
-MATHS = re.compile(r"\b(?:matri|polynom|equation|theorem|integral|derivative|algebra|prime|eigen|vector|coefficient|probabilit|distribution)", re.I)
+MATHS = re.compile(r"\b(?:matri|polynom|equation|theorem|integral|derivative|algebra|prime|eigen|vector|coefficient|"
+                   r"probabilit|distribution)", re.I)
 
 
 def samples_of(doc):
@@ -1020,7 +1039,8 @@ def samples_of(doc):
         yield ("maths" if len(MATHS.findall(text)) >= 3 else "text"), text
 
 
-READ_LINES, PLACE = 256, 256 + len(KEYWORDS) + 100  # lines that a proxy reads; kinds of token: a sign, a keyword, a name or number by length
+READ_LINES = 256                     # lines of a document that a scorer reads
+PLACE = 256 + len(KEYWORDS) + 100    # kinds of token: signs, keywords, names and numbers by their length
 
 
 def first_lines(text):
@@ -1029,7 +1049,7 @@ def first_lines(text):
 
 
 class NgramScorer:
-    """The baseline, fastText's idea: counts of hashed 1- to 3-grams of tokens (square roots, unit length), and a ridge regression on them."""
+    """The baseline, fastText's idea: counts of hashed 1- to 3-grams of tokens (square roots, unit length), and a ridge regression."""
     def __init__(self, texts, goals, tokenizer, places=1 << 13, ridge=1.0):
         scores = np.sum(goals, 1)
         self.tokenizer, self.places, self.mean = tokenizer, places, np.mean(scores)
@@ -1041,7 +1061,7 @@ class NgramScorer:
         for out, text in zip(x, texts):
             ids = np.asarray(self.tokenizer.encode("\n".join(first_lines(text))), U64) + U64(1)
             for n in (1, 2, 3):
-                gram = mix(np.asarray(sum(ids[i:len(ids) - n + 1 + i] * BASE**U64(i + 1) for i in range(n)) + U64(n))) if len(ids) >= n else ids
+                gram = mix(sum((ids[i:max(len(ids) - n + 1, 0) + i] * BASE**U64(i + 1) for i in range(n)), U64(n)))
                 out += np.bincount((gram % U64(self.places)).astype(np.int64), minlength=self.places)
         x = np.sqrt(x)
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
@@ -1088,8 +1108,8 @@ class Proxy:
         self.torch, goals = torch, np.asarray(goals, float)
         state = torch.random.get_rng_state()
         torch.manual_seed(seed)
-        self.config = LoopCoderConfig(vocab_size=8, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=4,
-                                      num_key_value_heads=4, head_dim=width // 4, loop_num=1)
+        self.config = LoopCoderConfig(vocab_size=8, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1,
+                                      num_attention_heads=4, num_key_value_heads=4, head_dim=width // 4, loop_num=1)
         self.marks = torch.nn.EmbeddingBag(1 + 3 * PLACE + 48, width, mode="mean", padding_idx=0)
         self.block, self.norm, self.head = Block(self.config), Norm(self.config), torch.nn.Linear(2 * width, goals.shape[1])
         parameters = [p for part in (self.marks, self.block, self.norm, self.head) for p in part.parameters()]
@@ -1104,7 +1124,7 @@ class Proxy:
             order = rng.permutation(len(rows))
             for at in range(0, len(rows), batch):
                 chosen, pieces = order[at:at + batch], []
-                for row in (rows[i] for i in chosen):                                 # half of the time the beginning, else a part from within
+                for row in (rows[i] for i in chosen):                                 # half of the time the beginning, else another part
                     start = int(rng.integers(max(len(row) - crop, 0) + 1)) * int(rng.random() < 0.5)
                     pieces.append(row[start:start + crop] * (rng.random(row[start:start + crop].shape) > 0.1))
                 loss = ((self.forward(pieces) - wanted[chosen])**2 * weight).sum(1).mean()
@@ -1178,16 +1198,18 @@ def quality_table(docs, tokenizer, teacher=None, kinds=tuple(RUBRICS), most=1500
         for name, scorer in scorers.items():
             found = scorer([row[2] for row in judge])
             marks[name] = auc(found, scores > np.median(scores)), spearman(found, scores)
-            log("{:8s}{}: {} documents, held-out sources {}: AUC {:.3f}, Spearman {:.3f}".format(name, kind, len(learn), len(judge), *marks[name]))
+            log(f"{name:8s}{kind}: {len(learn)} documents, held-out sources {len(judge)}: "
+                f"AUC {marks[name][0]:.3f}, Spearman {marks[name][1]:.3f}")
         best = max(marks, key=marks.get)
         better[kind] = scorers[best]
-        log(f"        {kind}: the {best} {'is' if best == 'proxy' else 'are'} better on sources not seen, and decide{'s' * (best == 'proxy')}")
+        log(f"chosen  {kind}: {best}, the better one on sources not seen")
     return better
 
 
 def teacher_score(teacher, kind, text):
     """A larger model's score from 0 to 10, or None where it gave no number."""
-    reply = teacher.ask(f"Rate this {kind} for readability, clarity and usefulness as training text. Answer with a number from 0 to 10.\n\n{text[:6000]}")
+    reply = teacher.ask(f"Rate this {kind} for readability, clarity and usefulness as training text. Answer with a number from 0 to 10."
+                        f"\n\n{text[:6000]}")
     number = re.search(r"\d+(?:\.\d+)?", reply[0] if reply else "")
     return min(float(number[0]), 10.0) if number else None
 
@@ -1245,7 +1267,7 @@ def solve_mixture(budget, B, alpha, tau=None, gamma=0.0, available=np.inf, steps
 
 
 def language_mixture(available, budget, law=LAW):
-    """{language: tokens available} -> {language: tokens to take}: the report's shares; what a language lacks goes to the others in proportion."""
+    """{language: tokens available} -> {language: tokens to take}: the report's shares; what one lacks goes to the others in proportion."""
     left, taken, open_to = float(budget), dict.fromkeys(available, 0.0), set(available)
     weight = dict(zip(law["languages"], law["optimised"]))
     unknown = set(available) - set(weight)
@@ -1284,16 +1306,17 @@ def refit(points):
 
 
 def small_runs(folder, widths=(32, 64), steps=120, log=print):
-    """[(language, parameters, tokens, loss)]: a dense model of each width on each large language's tokens; every batch is new, so its loss is held out."""
+    """[(language, parameters, tokens, loss)]: dense models on each large language; every batch is new, so its loss is held out."""
     import torch
     from model import LoopCoder, LoopCoderConfig
 
     file, tokenizer, rows = TokenFile(Path(folder) / "train", "code"), Tokenizer.load(Path(folder) / "tokenizer"), []
     of_language = {name: [file.ids(i) for i in range(len(file.lengths)) if file.language(i) == name] for name in file.languages}
-    for language, width in itertools.product(sorted(name for name, ids in of_language.items() if sum(map(len, ids)) > 2100 * steps), widths):
+    large = sorted(name for name, ids in of_language.items() if sum(map(len, ids)) > 2100 * steps)
+    for language, width in itertools.product(large, widths):
         torch.manual_seed(0)
-        model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2,
-                                          num_attention_heads=2, num_key_value_heads=2, head_dim=width // 2, loop_num=1))
+        model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, hidden_size=width, intermediate_size=3 * width, loop_num=1,
+                                          num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=width // 2))
         optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
         batch = list(map(torch.from_numpy, pack(of_language[language], 256)))
         order, losses = torch.randperm(len(batch[0])), []
@@ -1305,17 +1328,21 @@ def small_runs(folder, widths=(32, 64), steps=120, log=print):
             optimizer.step()
             losses.append(loss.item())
             if (step + 1) % (steps // 4) == 0:
-                rows.append((language, sum(p.numel() for p in model.model.layers.parameters()), (step + 1) * 2048, float(np.mean(losses[-10:]))))
+                size = sum(p.numel() for p in model.model.layers.parameters())
+                rows.append((language, size, (step + 1) * 2048, float(np.mean(losses[-10:]))))
         log(f"refit   {language:12s}{rows[-1][1]:8d} parameters {rows[-1][2]:8d} tokens: loss {rows[-1][3]:.3f}")
     return rows
 
 
 # ------------------------------------------------------------------------------------------------ facts with one answer
 
-FACT_MODULES = """argparse ast base64 bisect calendar collections contextlib copy csv dataclasses datetime decimal difflib enum fractions functools gzip
-hashlib heapq html inspect io itertools json logging math operator pathlib pickle queue random re sched secrets shlex shutil socket sqlite3 statistics
-string struct subprocess tempfile textwrap threading time timeit tokenize traceback types typing unittest urllib.parse uuid weakref zipfile""".split()
-CHANGING = re.compile(r"versionadded|versionchanged|\bversions? \d|python \d|deprecat|platform|windows|unix|linux|today|changed in|new in|locale", re.I)
+FACT_MODULES = """
+argparse ast base64 bisect calendar collections contextlib copy csv dataclasses datetime decimal difflib enum fractions functools gzip
+hashlib heapq html inspect io itertools json logging math operator pathlib pickle queue random re sched secrets shlex shutil socket
+sqlite3 statistics string struct subprocess tempfile textwrap threading time timeit tokenize traceback types typing unittest
+urllib.parse uuid weakref zipfile""".split()
+CHANGING = re.compile(r"versionadded|versionchanged|\bversions? \d|python \d|deprecat|platform|windows|unix|linux|today|changed in|new in|"
+                      r"locale", re.I)
 
 
 class Fact(NamedTuple):
@@ -1354,7 +1381,8 @@ def objective(fact, owners):
     """One answer, for all time: the name belongs to one module, and neither question, answer nor documentation speaks of change."""
     form, module, name, _ = fact.check
     doc = inspect.getdoc(getattr(importlib.import_module(module), name, None)) or ""
-    return (form != "module" or owners[name] == 1) and not re.search(r"0x|/|\\", fact.answer) and not CHANGING.search(doc) and look_up(*fact.check) == fact.answer
+    one, plain = form != "module" or owners[name] == 1, not re.search(r"0x|/|\\", fact.answer)
+    return one and plain and not CHANGING.search(doc) and look_up(*fact.check) == fact.answer
 
 
 def code_facts(count=500, modules=FACT_MODULES, teacher=None):
@@ -1373,7 +1401,8 @@ def code_facts(count=500, modules=FACT_MODULES, teacher=None):
             owners[name] += 1
             with contextlib.suppress(ValueError, TypeError):
                 parameters = list(inspect.signature(thing).parameters)
-                found += [("default", module, name, p) for p in parameters] + [("required", module, name, "")] * (not inspect.isclass(thing))
+                found += [("default", module, name, p) for p in parameters]
+                found += [("required", module, name, "")] * (not inspect.isclass(thing))
             found += [("module", module, name, ""), ("base", module, name, "")]
     facts = [Fact(ASK[form].format(module=module, name=name, parameter=parameter), answer, (form, module, name, parameter))
              for form, module, name, parameter in found if (answer := look_up(form, module, name, parameter)) is not None]
@@ -1391,7 +1420,8 @@ def code_facts(count=500, modules=FACT_MODULES, teacher=None):
 
 def rephrased(teacher, fact):
     """The teacher's wording where it still has that one answer; else ours."""
-    question = (teacher.ask(f"Rephrase this question, keeping its one answer. Reply with the question alone.\n{fact.question}") or [""])[0].strip()
+    reply = teacher.ask(f"Rephrase this question, keeping its one answer. Reply with the question alone.\n{fact.question}")
+    question = (reply or [""])[0].strip()
     answers = teacher.ask(f"{question}\nReply with the answer alone.", 2) if question else []
     return fact._replace(question=question) if answers and all(a.strip().strip("`") == fact.answer for a in answers) else fact
 
@@ -1588,7 +1618,8 @@ class TokenWriter:
         self.path, self.dtype, self.cut = Path(folder) / name, np.dtype("<u2" if vocab_size <= 65536 else "<u4"), cut
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.files = {kind: open(f"{self.path}.{kind}.tmp", "wb") for kind in ("tokens", "index", "loss")}
-        self.hash, self.counts, self.languages, self.projects, self.masked, self.tokens = hashlib.sha256(), defaultdict(Counter), {}, {}, False, 0
+        self.hash, self.counts, self.masked, self.tokens = hashlib.sha256(), defaultdict(Counter), False, 0
+        self.languages, self.projects = {}, {}
 
     def add(self, ids, nbytes, language, in_loss=None, project=""):
         ids = np.asarray(ids, self.dtype)
@@ -1629,7 +1660,7 @@ class TokenFile:
             raise ValueError(f"{path}.json: there is no such token file; build it with `python data.py`")
         about = json.loads(Path(f"{path}.json").read_text())
         if "projects" not in about:
-            raise ValueError(f"{path}.json: written before token files knew the project of a document; build it again with `python data.py`")
+            raise ValueError(f"{path}.json: it does not know the project of each document; build it again with `python data.py`")
         expected = {"tokens": about["tokens"] * np.dtype(about["dtype"]).itemsize, "index": about["documents"] * INDEX.itemsize}
         if about["masked"]:
             expected["loss"] = about["tokens"]
@@ -1806,7 +1837,7 @@ def plain_parts(text, end="<|endoftext|>"):
 
 
 def file_samples(docs, tokenizer, context, rng):
-    """A quarter of the files by themselves, half of them split for fill-in-the-middle; at most `context` tokens, every second one a quarter."""
+    """A quarter of the files by themselves, half of them with a hole; at most `context` tokens, each second one a quarter of that."""
     docs = [doc for doc in docs if doc.language in CODE and digest(doc.project, doc.path) % 4 == 0]
     length = lambda text: len(tokenizer.encode(text))
     for i, (doc, level) in enumerate(zip(docs, fim.plan(len(docs), rng))):
@@ -1823,7 +1854,7 @@ PER_PROJECT = 6  # whole contexts, and as many files with a hole, that one proje
 
 
 def repo_samples(docs, tokenizer, context, rng):
-    """A project's files in dependency order, so that what is imported stands before its users; and files with a hole behind similar snippets."""
+    """A project's files in dependency order, what is imported before its users; and files with a hole behind similar snippets."""
     length = lambda text: len(tokenizer.encode(text))
     for project, group in itertools.groupby(docs, key=lambda doc: doc.project):  # shards are sorted by project, so this streams
         files = {doc.path: doc for doc in group if doc.language in CODE}
@@ -1853,9 +1884,11 @@ def repo_samples(docs, tokenizer, context, rng):
 
 def commit_samples(repositories, tokenizer, context):
     """Triplets of git histories: message and patch whole, the context around them cut to fit. Patches too long for it are left out."""
+    length = lambda text: len(tokenizer.encode(text))
     for repository in repositories:
         for i, triplet in enumerate(commits.triplets(repository)):
-            yield "diff", Path(repository).resolve().name, commits.triplet_parts(triplet, budget=context // (4 if i % 2 else 1), length=lambda text: len(tokenizer.encode(text)))
+            parts = commits.triplet_parts(triplet, budget=context // (4 if i % 2 else 1), length=length)
+            yield "diff", Path(repository).resolve().name, parts
 
 
 AGENT_FAMILIES = ("terminal", "tools", "web", "gui", "swe")
@@ -2001,7 +2034,8 @@ def write_category(job):
         "quality": lambda: plain(docs),
         "file": lambda: file_samples(docs, tokenizer, context, rng), "repo": lambda: repo_samples(docs, tokenizer, context, rng),
         "commit": lambda: commit_samples(repositories, tokenizer, context),
-        "reasoning": lambda: task_samples(REASONING_FAMILIES, True, split, rng), "agent": lambda: task_samples(AGENT_FAMILIES, True, split, rng),
+        "reasoning": lambda: task_samples(REASONING_FAMILIES, True, split, rng),
+        "agent": lambda: task_samples(AGENT_FAMILIES, True, split, rng),
     }[name]()
     writer = TokenWriter(out / split, name, tokenizer.vocab_size, cut=name in ("code", "text", "quality"))
     for language, project, parts in samples:
@@ -2035,7 +2069,7 @@ def clean_all(out, sample, held_out, benchmarks, workers):
 
 
 def drop_table(paths, counts):
-    """{edit or rule: how many documents it touched, their bytes, three examples}, over all shards; and what the sources themselves skipped."""
+    """{edit or rule: how many documents it touched, their bytes, three examples}, over all shards; and what the sources skipped."""
     table = {reason: {"documents": number, "bytes": 0, "examples": []} for reason, number in counts.items()}
     for path in paths:
         for rule, rows in json.loads(Path(f"{path}.drops").read_text()).items():
@@ -2061,9 +2095,10 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
     entries = [e for e in find(sources, out / "fetched", counts) if 0 < e.size <= LARGEST_FILE]
     sample = draw_sample(entries, max_bytes)
     if not sample:
-        raise ValueError(f"source {' '.join(sources)}: nothing with a known extension ({' '.join(sorted(BY_EXTENSION))}); nothing to train on")
-    held_out, megabytes = held_out_projects(sample, heldout), lambda rows: f"{len(rows)} documents, {sum(e.size for e in rows) / 1e6:.1f} MB"
-    stamp("find", f"{megabytes(entries)}; sample {megabytes(sample)}, {len({e.project for e in sample})} projects, {len(held_out)} held out")
+        raise ValueError(f"source {' '.join(sources)}: nothing to train on; known extensions are {' '.join(sorted(BY_EXTENSION))}")
+    held_out, projects = held_out_projects(sample, heldout), {entry.project for entry in sample}
+    megabytes = lambda rows: f"{len(rows)} documents, {sum(e.size for e in rows) / 1e6:.1f} MB"
+    stamp("find", f"{megabytes(entries)}; sample {megabytes(sample)}, {len(projects)} projects, {len(held_out)} held out")
 
     texts = [read_benchmark(path) for path in benchmarks]
     paths = [path for path in clean_all(out, sample, held_out, texts, workers)]
@@ -2082,22 +2117,25 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
     numbers = {"heldout": {i for i in left if about[i][0] in held_out}}
     numbers["train"] = left - numbers["heldout"]
     if not all(numbers.values()):
-        raise ValueError(f"source {' '.join(sources)}: cleaning left nothing {'to train on' if numbers['heldout'] else 'held out'}; give more sources")
+        lacking = "to train on" if numbers["heldout"] else "held out"
+        raise ValueError(f"source {' '.join(sources)}: cleaning left nothing {lacking}; give more sources")
     portion = 1000 * BPE_BYTES / sum(about[i][3] for i in numbers["train"])
-    tokenizer = Tokenizer.train((doc.text for i, doc in enumerate(documents(paths)) if i in numbers["train"] and digest(doc.path) % 1000 < portion),
-                                vocab_size)
+    texts = (doc.text for i, doc in enumerate(documents(paths)) if i in numbers["train"] and digest(doc.path) % 1000 < portion)
+    tokenizer = Tokenizer.train(texts, vocab_size)
     tokenizer.save(out / "tokenizer")
     stamp("tokens", f"vocabulary of {tokenizer.vocab_size}")
 
-    repositories = sorted({*git, *(s for s in sources if s != "python" and is_repository(Path(s)))}, key=digest)
-    repositories = {"heldout": repositories[:len(repositories) // 5 or len(repositories) > 1], "train": repositories[len(repositories) // 5 or len(repositories) > 1:]}
+    repositories = sorted({*git, *filter(None, map(repository_of, sources))}, key=digest)
+    few = len(repositories) // 5 or int(len(repositories) > 1)
+    repositories = {"heldout": repositories[:few], "train": repositories[few:]}
     best = best_code(lambda: ((i, doc) for i, doc in enumerate(documents(paths)) if i in numbers["train"]), tokenizer, teacher, log)
     stamp("quality", f"{len(best)} documents")
     splits = {"train": {}, "heldout": {}}
     for names in (("code", "text"), ("quality", "repo", "reasoning", "file", "agent", "commit")):
-        jobs = [(out, split, name, paths, best if name == "quality" else numbers[split], repositories[split], context,
-                 SHARES.get(name, math.inf) * splits[split].get("code", {}).get("tokens", 0) if name in SHARES else math.inf)
-                for split in splits for name in names if (name != "quality" or split == "train") and (name != "commit" or repositories[split])]
+        most = {(split, name): SHARES[name] * splits[split].get("code", {}).get("tokens", 0) if name in SHARES else math.inf
+                for split in splits for name in names if {"quality": split == "train", "commit": repositories[split]}.get(name, True)}
+        jobs = [(out, split, name, paths, best if name == "quality" else numbers[split], repositories[split], context, most[split, name])
+                for split, name in most]
         for job, summary in zip(jobs, parallel(write_category, jobs, workers)):
             splits[job[1]].update({job[2]: summary} if summary else {})
     manifest = {"sources": sources, "vocab_size": vocab_size, "context": context, "heldout_projects": sorted(held_out), "splits": splits,
@@ -2108,7 +2146,11 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
     shutil.rmtree(out / "work")
     for split, name, row in ((split, name, row) for split, rows in splits.items() for name, row in rows.items()):
         languages = ", ".join(f"{language} {r['bytes'] / 1e6:.2f}" for language, r in row["by_language"].items())
-        log(f"{split:8s}{name:10s}{row['documents']:7d} documents {row['tokens'] / 1e6:8.2f} M tokens {row['bytes'] / 1e6:8.2f} MB: {languages}")
+        sizes = f"{row['tokens'] / 1e6:8.2f} M tokens {row['bytes'] / 1e6:8.2f} MB"
+        log(f"{split:8s}{name:10s}{row['documents']:7d} documents {sizes}: {languages}")
+    if "commit" not in splits["train"]:
+        reason = "no history among the sources gave a triplet" if repositories["train"] else "no source lies in a git repository"
+        log(f"absent  commit    {reason}; --git REPOSITORY ... adds some")
     stamp("done", f"{out}/manifest.json")
     return manifest
 
@@ -2134,31 +2176,34 @@ def peer(name):
         return None
 
 
-def bench(megabytes):
-    """Tokenizer, near duplicates and parsing on the running Python's own files, our figure and the peer's in turns."""
-    files = sorted((e for e in running_python() if e.language == "python" and 200 < e.size < 200_000), key=lambda e: digest(e.path))
-    texts = [text for raw in read_all(files) if (text := decode(raw))]
+def bench_tokenizer(texts, megabytes=32):
+    """Training to 8192 on the first of the texts beside the `tokenizers` package, in turns; the last 300 are held out."""
     sizes = np.cumsum([len(text) for text in texts])
-    training, heldout = texts[:np.searchsorted(sizes, megabytes * 1e6)], texts[-300:]
+    training, heldout = texts[:min(np.searchsorted(sizes, megabytes * 1e6), len(texts) - 300)], texts[-300:]
     size = sum(map(len, training)) / 1e6
     seconds, ours = timed(lambda: Tokenizer.train(training, 8192))
     tokens = sum(len(ours.encode(text)) for text in heldout)
     print(f"BPE to 8192 on {size:.0f} MB: {seconds:.2f} s, {sum(map(len, heldout)) / tokens:.3f} characters a held-out token")
     few = [text for text in training if digest(text[:1000]) % 1000 < 1000 * BPE_BYTES / 1e6 / size]
-    sampled = Tokenizer.train(few, 8192)
-    print(f"  trained on {sum(map(len, few)) / 1e6:.0f} MB of it: {sum(len(sampled.encode(text)) for text in heldout) / tokens - 1:+.2%} tokens")
-    if tokenizers := peer("tokenizers"):
-        def train():
-            theirs, pre = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
-            theirs.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(SPLIT), "isolated"), pre.ByteLevel(False, use_regex=False)])
-            theirs.train_from_iterator(training, tokenizers.trainers.BpeTrainer(
-                vocab_size=8192 - len(SPECIAL), show_progress=False, initial_alphabet=pre.ByteLevel.alphabet()))
-            return theirs
-        their_seconds, theirs = timed(train)
-        their_tokens = sum(len(row.ids) for row in theirs.encode_batch(heldout))
-        print(f"  tokenizers: {their_seconds:.2f} s; ours takes {seconds / their_seconds:.2f} of it and {tokens / their_tokens - 1:+.2%} tokens")
+    more = sum(len(Tokenizer.train(few, 8192).encode(text)) for text in heldout) / tokens - 1
+    print(f"  trained on {sum(map(len, few)) / 1e6:.0f} MB of it: {more:+.2%} tokens")
+    if not (tokenizers := peer("tokenizers")):
+        return
 
-    docs = texts[:5000]
+    def train():
+        theirs, pre = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
+        theirs.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(SPLIT), "isolated"), pre.ByteLevel(False, use_regex=False)])
+        theirs.train_from_iterator(training, tokenizers.trainers.BpeTrainer(
+            vocab_size=8192 - len(SPECIAL), show_progress=False, initial_alphabet=pre.ByteLevel.alphabet()))
+        return theirs
+
+    their_seconds, theirs = timed(train)
+    more = tokens / sum(len(row.ids) for row in theirs.encode_batch(heldout)) - 1
+    print(f"  tokenizers: {their_seconds:.2f} s; ours takes {seconds / their_seconds:.2f} of it and {more:+.2%} tokens")
+
+
+def bench_duplicates(docs):
+    """Near duplicates from text to groups, beside datasketch and rensa with the same 5-grams of tokens, permutations and threshold."""
     seconds, kept = timed(lambda: near_duplicates(docs, 0.7))
     sets = [shingles(text) for text in docs]
     loose = meetings(np.array([signature(s) for s in sets]), 64, 2)  # so loose that it misses nothing that matters: the ground truth
@@ -2167,40 +2212,54 @@ def bench(megabytes):
     print(f"near duplicates of {len(docs)} files, {sum(map(len, docs)) / 1e6:.0f} MB, one process: {len(docs) / seconds:.0f} files/s, "
           f"recall {recall(kept):.3f} of {len(true)} pairs, {sum(k != i for i, k in enumerate(kept))} go")
     token = re.compile(r"\w+|[^\w\s]")
-    grams = lambda text: {" ".join(gram) for gram in zip(*(words[i:] for i in range(5)))} if len(words := token.findall(text)) > 4 else {text}
 
-    def grouped(pairs):
-        return survivors(len(docs), pairs, range(len(docs)))
-
-    def compare(name, work):
-        their_seconds, kept = timed(work, 1)
-        print(f"  {name}: {len(docs) / their_seconds:.0f} files/s, recall {recall(kept):.3f}; ours is {their_seconds / seconds:.1f} times as fast")
-
-    def by(index, sketch_of):
+    def theirs(index, sketch_of):
         pairs = []
         for i, text in enumerate(docs):
-            sketch = sketch_of(grams(text))
+            words = token.findall(text)
+            sketch = sketch_of({" ".join(gram) for gram in zip(*(words[i:] for i in range(5)))} or {text})
             pairs += [(j, i) for j in index.query(sketch)]
             index.insert(i, sketch)
-        return grouped(pairs)
+        return survivors(len(docs), pairs, range(len(docs)))
 
-    if datasketch := peer("datasketch"):
-        def theirs(rows):
-            sketch = datasketch.MinHash(128)
-            sketch.update_batch([gram.encode() for gram in rows])
-            return sketch
-        compare("datasketch", lambda: by(datasketch.MinHashLSH(threshold=0.7, num_perm=128), theirs))
-    if rensa := peer("rensa"):
-        def rust(rows):
-            sketch = rensa.RMinHash(num_perm=128, seed=1)
-            sketch.update(list(rows))
-            return sketch
-        compare("rensa", lambda: by(rensa.RMinHashLSH(threshold=0.7, num_perm=128, num_bands=16), rust))
+    def python_sketch(grams):
+        sketch = datasketch.MinHash(128)
+        sketch.update_batch([gram.encode() for gram in grams])
+        return sketch
 
-    data = [text.encode() for text in docs[:2000]]
-    bare, _ = timed(lambda: [fim.parser("python").parse(raw).root_node.has_error for raw in data])
-    seconds, _ = timed(lambda: [parses(text, "python") for text in docs[:2000]])
-    print(f"syntax of {sum(map(len, data)) / 1e6:.0f} MB: {sum(map(len, data)) / 1e6 / seconds:.1f} MB/s, {bare / seconds:.1%} of bare tree-sitter")
+    def rust_sketch(grams):
+        sketch = rensa.RMinHash(num_perm=128, seed=1)
+        sketch.update(list(grams))
+        return sketch
+
+    datasketch, rensa = peer("datasketch"), peer("rensa")
+    rows = [("datasketch", lambda: theirs(datasketch.MinHashLSH(threshold=0.7, num_perm=128), python_sketch))] if datasketch else []
+    rows += [("rensa", lambda: theirs(rensa.RMinHashLSH(threshold=0.7, num_perm=128, num_bands=16), rust_sketch))] if rensa else []
+    for name, work in rows:
+        their_seconds, found = timed(work, 1)
+        times = their_seconds / seconds
+        print(f"  {name}: {len(docs) / their_seconds:.0f} files/s, recall {recall(found):.3f}; ours is {times:.1f} times as fast")
+
+
+def bench_syntax(texts):
+    """Verification beside nothing but the parse."""
+    raw = [text.encode() for text in texts]
+    bare, _ = timed(lambda: [fim.parser("python").parse(one).root_node.has_error for one in raw])
+    seconds, _ = timed(lambda: [parses(text, "python") for text in texts])
+    size = sum(map(len, raw)) / 1e6
+    print(f"syntax of {size:.0f} MB: {size / seconds:.1f} MB/s, {bare / seconds:.1%} of bare tree-sitter")
+
+
+def bench(arm):
+    """One arm or all of them, on the running Python's own files: our figure and the peer's in one run."""
+    files = sorted((e for e in running_python() if e.language == "python" and 200 < e.size < 200_000), key=lambda e: digest(e.path))
+    texts = [text for raw in read_all(files) if (text := decode(raw))]
+    if arm in ("tokenizer", "all"):
+        bench_tokenizer(texts)
+    if arm in ("duplicates", "all"):
+        bench_duplicates(texts[:5000])
+    if arm in ("syntax", "all"):
+        bench_syntax(texts[:2000])
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -2222,12 +2281,13 @@ def explain(rule, out):
 def main(argv=None):
     """Read the options, then build the corpus, or explain, measure or fit one part of it."""
     parser = argparse.ArgumentParser(
-        description="Build training tokens: find files or records, clean and verify them, remove copies and benchmarks, hold whole projects out, "
-        "train a tokenizer, and write memory-mapped token files of every category with a manifest. Everything is local unless a source is a URL.",
+        description="Build training tokens: find files or records, clean and verify them, remove copies and benchmarks, hold whole "
+        "projects out, train a tokenizer, and write memory-mapped token files of every category with a manifest. Only a source that is a "
+        "URL uses the network.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--source", nargs="+", default=["python"], help="`python` (the running one), folders, git repositories, FILE.jsonl(.gz), FILE.warc(.gz), "
-        "FILE.wet(.gz), their URLs, cc:INDEX?url=PATTERN")
+    add("--source", nargs="+", default=["python"], help="`python` (the running one), folders, git repositories, FILE.jsonl(.gz), "
+        "FILE.warc(.gz), FILE.wet(.gz), their URLs, cc:INDEX?url=PATTERN")
     add("--git", nargs="+", default=[], help="git repositories whose histories make the category commit (those among --source do too)")
     add("--benchmark", nargs="+", default=[], help="benchmark files (.jsonl, .jsonl.gz, text); what touches them is dropped")
     add("--out", default="out/data", help="folder to write")
@@ -2236,20 +2296,22 @@ def main(argv=None):
     add("--heldout", type=float, default=0.05, help="share of each language's bytes to hold out, in whole projects")
     add("--context", type=int, default=4096, help="longest sample of the categories that are never cut, in tokens")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
-    add("--teacher", default="", help="URL#MODEL of an OpenAI-compatible server that scores quality and rephrases facts in place of the rubrics")
+    add("--teacher", default="", help="URL#MODEL of an OpenAI-compatible server: it scores quality in place of the rubrics and "
+        "rephrases facts")
     add("--explain", metavar="RULE", help="show what a rule removed in the last build")
     add("--proxies", action="store_true", help="train the quality proxies for code, text and maths and judge them beside n-grams")
     add("--facts", type=int, default=0, metavar="N", help="print N facts")
     add("--mixture", action="store_true", help="print the allocation of tokens to languages: the report's, and the solver's")
     add("--refit", action="store_true", help="fit the scaling law to small runs on the built corpus")
-    add("--bench", action="store_true", help="speed beside tokenizers, datasketch, rensa and bare tree-sitter")
+    add("--bench", nargs="?", const="all", choices=["all", "tokenizer", "duplicates", "syntax"],
+        help="speed beside tokenizers, datasketch and rensa, bare tree-sitter")
     args = parser.parse_args(argv)
     url, _, model = args.teacher.partition("#")
     teacher = tasks.Teacher(url, model or "default", Path(args.out) / "teacher") if url else None
     if args.explain:
         explain(args.explain, args.out)
     elif args.bench:
-        bench(32)
+        bench(args.bench)
     elif args.facts:
         for fact in code_facts(args.facts, teacher=teacher):
             print(f"{fact.question}  {fact.answer}")
@@ -2268,7 +2330,8 @@ def main(argv=None):
         docs = [Document(text, e.language, e.project, e.path) for e, raw in zip(files, read_all(files)) if (text := decode(raw))]
         quality_table(docs, Tokenizer.train((doc.text for doc in docs[::4]), args.vocab_size), teacher)
     else:
-        build(args.out, args.source, args.vocab_size, int(args.max_mb * 1e6), args.heldout, args.context, args.git, args.benchmark, teacher, args.workers)
+        build(args.out, args.source, args.vocab_size, int(args.max_mb * 1e6), args.heldout, args.context, args.git, args.benchmark,
+              teacher, args.workers)
 
 
 if __name__ == "__main__":

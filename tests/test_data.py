@@ -36,7 +36,8 @@ def corpus(tmp_path_factory):
     root, library = tmp_path_factory.mktemp("corpus"), Path(sysconfig.get_paths()["stdlib"])
     for name in PROJECTS:
         shutil.copytree(library / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "test*"))
-        (root / name / "notes.md").write_text(f"# The package {name}\n\nThese notes are about {name}, which is part of the standard library.\n" * 3)
+        notes = f"# The package {name}\n\nThese notes are about {name}, which is part of the standard library.\n"
+        (root / name / "notes.md").write_text(notes * 3)
     return root
 
 
@@ -262,10 +263,12 @@ def test_good_code_passes_the_edits_and_rules_byte_for_byte(library):
     ("".join(f"from package.module{i} import name{i}\n" for i in range(40)), "python", "only imports"),
     ("".join(f"print({i}, 'hello there')\n" for i in range(40)), "python", "only prints"),
     ("data = [\n" + "    12345, 67890, 98765, 43210,\n" * 40 + "]\n", "python", "mostly digits"),
-    (GOOD + "x = compute(everything)\n" * 80, "python", "repeated lines"), ("#\n" * 60 + "# a licence and nothing else at all\n" * 8, "python", "mostly comments"),
+    (GOOD + "x = compute(everything)\n" * 80, "python", "repeated lines"),
+    ("#\n" * 60 + "# a licence and nothing else at all\n" * 8, "python", "mostly comments"),
     ("{" + ",\n".join(f'"key{i}": "some value"' for i in range(400)) + "}", "json", "data in markup"),
     ("Home\nAbout\nContact\nPrices\nJobs\nPress\n" * 8, "text", "no sentences"), ("buy now! " * 60, "text", "repeated phrases"),
-    ("\n".join("- item %d of the long list here" % i for i in range(40)), "text", "bullets"), ("a b c d e f g h " * 20, "text", "word length"),
+    ("\n".join("- item %d of the long list here" % i for i in range(40)), "text", "bullets"),
+    ("a b c d e f g h " * 20, "text", "word length"),
 ])
 def test_planted_junk_is_dropped_by_its_rule(junk, language, rule):
     text, fired = data.clean(junk, language)
@@ -275,7 +278,8 @@ def test_planted_junk_is_dropped_by_its_rule(junk, language, rule):
 def test_every_rule_bounds_something_that_is_measured_in_languages_that_exist():
     numbers = data.measure(GOOD)
     for languages, what, least, most in data.RULES.values():
-        assert what in numbers and languages <= set(data.LANGUAGES) and (least is None) != (most is None) or what in ("mean line", "chars", "mean word")
+        assert what in numbers and languages <= set(data.LANGUAGES)
+        assert (least is None) != (most is None) or what in ("mean line", "chars", "mean word")
 
 
 def test_addresses_and_keys_are_redacted_and_what_only_looks_like_them_is_not():
@@ -294,7 +298,8 @@ PAGE = """<html><head><title>T</title><style>p {}</style></head><body><nav><a>Ho
         return [x]  </pre>
 <p>We use cookies on this site. Accept all cookies to go on.</p><script>var a = "<p>no</p>";</script>
 <p>It is called once for every element, so that the time it takes grows with the length of the list.</p>
-<p>The function returns a list that holds its argument, and nothing at all where it is too large.</p><footer>All rights reserved</footer></body></html>"""
+<p>The function returns a list that holds its argument, and nothing at all where it is too large.</p>
+<footer>All rights reserved</footer></body></html>"""
 CODE = "def f(x):\n\tif x < 3:   # two  blanks\n\n        return [x]  "
 
 
@@ -306,10 +311,14 @@ def test_html_becomes_text_and_its_code_blocks_stay_byte_for_byte():
 
 
 VALID = {
-    "python": "def f(a):\n    if a:\n        return [a, 'é中🙂']\n    return {}\n", "java": "class A { int f(int a) { if (a > 1) { return a; } return 0; } }\n",
-    "javascript": "function f(a) { return a.map((x) => { return x + 1; }); }\n", "typescript": "function f(a: number[]): number { return a.reduce((x, y) => { return x + y; }); }\n",
-    "c#": "class A { int F(int a) { foreach (var x in y) { a += x; } return a; } }\n", "go": "package a\nfunc f(a int) int { if a > 1 { return a }; return 0 }\n",
-    "rust": "fn f(a: i32) -> i32 { if a > 1 { return a; } match a { 0 => 1, _ => { 2 } } }\n", "c": "int f(int a) { if (a > 1) { return a; } return 0; }\n",
+    "python": "def f(a):\n    if a:\n        return [a, 'é中🙂']\n    return {}\n",
+    "java": "class A { int f(int a) { if (a > 1) { return a; } return 0; } }\n",
+    "javascript": "function f(a) { return a.map((x) => { return x + 1; }); }\n",
+    "typescript": "function f(a: number[]): number { return a.reduce((x, y) => { return x + y; }); }\n",
+    "c#": "class A { int F(int a) { foreach (var x in y) { a += x; } return a; } }\n",
+    "go": "package a\nfunc f(a int) int { if a > 1 { return a }; return 0 }\n",
+    "rust": "fn f(a: i32) -> i32 { if a > 1 { return a; } match a { 0 => 1, _ => { 2 } } }\n",
+    "c": "int f(int a) { if (a > 1) { return a; } return 0; }\n",
     "c++": "template <class T> T f(T a) { if (a > 1) { return a; } return T{}; }\n",
 }
 
@@ -353,7 +362,8 @@ def test_jaccard_of_shingles_is_that_of_sets_of_token_5_grams(library):
     grams = lambda text: set(zip(*(words_of(text)[i:] for i in range(5))))
     for (_, a), (_, b) in itertools.pairwise(library[:12]):
         a, b = a + b[:3000], b
-        assert data.jaccard(data.shingles(a), data.shingles(b)) == pytest.approx(len(grams(a) & grams(b)) / len(grams(a) | grams(b)), abs=1e-4)
+        expected = len(grams(a) & grams(b)) / len(grams(a) | grams(b))
+        assert data.jaccard(data.shingles(a), data.shingles(b)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_planted_pairs_meet_as_often_as_the_formula_says():
@@ -407,7 +417,8 @@ def renamed(text, rng):
     """Every name that a module binds gets another one; its comments go."""
     names = {n.arg if isinstance(n, ast.arg) else n.id if isinstance(n, ast.Name) else n.name for n in ast.walk(ast.parse(text))
              if isinstance(n, (ast.arg, ast.FunctionDef, ast.ClassDef)) or isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    fresh = {name: f"{rng.choice('abcdefgh')}{rng.choice(('oo', 'ar', 'ex'))}_{i}" for i, name in enumerate(sorted(names - {"self", "cls"}))}
+    names = sorted(names - {"self", "cls"})
+    fresh = {name: f"{rng.choice('abcdefgh')}{rng.choice(('oo', 'ar', 'ex'))}_{i}" for i, name in enumerate(names)}
     return re.sub(r"[A-Za-z_]\w*", lambda word: fresh.get(word[0], word[0]), re.sub(r"(?m)^\s*#.*\n", "", text))
 
 
@@ -451,9 +462,11 @@ PROMPT = "Check if in given list of numbers, are any two numbers closer to each 
 
 def test_a_benchmarks_solution_with_renamed_arguments_inside_a_larger_file_is_seen(library):
     guard = data.Decontaminator({"bench": [SOLUTION, PROMPT], "other": ["def mean_of(values):\n    total = 0\n    for value in values:\n"
-                                 "        total = total + value\n    count = len(values)\n    if count == 0:\n        return None\n    return total / count\n"]})
+                                 "        total = total + value\n    count = len(values)\n    if count == 0:\n        return None\n"
+                                 "    return total / count\n"]})
     hidden = SOLUTION
-    for old, new in (("has_close_elements", "any_near"), ("numbers", "xs"), ("threshold", "eps"), ("idx2", "j"), ("idx", "i"), ("elem2", "w"), ("elem", "v"), ("distance", "gap")):
+    for old, new in (("has_close_elements", "any_near"), ("numbers", "xs"), ("threshold", "eps"), ("idx2", "j"),
+                     ("idx", "i"), ("elem2", "w"), ("elem", "v"), ("distance", "gap")):
         hidden = re.sub(rf"\b{old}\b", new, hidden)
     whole = library[3][1]
     assert guard.overlaps(whole + "\n\n" + hidden) == ["bench"] and guard.overlaps(whole + "\n# " + PROMPT.upper()) == ["bench"]
@@ -470,7 +483,8 @@ def warc(records):
         payload = base64.b32encode(hashlib.sha1(b"x" if fault == "digest" else body).digest()).decode()
         block = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + body
         length = 1_000_000_000 if fault == "length" else len(block)
-        head = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\nWARC-Payload-Digest: sha1:{payload}\r\nContent-Length: {length}\r\n\r\n"
+        head = (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\nWARC-Payload-Digest: sha1:{payload}\r\n"
+                f"Content-Length: {length}\r\n\r\n")
         member = gzip.compress(head.encode() + block + b"\r\n\r\n")
         offsets.append((sum(map(len, out)), len(member)))
         out.append(member[:len(member) // 2] if fault == "cut" else member)
@@ -543,7 +557,8 @@ def test_a_common_crawl_query_fetches_only_the_ranges_it_is_told_of_and_none_twi
     counts = Counter()
     entries = list(data.spooled(f"cc:{web}/index?url=site*", tmp_path, counts))
     assert [entry.project for entry in entries] == ["site1.org", "site2.org"] and counts == {"index line not understood": 1}
-    assert [wanted for path, wanted in Server.log if path.startswith("/crawl")] == [f"bytes={start}-{start + size - 1}" for start, size in offsets[1:3]]
+    ranges = [f"bytes={start}-{start + size - 1}" for start, size in offsets[1:3]]
+    assert [wanted for path, wanted in Server.log if path.startswith("/crawl")] == ranges
 
 
 def test_a_server_that_promises_too_much_or_never_recovers_is_an_error_and_leaves_no_file(web, tmp_path, monkeypatch):
@@ -558,7 +573,8 @@ def test_a_server_that_promises_too_much_or_never_recovers_is_an_error_and_leave
 
 
 def test_json_lines_are_read_whatever_their_field_names_and_bad_lines_and_cut_files_are_counted(tmp_path):
-    rows = [{"text": "x = 1", "language": "Python", "repo_name": "a/b", "path": "x.py"}, {"content": "# T", "path": "r.md"}, {"code": "y = 2"}]
+    rows = [{"text": "x = 1", "language": "Python", "repo_name": "a/b", "path": "x.py"},
+            {"content": "# T", "path": "r.md"}, {"code": "y = 2"}]
     lines = "\n".join([*map(json.dumps, rows), "{broken", "[1, 2]"]) + "\n"
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-12])
@@ -596,7 +612,8 @@ def test_auc_and_spearman_are_what_counting_pairs_says():
 
 def test_the_rubric_prefers_documented_code_and_both_scorers_learn_a_visible_mark(tokenizer):
     bare = "def f(a,b):\n    x=a\n    y=b\n    try:\n        return x/y\n    except:\n        pass\n"
-    fine = 'DOC = 1\n\n\ndef divide(number: float, other: float) -> float:\n    """The quotient of both."""\n    # zero is the caller\'s\n    return number / other\n'
+    fine = ('DOC = 1\n\n\ndef divide(number: float, other: float) -> float:\n    """The quotient of both."""\n'
+            '    # zero is the caller\'s\n    return number / other\n')
     assert sum(data.code_rubric(fine)) > sum(data.code_rubric(bare)) + 2 and data.code_rubric("def (") is None
     rng, names = random.Random(0), ["alpha", "beta", "gamma", "delta", "total", "count"]
     texts = [[f"{rng.choice(names)} = {rng.choice(names)} + {rng.randrange(90)}" for _ in range(20)] for _ in range(240)]
@@ -656,7 +673,8 @@ def test_no_small_move_improves_the_solvers_mixture_with_synergy():
 
 def test_a_language_that_runs_out_leaves_its_share_to_the_others():
     taken = data.language_mixture({"python": 10.0, "java": 1e9, "rust": 1e9}, 100.0)
-    assert taken["python"] == pytest.approx(10) and taken["java"] / taken["rust"] == pytest.approx(55.60 / 50.00) and sum(taken.values()) == pytest.approx(100)
+    assert taken["python"] == pytest.approx(10) and sum(taken.values()) == pytest.approx(100)
+    assert taken["java"] / taken["rust"] == pytest.approx(55.60 / 50.00)
     with pytest.raises(ValueError, match="no law for cobol"):
         data.language_mixture({"cobol": 1.0}, 1.0)
 
@@ -683,7 +701,8 @@ def test_every_fact_is_what_the_running_python_says_and_changing_or_ambiguous_on
 
 def test_whole_projects_are_held_out_and_every_language_with_several_is_measured():
     entry = lambda project, language, size: data.Entry(project, f"{project}/x{size}.{language}", language, size, "")
-    entries = [entry(f"p{i}", "python", 1000 + i) for i in range(100)] + [entry(f"c{i}", "c", 1000 + i) for i in range(60)] + [entry("big", "python", 10**6)]
+    entries = [entry(f"p{i}", "python", 1000 + i) for i in range(100)] + [entry(f"c{i}", "c", 1000 + i) for i in range(60)]
+    entries.append(entry("big", "python", 10**6))
     held = data.held_out_projects(entries, 0.05)
     size = lambda language, inside: sum(e.size for e in entries if e.language == language and (e.project in held) == inside)
     assert "big" not in held and size("c", True) >= 0.05 * (size("c", True) + size("c", False))
@@ -726,15 +745,15 @@ def test_files_are_half_holes_and_tasks_hide_what_the_model_did_not_say(built):
 
 
 def test_a_project_is_laid_out_with_what_is_imported_before_its_users(tokenizer):
-    docs = [data.Document(f"import b\n\n\ndef run_a():\n    return b.value * {k}\n" if name == "a" else f"value = {k}\n", "python", "p", f"{name}.py")
-            for k, name in enumerate(("a", "b"))]
+    docs = [data.Document("import b\n\n\ndef run_a():\n    return b.value * 0\n", "python", "p", "a.py"),
+            data.Document("value = 1\n", "python", "p", "b.py")]
     parts = [parts for *_, parts in data.repo_samples(docs, tokenizer, 1024, random.Random(0)) if parts[-1][0] == "<|endoftext|>"]
     text = "".join(text for text, *_ in parts[0])
     assert text.startswith("<|repo_name|>p\n<|file_sep|>b.py\n") and text.index("b.py") < text.index("a.py")
 
 
 def folder_bytes(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and "teacher" not in path.parts}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_an_interrupted_build_ends_with_the_same_bytes_and_so_does_one_of_two_processes(corpus, built, tmp_path, monkeypatch):
@@ -754,7 +773,8 @@ def test_an_interrupted_build_ends_with_the_same_bytes_and_so_does_one_of_two_pr
     monkeypatch.setattr(data, "clean_shard", work)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.npz")}
     real = data.deduplicate
-    monkeypatch.setattr(data, "deduplicate", lambda paths: [stamps.pop(p) for p in list(stamps) if p.stat().st_mtime_ns == stamps[p]] and real(paths))
+    same = lambda: [stamps.pop(path) for path in list(stamps) if path.stat().st_mtime_ns == stamps[path]]
+    monkeypatch.setattr(data, "deduplicate", lambda paths: same() and real(paths))
     data.build(tmp_path, [str(corpus)], 800, 0, workers=2, log=lambda line: None)
     assert not stamps and folder_bytes(tmp_path) == folder_bytes(built)  # the four shards were not made again
 
@@ -762,10 +782,12 @@ def test_an_interrupted_build_ends_with_the_same_bytes_and_so_does_one_of_two_pr
 def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_path):
     for name in ("one", "two"):
         repo = tmp_path / name
-        git = lambda *args, repo=repo: subprocess.run(["git", "-C", repo, "-c", "user.name=a", "-c", "user.email=a@example.com", *args], check=True, capture_output=True)
+        head = ["git", "-C", repo, "-c", "user.name=a", "-c", "user.email=a@example.com"]
+        git = lambda *args, head=head: subprocess.run([*head, *args], check=True, capture_output=True)
         repo.mkdir()
         git("init", "-q")
-        shutil.copytree(Path(sysconfig.get_paths()["stdlib"]) / ("json" if name == "one" else "html"), repo / "src", ignore=shutil.ignore_patterns("__pycache__"))
+        library = Path(sysconfig.get_paths()["stdlib"]) / ("json" if name == "one" else "html")
+        shutil.copytree(library, repo / "src", ignore=shutil.ignore_patterns("__pycache__"))
         (repo / "untracked.py").write_text("x = 1\n" * 30)
         git("add", "src")
         git("commit", "-qm", "Add the package")
@@ -776,8 +798,10 @@ def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_pat
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--source", "/nowhere/at/all"], "no such folder"), (["--source", "EMPTY"], "nothing to train on"), (["--explain", "no rule", "--out", "EMPTY"], "No such file"),
-    (["--source", "CORPUS", "--vocab-size", "100"], "vocab_size=100"), (["--source", "CORPUS", "--vocab-size", "60000", "--max-mb", "0.3"], "more than the corpus"),
+    (["--source", "/nowhere/at/all"], "no such folder"), (["--source", "EMPTY"], "nothing to train on"),
+    (["--explain", "no rule", "--out", "EMPTY"], "No such file"),
+    (["--source", "CORPUS", "--vocab-size", "100"], "vocab_size=100"),
+    (["--source", "CORPUS", "--vocab-size", "60000", "--max-mb", "0.3"], "more than the corpus"),
     (["--source", "missing.jsonl"], "no such file"),
 ])
 def test_wrong_input_is_one_line_and_status_2(corpus, tmp_path, arguments, words):
