@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 
 # ---- the equations ---------------------------------------------------------------------------------------------------
 
@@ -330,13 +331,32 @@ def unshard_sequence(x, group=None, dim=1, length=None):
     return whole if length is None else whole.narrow(dim, 0, length)
 
 
+def fingerprint(x) -> Tensor:
+    """
+    Three 64-bit integers of the bit pattern of a tensor: (3,) int64 on its device.
+
+    With the bits as 32-bit words x[row, col], 1024 to a row, and all sums modulo 2^64:
+        S0 = sum x      S1 = sum (2 row + 1) x      S2 = sum (2 col + 1) x
+    Integer sums do not depend on order, so the value is the same on every device. One flipped bit always changes S0; the same bit
+    flipped in two words, which an exclusive-or cannot see, changes it too; swapped, rolled or repeated words change S1 or S2.
+    """
+    raw = x.detach().contiguous().view(-1).view(torch.uint8)
+    words = (F.pad(raw, (0, -raw.numel() % 4096)) if raw.numel() % 4096 else raw).view(torch.int32).view(-1, 1024)
+    rows, columns = words.sum(1, dtype=torch.int64), words.sum(0, dtype=torch.int64)
+    weight = lambda sums: 2 * torch.arange(len(sums), device=x.device) + 1
+    return torch.stack([rows.sum(), (rows * weight(rows)).sum(), (columns * weight(columns)).sum()])
+
+
 class Ring:
     """
     Who holds what, and who needs what of whom: t positions a rank, the documents' starts, and the bytes sent so far.
 
     segment_ids (B, t) is this rank's shard, or None. starts (B, T) and positions (B, t), counted from each document's start, are made
-    from all shards, so that rotary angles and documents run across the borders.
+    from all shards, so that rotary angles and documents run across the borders. Where Ring.inspect is set, fingerprints travel with
+    all that is sent, and inspect(source rank, {name: tensor}, fingerprints) sees every tensor that arrives.
     """
+
+    inspect = None
 
     def __init__(self, t, segment_ids=None, group=None, device="cpu"):
         if t % 2:
@@ -369,23 +389,44 @@ class Ring:
         start = self.mine.index(j) * self.c
         return x[:, :, start + a - j * self.c:start + self.c]
 
-    def exchange(self, out, dst, shapes, src, like):
-        """Send the list `out` to dst, receive tensors of these shapes from src. Returns them and what to wait for."""
-        into = [like.new_empty(shape) for shape in shapes]
-        out = [x.contiguous() for x in out]
+    def shift(self, x, positions, _before=None):
+        """Each token gets the state of the one before it in its document, or zeros: x (B, t, C). Only the ends of chunks travel."""
+        ends = torch.stack([x[:, self.c - 1], x[:, -1]])                         # (2, B, C): of this rank's two chunks
+        every = all_gather(ends, self.group)
+        parts = []
+        for half, i in enumerate(self.mine):                                     # chunk i - 1 ends where this one begins
+            before = every[min(i - 1, 2 * self.P - i)][int(i > self.P)] if i else torch.zeros_like(ends[0])
+            parts += [before[:, None], x[:, half * self.c:(half + 1) * self.c - 1]]
+        return torch.cat(parts, dim=1) * (positions > 0)[..., None]
+
+    def exchange(self, out, dst, pieces, src, like, what=""):
+        """Send tensors to dst; those of `pieces` (chunk, first key) come from src: returns a function that waits for them."""
+        names = [f"{what}{x} of chunk {j}" for j, _ in pieces for x in ("keys", "values")]
+        into = [like.new_empty(*like.shape[:2], (j + 1) * self.c - a, like.shape[3]) for j, a in pieces for _ in range(2)]
+        out, arriving = [x.contiguous() for x in out], list(into)
+        if Ring.inspect:
+            out += [torch.stack([fingerprint(x) for x in out])] if out else []
+            arriving += [torch.empty(len(into), 3, dtype=torch.int64, device=like.device)] if into else []
         self.sent += sum(x.numel() * x.element_size() for x in out)
         peer = lambda rank: dist.get_global_rank(self.group, rank) if self.group is not None else rank
         ops = [dist.P2POp(dist.isend, x, peer(dst), self.group) for x in out]
-        ops += [dist.P2POp(dist.irecv, x, peer(src), self.group) for x in into]
-        return into, (dist.batch_isend_irecv(ops) if ops else []), out           # `out` lives until it is sent
+        ops += [dist.P2POp(dist.irecv, x, peer(src), self.group) for x in arriving]
+        work = dist.batch_isend_irecv(ops) if ops else []
+
+        def arrive(_alive=out):                                                  # what is sent must live until it is gone
+            for w in work:
+                w.wait()
+            if Ring.inspect and into:
+                Ring.inspect(peer(src), dict(zip(names, into)), arriving[-1])
+            return into
+        return arrive
 
     def fetch(self, k, v, lo, step):
-        """Begin step `step`: own pieces go to rank + step, those of rank - step come: (pieces, tensors, work, kept alive)."""
+        """Begin step `step`: own pieces go to rank + step, those of rank - step come: (pieces, a function that waits for them)."""
         dst, src = (self.rank + step) % self.P, (self.rank - step) % self.P
         out = [self.part(x, j, a) for j, a in self.pieces(lo, self.rank, dst) for x in (k, v)]
         coming = self.pieces(lo, src, self.rank)
-        shapes = [(*k.shape[:2], (j + 1) * self.c - a, k.shape[3]) for j, a in coming for _ in (k, v)]
-        return coming, *self.exchange(out, dst, shapes, src, k)
+        return coming, self.exchange(out, dst, coming, src, k)
 
     def steps(self, k, v, lo):
         """(step, [(chunk, first key, keys, values)]) of all ranks in turn, our own first; the next exchange runs meanwhile."""
@@ -393,9 +434,8 @@ class Ring:
         ahead = self.fetch(k, v, lo, 1) if self.P > 1 else None
         yield 0, own
         for step in range(1, self.P):
-            coming, tensors, work, _alive = ahead
-            for w in work:
-                w.wait()
+            coming, arrive = ahead
+            tensors = arrive()
             ahead = self.fetch(k, v, lo, step + 1) if step + 1 < self.P else None
             yield step, [(j, a, *tensors[2 * n:2 * n + 2]) for n, (j, a) in enumerate(coming)]
 
@@ -467,10 +507,7 @@ class RingAttention(torch.autograd.Function):
             home = [(j, j * ring.c) for j in ring.mine]
             if step:                                                             # the gradients go home, ours come home
                 home = ring.pieces(lo, ring.rank, (ring.rank + step) % ring.P)
-                shapes = [ring.part(x, j, a).shape for j, a in home for x in (k, v)]
-                grads, work, _alive = ring.exchange(grads, (ring.rank - step) % ring.P, shapes, (ring.rank + step) % ring.P, dq)
-                for w in work:
-                    w.wait()
+                grads = ring.exchange(grads, (ring.rank - step) % ring.P, home, (ring.rank + step) % ring.P, dk, "gradient of ")()
             for n, (j, a) in enumerate(home):
                 ring.part(dk, j, a).add_(grads[2 * n])
                 ring.part(dv, j, a).add_(grads[2 * n + 1])

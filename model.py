@@ -598,7 +598,7 @@ class LoopCoder(nn.Module):
         x = self.model.embed_tokens(input_ids)
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
-    def passes(self, input_ids, positions, attend_first, attend_later, cache=None, rows=None, last=None):
+    def passes(self, input_ids, positions, attend_first, attend_later, cache=None, rows=None, last=None, shift=shift):
         """
         The model: R passes over the same layers, then one norm. Returns (B, T, C).
 
@@ -640,12 +640,11 @@ class LoopCoder(nn.Module):
         B, T = input_ids.shape
         gates, window = getattr(self.model, "gate_projections", None), self.config.loop_window_size
         if group is not None:
-            if self.config.loop_input == "shift" and self.config.loop_num > 1:
-                raise ValueError("loop_input='shift' does not run over a process group: the shifted state would cross its borders")
             ring = Ring(T, segment_ids, group, input_ids.device)
             return self.passes(
                 input_ids, ring.positions.expand(B, T), lambda i, q, k, v: ring_attention(q, k, v, ring),
-                lambda turn, i, q, k, v, k1, v1: ring_loop_attention(q, k1, v1, k, v, gates[i].weight, gates[i].bias, window, ring=ring))
+                lambda turn, i, q, k, v, k1, v1: ring_loop_attention(q, k1, v1, k, v, gates[i].weight, gates[i].bias, window, ring=ring),
+                shift=ring.shift)
         positions = torch.arange(T, device=input_ids.device).expand(B, T)
         if segment_ids is not None:
             positions = positions - document_starts(segment_ids)                 # rotary angles restart with each document
