@@ -691,9 +691,10 @@ class LoopCoder(nn.Module):
         load_weights(model, folder, device, dtype)
         return model
 
-    def save_pretrained(self, path, shard_bytes=None):
+    def save_pretrained(self, path, shard_bytes=None, weights=None):
         """
-        Write config.json and the weights to a folder, as one file or as shards of at most shard_bytes.
+        Write config.json and the weights to a folder, as one file or as shards of at most shard_bytes. weights (name -> tensor) are
+        those of a model that is spread over several processes.
 
         Everything goes to temporary names first and is renamed at the end, so that a full disk leaves the old checkpoint whole.
         """
@@ -701,7 +702,7 @@ class LoopCoder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config.to_json() | {"torch_dtype": str(self.lm_head.weight.dtype).removeprefix("torch.")}
         try:
-            names = save_weights(self.state_dict(), folder, shard_bytes)
+            names = save_weights(weights or self.state_dict(), folder, shard_bytes)
             (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
             for name in [*names, "config.json"]:
                 os.replace(folder / f"{name}.tmp", folder / name)

@@ -34,6 +34,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -42,12 +43,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict as whole_state
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import commits
 import data
 import fim
 import tasks
-from loop_attention import shard_sequence
+from loop_attention import Ring, fingerprint, shard_sequence
 from model import LoopCoder, LoopCoderConfig, flops_per_token, matmul_peak, parameter_count
 
 # ---------------------------------------------------------------------------------------------- the stages
@@ -137,6 +141,7 @@ class TrainConfig:
     dtype: str = flag("auto", "bfloat16 or float32 for the forward and backward; master weights are float32 always")
     compile: str = flag("auto", "torch.compile: on, off; auto: on a GPU; on a CPU half a minute a stage pays late")
     cp: int = flag(1, "ranks that share a row of tokens: context parallelism over a ring")
+    fsdp: str = flag("auto", "weights, gradients, optimizer in shards over all ranks: on, off; auto: what would fill half a device")
     recompute: bool = flag(False, "compute activations again in the backward instead of keeping them")
     threads: int = flag(0, "CPU threads; 0: torch's choice")
     check: str = flag("auto", "fingerprints against silent errors: on, off; auto: on where there are replicas")
@@ -152,7 +157,7 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"--stages {self.stages}: no stage {unknown[0]!r}; one of all, {', '.join(STAGES)}")
         choices = {"optimizer": ("muon", "adamw"), "dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "on", "off")}
-        choices["check"] = choices["compile"]
+        choices["check"] = choices["fsdp"] = choices["compile"]
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(allowed)}")
@@ -192,6 +197,24 @@ def orthogonalize(x, steps=5):
     return x
 
 
+def orthogonalize_shards(updates, dtype):
+    """
+    orthogonalize() of matrices of one shape that lie in shards over the ranks: as many at a time as there are ranks, a whole one on
+    each (a shard by itself would be made orthogonal to the wrong thing). Yields the results as shards.
+    """
+    mesh = updates[0].device_mesh
+    for start in range(0, len(updates), mesh.size()):
+        some, mine = updates[start : start + mesh.size()], None
+        for k, u in enumerate(some):
+            whole = u.full_tensor()
+            mine = whole if k == mesh.get_local_rank() else mine
+        if mine is not None:
+            mine = orthogonalize(mine[None].to(dtype))[0] if mine.shape[0] <= mine.shape[1] else orthogonalize(mine.T[None].to(dtype))[0].T
+        for k, u in enumerate(some):
+            whole = mine.contiguous() if k == mesh.get_local_rank() else torch.empty(u.shape, dtype=dtype, device=u.device)
+            yield distribute_tensor(whole, mesh, u.placements, src_data_rank=k)
+
+
 class Muon(torch.optim.Optimizer):
     """
     Momentum whose step is made orthogonal: every direction of a matrix learns at the same pace. For matrices alone.
@@ -207,7 +230,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
             stacks, lr, momentum = defaultdict(list), group["lr"], group["momentum"]
             for p in group["params"]:
@@ -216,10 +239,16 @@ class Muon(torch.optim.Optimizer):
                 past = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
                 torch._foreach_lerp_(past, [p.grad for p in params], 1 - momentum)
                 ahead = torch._foreach_lerp([p.grad for p in params], past, momentum)
-                whole = orthogonalize(torch.stack([u if u.shape[0] <= u.shape[1] else u.T for u in ahead]).to(self.dtype))
-                for p, u in zip(params, whole.to(params[0].dtype)):
-                    u = u if p.shape[0] <= p.shape[1] else u.T
-                    p.mul_(1 - lr * group["weight_decay"]).add_(u, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
+                if isinstance(params[0], DTensor):
+                    whole = orthogonalize_shards(ahead, self.dtype)
+                else:
+                    whole = orthogonalize(torch.stack([u if u.shape[0] <= u.shape[1] else u.T for u in ahead]).to(self.dtype))
+                    whole = (u if p.shape[0] <= p.shape[1] else u.T for p, u in zip(params, whole))
+                for p, u in zip(params, whole):
+                    p.mul_(1 - lr * group["weight_decay"]).add_(u.to(p.dtype), alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
+
+
+WHOLE = whole_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Optimizer:
@@ -230,7 +259,7 @@ class Optimizer:
     """
 
     def __init__(self, model, kind="muon", weight_decay=0.1):
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.model, named = model, [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.params = [p for _, p in named]
         matrices = [p for n, p in named if ".layers." in n and n.endswith("proj.weight")]
         inside = {id(p) for p in matrices}
@@ -253,11 +282,11 @@ class Optimizer:
         return float(norm)
 
     def state_dict(self):
-        return [part.state_dict() for part in self.parts]
+        """What the optimizer remembers, whole and under the names of the weights: the same for any number of processes."""
+        return whole_state.get_optimizer_state_dict(self.model, self.parts, options=WHOLE)
 
     def load_state_dict(self, state):
-        for part, saved in zip(self.parts, state):
-            part.load_state_dict(saved)
+        whole_state.set_optimizer_state_dict(self.model, self.parts, optim_state_dict=state, options=WHOLE)
 
 
 # ---------------------------------------------------------------------------------------------- processes, device, model
@@ -274,6 +303,7 @@ class World:
     compiled: bool
     cp: int = 1  # ranks that share one row of tokens (context parallelism)
     group: object = None  # the process group of those ranks; None where cp is 1
+    mesh: object = None  # the ranks over which weights are sharded (FSDP2: all of them); None: each rank has all weights
 
     @property
     def main(self):
@@ -282,6 +312,11 @@ class World:
     @property
     def replicas(self):  # data-parallel copies, each of cp ranks
         return self.size // self.cp
+
+
+def shards_weights(cfg: TrainConfig) -> bool:
+    """Whether --fsdp shards: "auto" where float32 weights, gradients and two moments, 16 bytes a parameter, take 40 GB or more."""
+    return cfg.fsdp == "on" or cfg.fsdp == "auto" and 16 * parameter_count(LoopCoderConfig.preset(cfg.preset))[0] > 40e9
 
 
 def start_world(cfg: TrainConfig) -> World:
@@ -305,7 +340,8 @@ def start_world(cfg: TrainConfig) -> World:
         mesh = dist.device_mesh.init_device_mesh(device.type, (size // cfg.cp, cfg.cp), mesh_dim_names=("replica", "context"))
         group = mesh["context"].get_group()
     compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda" and cfg.cp == 1  # the ring is not to be traced
-    return World(rank, size, device, number_format(cfg.dtype, device), compiled, cfg.cp, group)
+    mesh = dist.device_mesh.init_device_mesh(device.type, (size,)) if size > 1 and shards_weights(cfg) else None
+    return World(rank, size, device, number_format(cfg.dtype, device), compiled, cfg.cp, group, mesh)
 
 
 @functools.cache
@@ -346,44 +382,70 @@ class Loss(torch.nn.Module):
         return self.model.loss(input_ids, targets, segment_ids, reduction="sum", group=self.group)
 
 
+def first_weights(stage: Stage, cfg: TrainConfig, world: World, vocab_size: int) -> LoopCoder:
+    """Random weights, or those of the stage before. Where weights are sharded, rank 0 alone has any (loss_function deals them out)."""
+    before = Path(cfg.out) / str(stage.start)
+    config = LoopCoderConfig.from_json(before / "config.json") if stage.start else LoopCoderConfig.preset(cfg.preset, vocab_size=vocab_size)
+    torch.manual_seed(cfg.seed)
+    if world.mesh is not None and not world.main:
+        with torch.device("meta"):
+            return LoopCoder(config)
+    device = world.device if world.mesh is None else "cpu"
+    return LoopCoder.from_pretrained(before, device=device, dtype=torch.float32) if stage.start else LoopCoder(config).to(device)
+
+
 def loss_function(model, world: World):
+    """The loss as a module to call: on several ranks with the weights in shards (FSDP2) or each rank with all of them (DDP)."""
     loss = Loss(model, world.group)
+    if world.mesh is not None:
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # v is one, and nothing writes to it
+        weights = model.state_dict() if world.main else {}
+        model.to("meta")
+        policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=world.mesh, mp_policy=policy)
+        register_fsdp_forward_method(model, "loss")
+        model.to_empty(device=world.device)
+        model.recompute = True  # a layer keeps its weights for the backward pass otherwise, and they are not in shards then
+        deal = whole_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        whole_state.set_model_state_dict(model, weights, options=deal)
     if world.compiled:
         loss.compile()
-    return torch.nn.parallel.DistributedDataParallel(loss) if world.size > 1 else loss
+    return torch.nn.parallel.DistributedDataParallel(loss) if world.size > 1 and world.mesh is None else loss
+
+
+def whole_copy(model, world: World):
+    """The model with all its weights on this rank, to generate from: sharded weights are gathered in the compute dtype, one by one."""
+    if world.mesh is None:
+        return model
+    with torch.device("meta"):
+        copy = LoopCoder(model.config).to(world.dtype)
+    copy.to_empty(device=world.device)
+    for (_, whole), (_, shards) in zip(copy.named_parameters(), model.named_parameters()):
+        whole.data.copy_(shards.full_tensor())
+    return copy.eval()
 
 
 # ---------------------------------------------------------------------------------------------- silent errors
 
 
 class SilentError(RuntimeError):
-    """The hardware computed wrong without saying so. report: {kind, step, tensor, rank (None where nothing can tell), rows}."""
+    """The hardware computed wrong without saying so. report: kind, step, tensor, ranks (those it can have been), rank (if that is one)."""
 
     def __init__(self, **report):
-        where = "an unknown rank" if report["rank"] is None else f"rank {report['rank']}"
+        self.report = report | {"rank": report["ranks"][0] if len(report["ranks"]) == 1 else None}
+        where = f"rank {report['ranks'][0]}" if len(report["ranks"]) == 1 else f"one of the ranks {', '.join(map(str, report['ranks']))}"
         super().__init__(f"silent error at step {report['step']}: {report['kind']}, tensor {report['tensor']}, {where}")
-        self.report = report
 
 
-def fingerprint(x) -> torch.Tensor:
-    """
-    Three 64-bit integers of the bit pattern of a tensor: (3,) int64 on its device.
-
-    With the bits as 32-bit words x[row, col], 1024 to a row, and all sums modulo 2^64:
-        S0 = sum x      S1 = sum (2 row + 1) x      S2 = sum (2 col + 1) x
-    Integer sums do not depend on order, so the value is the same on every device. One flipped bit always changes S0; the same bit
-    flipped in two words, which an exclusive-or cannot see, changes it too; swapped, rolled or repeated words change S1 or S2.
-    """
-    raw = x.detach().contiguous().view(-1).view(torch.uint8)
-    words = torch.nn.functional.pad(raw, (0, -raw.numel() % 4096)).view(torch.int32).view(-1, 1024)
-    rows, columns = words.sum(1, dtype=torch.int64), words.sum(0, dtype=torch.int64)
-    weight = lambda sums: 2 * torch.arange(len(sums), device=x.device) + 1
-    return torch.stack([rows.sum(), (rows * weight(rows)).sum(), (columns * weight(columns)).sum()])
+def local(x):
+    """What this rank holds of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def fingerprints(tensors: dict) -> torch.Tensor:
-    """{name: tensor} -> (N, 3)."""
-    return torch.stack([fingerprint(x) for x in tensors.values()])
+    """{name: tensor} -> (N, 3), of what this rank holds."""
+    return torch.stack([fingerprint(local(x)) for x in tensors.values()])
 
 
 def optimizer_tensors(optimizer, names) -> dict:
@@ -394,33 +456,40 @@ def optimizer_tensors(optimizer, names) -> dict:
 
 class Guard:
     """
-    Four checks, each for a fault that the others cannot see. All ranks raise together, before anything wrong is written.
+    Five checks, each for a fault that the others cannot see. All ranks raise together, before anything wrong is written.
 
     at rest      weights and optimizer state have, before the forward, the fingerprint they had after the last update
-    reduction    gradients are equal on all replicas after the all-reduce
-    update       weights and optimizer state are equal on all replicas after the update
+    received     keys, values and their gradients come round the ring with the fingerprint they were sent with
+    reduction    gradients are equal on all ranks after the all-reduce
+    update       weights and optimizer state are equal on all ranks after the update
     recompute    every recheck_every steps the last micro-batch is run again, here and on the neighbour: a wrong *local* gradient
                  reaches all replicas alike, so only this sees it; the neighbour sees what is wrong here every time (a stuck bit)
 
-    A rank is named by its own memory (at rest), by the majority of three or more replicas, or by the two neighbours that disagree.
+    A rank is named by its own memory (at rest, received), by the majority of three or more, or by the neighbours that disagree. Where
+    weights are sharded there are no replicas: "at rest" and "received" hold for each shard, all ranks recompute together and see a
+    fault that comes once, on an unknown rank; "reduction", "update" and the neighbour have nothing to compare. Nor has the neighbour
+    where one replica is all there is: a gradient that one rank of a ring computes wrong *every* time is not seen then.
     """
 
     def __init__(self, model, optimizer, world, recheck_every=0, inject=None):
         self.world, self.optimizer, self.recheck_every, self.inject = world, optimizer, recheck_every, inject
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.names = {p: n for n, p in self.params.items()}
-        self.remembered, self.local, self.before, self.step, self.last = None, {}, {}, 0, False
-        for p in self.params.values():
+        self.remembered, self.local, self.before, self.step, self.last, self.arrived = None, {}, {}, 0, False, []
+        Ring.inspect = self._received
+        for p in self.params.values() if world.mesh is None else ():
             p.register_post_accumulate_grad_hook(self._local_gradient)
             if inject:
                 p.register_hook(lambda grad, p=p: self._wrong_gradient(p, grad))
+        for i, layer in enumerate(model.model.layers if inject else ()):
+            layer.register_forward_hook(lambda _layer, _args, out, i=i: self._wrong_activation(i, out))
 
     def _state(self):
         return {**self.params, **optimizer_tensors(self.optimizer, self.names)}
 
     def _fault(self, site, tensors):
         if self.inject:
-            self.inject.strike(site, self.step, self.world.rank, tensors)
+            self.inject.strike(site, self.step, self.world.rank, {n: local(x) for n, x in tensors.items()})
 
     def _gather(self, table):
         """(N, k) of this rank -> (ranks, N, k) of all."""
@@ -431,17 +500,35 @@ class Guard:
         return torch.stack(every)
 
     def _fail(self, kind, names, bad):
-        """bad (ranks, N) bool, the same on all ranks: report the first tensor that is wrong, and on which rank."""
+        """bad (ranks, N) bool, the same on all ranks: report the first tensor that is wrong, and on which ranks it can be."""
         tensor = int(bad.any(0).nonzero()[0])
-        ranks = bad[:, tensor].nonzero()[:, 0].tolist()
-        raise SilentError(kind=kind, step=self.step, tensor=list(names)[tensor], rank=ranks[0] if len(ranks) == 1 else None)
+        raise SilentError(kind=kind, step=self.step, tensor=list(names)[tensor], ranks=bad[:, tensor].nonzero()[:, 0].tolist())
 
     def _equal(self, kind, names, table):
-        """All replicas hold the same fingerprints; with three or more, the majority names the one that does not."""
+        """All ranks hold the same fingerprints; with three or more, the majority names the one that does not."""
+        if self.world.mesh is not None:
+            return
         every = self._gather(table)
         agree = (every[:, None] == every[None]).all(-1)  # (ranks, ranks, N)
         if not agree.all():
             self._fail(kind, names, agree.sum(0) * 2 <= self.world.size)
+
+    def _received(self, source, tensors, sent):
+        """Ring calls this with everything that arrives; nothing waits here, all_arrived() judges."""
+        self._fault("received", tensors)
+        bad = (fingerprints(tensors) != sent).any(-1)
+        self.arrived += [(f"{name}, exchange {len(self.arrived)}, from rank {source}", b) for name, b in zip(tensors, bad)]
+
+    def all_arrived(self):
+        """What came round the ring in this step came as it was sent."""
+        bad = torch.stack([b for _, b in self.arrived]) if self.arrived else torch.zeros(1, dtype=torch.bool, device=self.world.device)
+        ranks = self._gather(bad.any()[None])[:, 0].nonzero()[:, 0].tolist() if self.world.cp > 1 else []
+        if ranks:
+            found = [None] * self.world.size
+            dist.all_gather_object(found, self.arrived[int(bad.nonzero()[0])][0] if bad.any() else "")
+            self.arrived = []
+            raise SilentError(kind="received otherwise than sent", step=self.step, tensor=found[ranks[0]], ranks=ranks)
+        self.arrived = []
 
     def before_forward(self, step):
         self.step, self.last = step, False
@@ -462,6 +549,14 @@ class Guard:
             self._fault("gradient", {self.names[p]: grad})
         return grad
 
+    def _wrong_activation(self, i, out):
+        """Where --inject damages what layer i gives to the next."""
+        if not self.last:
+            return out
+        x = out[0].clone(memory_format=torch.contiguous_format)
+        self._fault("activation", {f"layers.{i}": x})
+        return (x, *out[1:])
+
     def _local_gradient(self, p):
         """Runs inside the backward, after p.grad has taken in a micro-batch and before DDP reduces it."""
         if self.last and self.rechecks():
@@ -477,29 +572,42 @@ class Guard:
 
     def recompute(self, loss_of, own, neighbours):
         """own, neighbours: last micro-batch of this replica and of the next; loss_of(micro_batch) -> the loss that was differentiated."""
-        def gradient_of(piece, before):
-            grads = dict(zip(self.params, torch.autograd.grad(loss_of(piece), list(self.params.values()))))
-            return fingerprints({n: before[n].add_(g) if n in before else g for n, g in grads.items()})
-
-        was = torch.stack([self.local[n] for n in self.params])
-        again = self._gather(gradient_of(own, self.before))
-        self.before = {}
+        self.all_arrived()
+        if self.world.mesh is not None:
+            return self._recompute_together(loss_of, own)
+        gradient_of = lambda piece: dict(zip(self.params, torch.autograd.grad(loss_of(piece), list(self.params.values()))))
+        was, alone = torch.stack([self.local[n] for n in self.params]), gradient_of(own)
+        mine = fingerprints(alone)
+        again = self._gather(fingerprints({n: self.before[n].add_(g) if n in self.before else g for n, g in alone.items()}))
+        self.before, alone = {}, None
         bad = (self._gather(was) != again).any(-1)
         if bad.any():
             self._fail("a gradient computed twice differs", self.params, bad)
         if self.world.replicas > 1:
             cp = self.world.cp
-            mine, theirs = self._gather(gradient_of(own, {})), self._gather(gradient_of(neighbours, {}))
+            mine, theirs = self._gather(mine), self._gather(fingerprints(gradient_of(neighbours)))
             bad = (mine.roll(-cp, 0) != theirs).any(-1)  # row r: how rank r sees its neighbour, rank r + cp
             if bad.any():
                 blamed = bad & bad.roll(cp, 0)  # differs from the neighbour after it, and from the one before
                 only = blamed if self.world.replicas > 2 and blamed.any() else bad | bad.roll(cp, 0)
                 self._fail("two ranks compute different gradients", self.params, only)
 
+    def _recompute_together(self, loss_of, own):
+        """Where weights are sharded: the same backward once more, and the same sums must come home to every rank."""
+        was = fingerprints({n: p.grad for n, p in self.params.items()})
+        for n, p in self.params.items():
+            p.grad = self.before.pop(n, None)
+        loss_of(own).backward()
+        bad = self._gather((was != fingerprints({n: p.grad for n, p in self.params.items()})).any(-1, keepdim=True))[..., 0]
+        if bad.any():
+            self._fail("a gradient computed twice differs", self.params, bad.any(0, keepdim=True).expand_as(bad))
+
     def after_reduction(self):
+        self.all_arrived()
         grads = {n: p.grad for n, p in self.params.items()}
         self._fault("reduced", grads)
-        self._equal("gradients differ after the reduction", grads, fingerprints(grads))
+        if self.world.mesh is None:
+            self._equal("gradients differ after the reduction", grads, fingerprints(grads))
 
     def after_update(self):
         state = self._state()
@@ -512,7 +620,7 @@ class Guard:
 class Inject:
     """A fault for tests and readers: --inject site=weight,step=3,rank=1,tensor=model.norm.weight,element=5,bit=30,fault=flip"""
 
-    site: str = "weight"  # weight, optimizer (at rest), gradient (local), reduced (after the all-reduce), update
+    site: str = "weight"  # weight, optimizer (at rest); activation, gradient (local); received (ring); reduced (all-reduced); update
     step: int = 1  # 0-based
     rank: int = 0
     tensor: str = ""  # part of its name; the first that matches
@@ -697,7 +805,8 @@ class Curriculum:
         if phase == 1 and not self.rates:
             self.model.eval()
             cells = [(family, level) for family in self.base for level in (1, 2, 3, 4)]
-            found = solve_rates(self.model, self.tokenizer, cells, 1, 8, split="train", thinking=self.thinking, seed=self.seed)
+            model = whole_copy(self.model, self.world)
+            found = solve_rates(model, self.tokenizer, cells, 1, 8, split="train", thinking=self.thinking, seed=self.seed)
             self.rates = {f"{family}/{level}": sum(c for c, _ in row) / sum(n for _, n in row) for (family, level), row in found.items()}
             self.model.train()
             easy = {family: self.rates.get(f"{family}/1", 0.0) for family in self.base}
@@ -775,7 +884,7 @@ def gradient(loss_fn, batch, world: World, micro_rows: int, guard: Guard | None 
     total = torch.zeros((), device=world.device)
     pieces = micro_batches(batch, world, micro_rows)
     for piece in pieces[:-1]:
-        with contextlib.nullcontext() if world.size == 1 else loss_fn.no_sync():
+        with loss_fn.no_sync() if world.size > 1 and world.mesh is None else contextlib.nullcontext():  # FSDP adds up in shards
             loss = loss_fn(*piece)
             (loss * scale).backward()
         total += loss.detach()
@@ -785,7 +894,7 @@ def gradient(loss_fn, batch, world: World, micro_rows: int, guard: Guard | None 
     (loss * scale).backward()
     total += loss.detach()
     if guard and guard.rechecks():
-        plain = loss_fn.module if world.size > 1 else loss_fn
+        plain = loss_fn if isinstance(loss_fn, Loss) else loss_fn.module
         guard.recompute(lambda piece: plain(*piece) * scale, pieces[-1], micro_batches(batch, world, micro_rows, ahead=1)[-1])
     if world.size > 1:
         dist.all_reduce(total)
@@ -859,17 +968,12 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     steps = max(2, round(stage.tokens * preset.tokens * cfg.scale / (rows * context)))
     micro_rows = max(1, (cfg.micro_batch_tokens or (4096 if world.device.type == "cpu" else 32768)) // context)
 
-    torch.manual_seed(cfg.seed)
-    if stage.start is None:
-        config = LoopCoderConfig.preset(cfg.preset)
-        config.vocab_size = tokenizer.vocab_size
-        model = LoopCoder(config).to(world.device)
-    else:
-        model = LoopCoder.from_pretrained(Path(cfg.out) / stage.start, device=world.device, dtype=torch.float32)
+    model = first_weights(stage, cfg, world, tokenizer.vocab_size)
     model.compute_dtype, model.recompute = world.dtype, cfg.recompute
     model.config.max_position_embeddings = context
     model.config.rope_theta = stage.rope_theta or model.config.rope_theta
     model.train()
+    loss_fn = loss_function(model, world)
     peak = cfg.lr or preset.lr
     optimizer = Optimizer(model, cfg.optimizer, cfg.weight_decay)
     files = token_files(Path(cfg.out) / "data" / "train")
@@ -886,8 +990,8 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
 
     first, seconds, snapshot = 0, 0.0, folder / "state.pt"
     if cfg.resume and snapshot.exists():
-        saved = torch.load(snapshot, map_location=world.device, weights_only=False)
-        model.load_state_dict(saved["model"])
+        saved = torch.load(snapshot, map_location="cpu", weights_only=False, mmap=True)
+        whole_state.set_model_state_dict(model, saved["model"], options=WHOLE)
         optimizer.load_state_dict(saved["optimizer"])
         mixture.load_state(saved["mixture"])
         first, seconds = saved["step"], saved["seconds"]
@@ -899,7 +1003,6 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
         size, rest = parameter_count(model.config)[0] / 1e6, f" from step {first}" if first else ""
         print(f"{stage.name}: {size:.2f}M parameters, rows of {context} tokens, {rows * context} tokens a step, {steps} steps{rest}")
         print(f"{stage.name}: {parts}{missing}", flush=True)
-    loss_fn = loss_function(model, world)
     checked = cfg.check == "on" or cfg.check == "auto" and world.size > 1 or cfg.inject
     guard = Guard(model, optimizer, world, cfg.recheck_every, Inject.parse(cfg.inject) if cfg.inject else None) if checked else None
     log = Log(folder / "log.jsonl", world, keep=first)
@@ -925,22 +1028,26 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
         line = f"{stage.name} {step + 1:5d}/{steps} | loss {loss:.3f} | lr {lr:.1e} | grad {norm:.2f} | {speed / 1e3:.2f}k tok/s"
         line += f" | MFU {100 * record['mfu']:.0f}% | eta {eta // 60:.0f}m{eta % 60:02.0f}s"
         log(record, line, last=step == steps - 1)
-        if world.main and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
-            state = {"step": step + 1, "seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state["mixture"] = mixture.state()
-            write_atomically(snapshot, lambda path, state=state: torch.save(state, path))
+        if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+            weights = whole_state.get_model_state_dict(model, options=WHOLE)  # all ranks send their shards, rank 0 writes
+            state = {"step": step + 1, "seconds": seconds, "model": weights, "optimizer": optimizer.state_dict()}
+            if world.main:
+                write_atomically(snapshot, lambda path, state=state | {"mixture": mixture.state()}: torch.save(state, path))
     finish_stage(model, tokenizer, folder, mixture, shares, log, cfg, world)
     return folder
 
 
 def finish_stage(model, tokenizer, folder, mixture, shares, log, cfg, world):
     """Write the checkpoint, then judge it: bits per byte of the held-out projects, by language."""
+    weights = whole_state.get_model_state_dict(model, options=WHOLE)  # whole on rank 0
     if world.main:
         tokenizer.save(folder)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, weights=weights)
         (folder / "state.pt").unlink(missing_ok=True)
+    if world.main or world.mesh is not None:  # a sharded model answers only where all ranks ask
         model.eval()
         scores = bits_per_byte(model, Path(cfg.out) / "data" / "heldout", cfg.eval_bytes, world)
+    if world.main:
         realised = ", ".join(f"{n} {100 * s:.2f}%" for n, s in mixture.realised().items())
         line = f"{folder.name}: held-out bits per byte " + ", ".join(f"{n} {s:.3f}" for n, s in scores.items()) + f" | shares {realised}"
         log({"bits_per_byte": scores, "realised": mixture.realised(), "asked": shares}, line, last=True)

@@ -1,9 +1,7 @@
 """train.py: what each claim of the training loop rests on. A toy preset and a corpus of a few standard-library packages make it quick."""
 
-import dataclasses
 import json
 import math
-import os
 import resource
 import subprocess
 import sys
@@ -12,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import data
 import model
@@ -151,153 +147,6 @@ def test_bits_per_byte_counts_every_token_once_whatever_the_context(corpus, toy)
             size += int(file.nbytes[i])
     expected = sum(int(file.lengths[i]) - 1 for i in chosen) * math.log2(600) / size
     assert train.bits_per_byte(net, corpus / "data" / "heldout", 30_000, world)["python"] == pytest.approx(expected, rel=1e-5)
-
-
-def ranked_chain(rank, size, port, out, changes):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
-    torch.set_num_threads(1)
-    add_toy(dict.__setitem__)
-    run_chain(config(out, **changes))
-    train.end_world()
-
-
-def test_context_parallel_and_data_parallel_runs_follow_the_loss_of_one_process(corpus, toy, tmp_path):
-    """Two and four processes: two ranks a row, two replicas, and both; the checks for silent errors stay quiet all the while."""
-    losses = {}
-    for n, (size, cp) in enumerate([(1, 1), (2, 2), (4, 2)]):
-        out = tmp_path / f"{size}-{cp}"
-        out.mkdir()
-        linked(corpus, out)
-        changes = {"stages": "pretrain", "cp": cp, "recheck_every": 3, "check": "on", "scale": 0.04, "batch_tokens": 256}
-        if size == 1:
-            run_chain(config(out, **changes))
-        else:
-            mp.spawn(ranked_chain, (size, 29100 + n + os.getpid() % 400, str(out), changes), nprocs=size)
-        losses[size, cp] = [json.loads(line)["loss"] for line in (out / "pretrain" / "log.jsonl").read_text().splitlines()[:-1]]
-    assert len(losses[1, 1]) > 3
-    for run in losses.values():
-        assert run == pytest.approx(losses[1, 1], rel=2e-4)
-
-
-# ------------------------------------------------------------------------------------------------ silent errors
-
-
-def test_the_fingerprint_sees_what_an_exclusive_or_cannot():
-    torch.manual_seed(0)
-    for fault in ("flip", "pair", "swap", "zero", "roll", "stuck"):
-        for trial in range(40):
-            x = torch.randn(5000)
-            damaged = x.clone()
-            if train.corrupt(damaged, fault, trial * 97, trial % 32):
-                assert not torch.equal(train.fingerprint(x), train.fingerprint(damaged)), (fault, trial)
-    x = torch.randn(5000)
-    twice = x.clone()
-    train.corrupt(twice, "pair", 3, 7)
-    xor = lambda t: np.bitwise_xor.reduce(t.numpy().view(np.int32))
-    assert xor(x) == xor(twice) and not torch.equal(train.fingerprint(x), train.fingerprint(twice))
-
-
-def test_the_fingerprint_is_the_sums_of_its_docstring_modulo_2_to_the_64():
-    x = torch.randn(3000, dtype=torch.float32)
-    words = np.zeros(3072, np.int64)
-    words[:3000] = x.numpy().view(np.int32)
-    words = [[int(w) for w in row] for row in words.reshape(3, 1024)]
-    sums = [sum(w * f(r, c) for r, row in enumerate(words) for c, w in enumerate(row)) % 2**64
-            for f in (lambda r, c: 1, lambda r, c: 2 * r + 1, lambda r, c: 2 * c + 1)]
-    assert [int(v) % 2**64 for v in train.fingerprint(x)] == sums
-
-
-class Lab:
-    """One process of a small data-parallel run, put back to its first state before each trial."""
-
-    def __init__(self, rank, size, port):
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
-        torch.set_num_threads(1)
-        add_toy(dict.__setitem__)
-        self.world = train.start_world(config("unused"))
-        torch.manual_seed(0)
-        self.net = model.LoopCoder(dataclasses.replace(model.LoopCoderConfig.preset("toy"), vocab_size=64, num_hidden_layers=1))
-        self.first = {n: x.clone() for n, x in self.net.state_dict().items()}
-        self.loss_fn = train.loss_function(self.net, dataclasses.replace(self.world, compiled=False))
-        ids = np.random.default_rng(0).integers(0, 64, (2 * size, 16))
-        self.batch = (ids, np.roll(ids, -1, 1), np.zeros_like(ids))
-        self.guard = None
-
-    def trial(self, inject, steps=3, recheck_every=1):
-        """Run a few steps with a fault; returns the report, or None where nothing was seen."""
-        self.net.load_state_dict(self.first)
-        self.net.zero_grad()
-        optimizer = train.Optimizer(self.net)
-        if self.guard is None:
-            self.guard = train.Guard(self.net, optimizer, self.world, recheck_every, train.Inject(step=10**9))
-        guard = self.guard
-        guard.optimizer, guard.inject, guard.remembered, guard.recheck_every = optimizer, inject, None, recheck_every
-        try:
-            for step in range(steps):
-                guard.before_forward(step)
-                train.gradient(self.loss_fn, self.batch, self.world, 1, guard)
-                guard.after_reduction()
-                optimizer.step(1e-3, 1.0)
-                guard.after_update()
-        except train.SilentError as error:
-            return error.report
-        return None
-
-
-def hunt(rank, size, port, trials, path):
-    """Every process runs the same trials; rank 0 writes what was found, and whether the fault had changed anything at all."""
-    lab, rng, results = Lab(rank, size, port), np.random.default_rng(7), []
-    names = [n for n, _ in lab.net.named_parameters()]
-    for t in range(trials):
-        site = ("weight", "optimizer", "gradient", "reduced", "update")[t % 5]
-        spec = {"site": site, "step": int(rng.integers(1, 3)), "rank": int(rng.integers(size))}
-        spec |= {"tensor": names[rng.integers(len(names))], "element": int(rng.integers(1 << 20)), "bit": int(rng.integers(32))}
-        spec |= {"fault": ("flip", "pair", "swap", "zero", "roll", "stuck")[rng.integers(6)], "persistent": int(rng.integers(2))}
-        inject = train.Inject(**spec)
-        report = lab.trial(inject)
-        struck = torch.tensor(int(inject.struck))
-        dist.all_reduce(struck)
-        results.append([spec, report, int(struck)])
-    clean = [lab.trial(None, steps=25, recheck_every=5) for _ in range(4)]
-    if rank == 0:
-        Path(path).write_text(json.dumps({"results": results, "clean": clean}))
-    del lab
-    train.end_world()
-
-
-@pytest.mark.parametrize("size, trials", [(2, 30), (4, 40)])
-def test_every_injected_fault_is_found_in_its_step_and_its_rank_is_named(size, trials, tmp_path):
-    mp.spawn(hunt, (size, 29600 + size + os.getpid() % 300, trials, str(tmp_path / "found.json")), nprocs=size)
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["clean"] == [None] * 4
-    real = [(spec, report) for spec, report, struck in found["results"] if struck]
-    assert len(real) > trials / 2
-    for spec, report in real:
-        assert report is not None, spec
-        assert report["step"] == spec["step"] or spec["persistent"], (spec, report)
-        if size > 2 or report["kind"] in ("changed at rest", "a gradient computed twice differs"):
-            assert report["rank"] == spec["rank"], (spec, report)
-
-
-def test_without_its_check_each_kind_of_fault_goes_unseen(tmp_path):
-    """The recomputation is the only one to see a wrong local gradient; a stuck one only through the neighbour's eyes."""
-    mp.spawn(blind, (2, 29950 + os.getpid() % 40, str(tmp_path / "blind.json")), nprocs=2)
-    seen = json.loads((tmp_path / "blind.json").read_text())
-    assert seen["gradient, recheck off"] is None
-    assert seen["gradient, recheck on"]["kind"] == "a gradient computed twice differs"
-    assert seen["stuck gradient, recheck on"]["kind"] == "two ranks compute different gradients"
-
-
-def blind(rank, size, port, path):
-    lab, seen = Lab(rank, size, port), {}
-    spec = {"site": "gradient", "step": 1, "rank": 1, "tensor": "embed_tokens", "element": 40, "bit": 22}
-    seen["gradient, recheck off"] = lab.trial(train.Inject(**spec), recheck_every=0)
-    seen["gradient, recheck on"] = lab.trial(train.Inject(**spec), recheck_every=1)
-    seen["stuck gradient, recheck on"] = lab.trial(train.Inject(**spec, persistent=1, fault="stuck"), recheck_every=1)
-    if rank == 0:
-        Path(path).write_text(json.dumps(seen))
-    del lab
-    train.end_world()
 
 
 # ------------------------------------------------------------------------------------------------ command line
