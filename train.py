@@ -628,12 +628,13 @@ class Inject:
     bit: int = 30
     fault: str = "flip"  # flip; pair: the same bit of two elements; swap: two elements; zero, roll, stuck: over a run of elements
     persistent: int = 0  # 1: every time from `step` on
-    struck: bool = False  # something was changed
+    fired: bool = False  # it has come
+    struck: bool = False  # and has changed something
 
     @classmethod
     def parse(cls, text):
         values = dict(part.partition("=")[::2] for part in text.split(","))
-        kinds = {f.name: f.type for f in dataclasses.fields(cls) if f.name != "struck"}
+        kinds = {f.name: f.type for f in dataclasses.fields(cls) if f.name not in ("fired", "struck")}
         wrong = [name for name in values if name not in kinds]
         if wrong:
             raise ValueError(f"--inject {text}: no field {wrong[0]!r}; there are {', '.join(kinds)}")
@@ -641,9 +642,10 @@ class Inject:
 
     @torch.no_grad()
     def strike(self, site, step, rank, tensors):
-        due = step >= self.step if self.persistent else step == self.step and not self.struck
+        due = step >= self.step if self.persistent else step == self.step and not self.fired
         hit = [x for name, x in tensors.items() if self.tensor in name]
         if site == self.site and due and rank == self.rank and hit:
+            self.fired = True
             self.struck |= corrupt(hit[0], self.fault, self.element, self.bit)
 
 
