@@ -25,6 +25,7 @@ numbers are ours. Where we differ: one node; a category of the mixture that has 
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import gc
 import gzip
@@ -32,6 +33,7 @@ import json
 import lzma
 import math
 import os
+import socket
 import sys
 import time
 import warnings
@@ -143,6 +145,7 @@ class TrainConfig:
     cp: int = flag(1, "ranks that share a row of tokens: context parallelism over a ring")
     fsdp: str = flag("auto", "weights, gradients, optimizer in shards over all ranks: on, off; auto: what would fill half a device")
     recompute: bool = flag(False, "compute activations again in the backward instead of keeping them")
+    timeout: float = flag(1800.0, "seconds that a rank waits for the others before the run ends; one that dies is noticed at once")
     threads: int = flag(0, "CPU threads; 0: torch's choice")
     check: str = flag("auto", "fingerprints against silent errors: on, off; auto: on where there are replicas")
     recheck_every: int = flag(100, "steps between two re-computations of a micro-batch (with --check); 0: never")
@@ -304,6 +307,8 @@ class World:
     cp: int = 1  # ranks that share one row of tokens (context parallelism)
     group: object = None  # the process group of those ranks; None where cp is 1
     mesh: object = None  # the ranks over which weights are sharded (FSDP2: all of them); None: each rank has all weights
+    door: object = None  # a listening socket of this process, see doors()
+    doors: tuple = ()  # and the addresses of all ranks' sockets
 
     @property
     def main(self):
@@ -312,6 +317,34 @@ class World:
     @property
     def replicas(self):  # data-parallel copies, each of cp ranks
         return self.size // self.cp
+
+
+class LostRank(RuntimeError):
+    """A process of the run has died."""
+
+
+def doors(size):
+    """
+    (a listening socket, the addresses of all ranks' sockets). The kernel answers there for a process however busy it is, and stops
+    when it dies: so the others learn who it was, when a collective fails and says nothing but that a connection is closed.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect((os.environ["MASTER_ADDR"], 1))  # sends nothing: asks which of our addresses the others reach
+        door = socket.create_server((s.getsockname()[0], 0))
+    addresses = [None] * size
+    dist.all_gather_object(addresses, door.getsockname())
+    return door, tuple(addresses)
+
+
+def lost_ranks(world: World) -> list[int]:
+    """Ranks at whose door nobody answers."""
+    lost = []
+    for rank, address in enumerate(world.doors):
+        try:
+            socket.create_connection(address, timeout=5).close()
+        except OSError:
+            lost.append(rank)
+    return lost
 
 
 def shards_weights(cfg: TrainConfig) -> bool:
@@ -330,7 +363,8 @@ def start_world(cfg: TrainConfig) -> World:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = datetime.timedelta(seconds=cfg.timeout)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if size % cfg.cp:
@@ -341,7 +375,8 @@ def start_world(cfg: TrainConfig) -> World:
         group = mesh["context"].get_group()
     compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda" and cfg.cp == 1  # the ring is not to be traced
     mesh = dist.device_mesh.init_device_mesh(device.type, (size,)) if size > 1 and shards_weights(cfg) else None
-    return World(rank, size, device, number_format(cfg.dtype, device), compiled, cfg.cp, group, mesh)
+    found = doors(size) if size > 1 else (None, ())
+    return World(rank, size, device, number_format(cfg.dtype, device), compiled, cfg.cp, group, mesh, *found)
 
 
 @functools.cache
@@ -867,6 +902,8 @@ def micro_batches(batch, world: World, micro_rows: int, ahead: int = 0):
     This replica's rows of the global batch (or those of a replica `ahead` of it) as tensors, in pieces of micro_rows; under context
     parallelism this rank's chunks of them. The loss shift was made before the cut, so it crosses the borders of the chunks.
     """
+    short = -len(batch[0]) % world.replicas  # rows that teach nothing fill up what the replicas do not share evenly
+    batch = [np.pad(part, ((0, short), (0, 0)), constant_values=value) for part, value in zip(batch, (0, -100, 0))] if short else batch
     replica = (world.rank // world.cp + ahead) % world.replicas
     mine = [torch.from_numpy(part[replica :: world.replicas]).to(world.device) for part in batch]
     if world.group is not None:
@@ -965,8 +1002,7 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = data.Tokenizer.load(Path(cfg.out) / "data" / "tokenizer")
     context = preset.contexts[stage.context]
-    rows = max(world.replicas, round((cfg.batch_tokens or preset.batch_tokens) / context))
-    rows += -rows % world.replicas
+    rows = max(1, round((cfg.batch_tokens or preset.batch_tokens) / context))
     steps = max(2, round(stage.tokens * preset.tokens * cfg.scale / (rows * context)))
     micro_rows = max(1, (cfg.micro_batch_tokens or (4096 if world.device.type == "cpu" else 32768)) // context)
 
@@ -1251,7 +1287,15 @@ def main(argv=None):
         return None
     if world.main:
         print(f"train.py: {json.dumps(dataclasses.asdict(cfg))}\n{world.device}, {world.dtype}, {world.size} process(es)")
-    chain(cfg, world)
+    try:
+        chain(cfg, world)
+    except RuntimeError as error:
+        lost = [] if isinstance(error, SilentError) else lost_ranks(world)
+        if not lost:
+            raise
+        dist.destroy_process_group()  # whoever waits for this rank learns that it need not,
+        time.sleep(3)  # and still finds it at its door
+        raise LostRank(f"rank {lost[0]} is gone, so rank {world.rank} stops; --resume goes on from the last snapshot, with any N") from error
     end_world()
 
 
@@ -1264,5 +1308,8 @@ if __name__ == "__main__":
     except SilentError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(3)
+    except LostRank as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(4)
     except KeyboardInterrupt:
         sys.exit(130)

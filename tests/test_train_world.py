@@ -8,9 +8,12 @@ import dataclasses
 import gc
 import json
 import os
+import runpy
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -297,6 +300,58 @@ def test_for_each_check_there_is_a_fault_that_nothing_else_sees_in_its_step(tmp_
         "gradients differ after the reduction": ["gradients differ after the reduction", "replicas differ after the update"],
         "replicas differ after the update": ["replicas differ after the update", "missed"],
     }
+
+
+# ------------------------------------------------------------------------------------------------ ranks that die
+
+WORDS = ["--stages", "pretrain", "--scale", "0.012", "--batch-tokens", "512", "--compile", "off", "--dtype", "float32", "--eval-bytes", "3000",
+         "--save-every", "1", "--threads", "1"]
+
+
+def start(rank, size, port, folder, *more):
+    """train.py itself as one rank, in a fork of this interpreter; its last words go to FOLDER/stderr-RANK. Returns its process id."""
+    pid = os.fork()
+    if pid == 0:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+        os.dup2(os.open(f"{folder}/stderr-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.argv = ["train.py", "--out", folder, *WORDS, *more]
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as exit:
+            os._exit(exit.code)
+        os._exit(0)
+    return pid
+
+
+def killed(folder, whole):
+    """Three ranks with their weights in shards; one is killed after its third step. Then two go on from the snapshot, over a ring."""
+    log, port = Path(folder) / "pretrain" / "log.jsonl", free_port()
+    pids = [start(rank, 3, port, folder, "--fsdp", "on") for rank in range(3)]
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        time.sleep(0.02)
+        assert os.waitpid(pids[0], os.WNOHANG) == (0, 0), "the run ended before it could be killed"
+    os.kill(pids[1], signal.SIGKILL)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    lines = [Path(f"{folder}/stderr-{rank}").read_text().strip().splitlines()[-1:] for rank in range(3)]
+    port = free_port()
+    again = [start(rank, 2, port, folder, "--resume", "--cp", "2", "--fsdp", "off") for rank in range(2)]
+    codes += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in again]
+    os.waitpid(start(0, 1, port, whole), 0)
+    Path(folder, "report.json").write_text(json.dumps([codes, lines]))
+
+
+def test_a_rank_that_is_killed_ends_the_run_with_its_name_and_another_number_of_ranks_goes_on(corpus, tmp_path):
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    for out in (folder, whole):
+        out.mkdir()
+        (out / "data").symlink_to(corpus / "data")
+    said = program("killed", str(folder), str(whole))
+    codes, lines = json.loads((folder / "report.json").read_text())
+    assert codes == [4, -signal.SIGKILL, 4, 0, 0], (codes, lines)
+    for rank in (0, 2):
+        assert lines[rank] == [f"train.py: rank 1 is gone, so rank {rank} stops; --resume goes on from the last snapshot, with any N"]
+    assert "steps from step" in said  # the two did not begin again
+    assert losses(folder) == pytest.approx(losses(whole), rel=2e-4)
 
 
 if __name__ == "__main__":
