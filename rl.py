@@ -883,8 +883,8 @@ def train(cfg: RLConfig, world) -> Path:
     if cfg.resume and (folder / "model.safetensors").exists() and not snapshot.exists():
         return folder  # complete
     tokenizer, model = Tokenizer.load(start), LoopCoder.from_pretrained(start, device=world.device, dtype=torch.float32)
-    if cfg.context > model.config.max_position_embeddings:
-        raise ValueError(f"--context {cfg.context}: {start} was made for {model.config.max_position_embeddings} positions")
+    if cfg.context >= model.config.max_position_embeddings:
+        raise ValueError(f"--context {cfg.context}: must be below the {model.config.max_position_embeddings} positions of {start}")
     optimizer = pipeline.Optimizer(model, kind="adamw", weight_decay=0.0)
     curriculum, verdicts = Curriculum([int(level) for level in cfg.levels.split(",")]), Verdicts()
     folder.mkdir(parents=True, exist_ok=True)
@@ -1026,24 +1026,27 @@ def comparison(found, against=None):
 # Does it work, and is it the reward that does it? Models of under a million parameters, made here from nothing; held-out templates;
 # several seeds; and beside each run the controls that would show the same gain if it came from anything else.
 
-STUDY = {  # task: its demonstrations and the tokens that are spent on imitating them, how RL goes on, and the arms
+SHAPE = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+
+STUDY = {  # task: the demonstrations, the tokens that are spent on imitating them, how RL goes on, and its arms; None: imitation goes on
     "compose": {
-        "demonstrations": 2000, "wrong": 0.4, "detours": 0, "imitate": 4e5, "metrics": ("compose pass@1", "compose pass@4"),
+        "shape": SHAPE, "vocab": 440, "demonstrations": 2000, "levels": (1, 2), "wrong": 0.4, "imitate": 4e5, "rows": 32,
         "cfg": dict(path="instruct", families="compose", levels="2", terse=True, room=64, context=160, overlong=0, prompts=16, samples=12,
-                    updates=2, lr=4e-5, steps=40, minutes=10),
+                    updates=3, lr=8e-5, steps=30, minutes=10),
         "arms": {"grpo": {}, "shuffled_rewards": {"shuffle_rewards": True}, "more_sft": None},
+        "metrics": ("compose pass@1", "compose pass@4"),
     },
     "swe": {
-        "demonstrations": 1500, "wrong": 0, "detours": 20, "imitate": 4e5,
-        "metrics": ("swe pass@1", "swe recovery", "swe planted recovery"),
-        "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=12, samples=12, updates=2, lr=4e-5,
+        "shape": SHAPE, "vocab": 440, "demonstrations": 3000, "levels": (2,), "detours": 0.05, "imitate": 7e5, "rows": 16,
+        "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=12, samples=12, updates=3, lr=8e-5,
                     steps=40, minutes=15),
         "arms": {"grpo": {}, "shuffled_feedback": {"shuffle_feedback": True}, "more_sft": None},
+        "metrics": ("swe pass@1", "swe recovery", "swe planted recovery"),
     },
 }  # fmt: skip
 
 
-def imitate(model, samples, tokens, seed, lr=3e-3, rows=32):
+def imitate(model, samples, tokens, seed, rows, lr=3e-3):
     """Supervised fine-tuning on [(ids, in_loss)] for so many tokens, `rows` samples a step: the loss of the chain's SFT, and no more."""
     optimizer, rng = pipeline.Optimizer(model, kind="muon", weight_decay=0.1), random.Random(seed)
     steps = max(1, round(tokens / rows / np.mean([len(ids) for ids, _ in samples])))
@@ -1059,14 +1062,14 @@ def imitate(model, samples, tokens, seed, lr=3e-3, rows=32):
 
 
 def demonstrations(plan, cfg):
-    """What the start of a study imitates, in parts. Some answers are wrong and some episodes hold a mistake and its repair, as in life."""
-    found, levels = [], [1, int(cfg.levels)] if plan["wrong"] else [int(cfg.levels)]
+    """What a start imitates, in parts. As in life some answers are wrong, and some episodes hold a mistake and its repair."""
+    found, rng = [], random.Random(cfg.seed)
     for i in range(plan["demonstrations"]):
-        task = draw_task(cfg, cfg.families, levels[i % len(levels)], 10**6 * (cfg.seed + 1) + i)
-        if cfg.families == "swe":
-            found.append(tasks.trajectory_parts(task, detour=i % plan["detours"] == 0))
+        task, strays = draw_task(cfg, cfg.families, plan["levels"][i % len(plan["levels"])], 10**6 + i), rng.random()
+        if task.turns:
+            found.append(tasks.trajectory_parts(task, detour=strays < plan["detours"]))
         else:
-            found.append(tasks.task_parts(dataclasses.replace(task, solution=task.wrong) if i % 10 < 10 * plan["wrong"] else task))
+            found.append(tasks.task_parts(dataclasses.replace(task, solution=task.wrong) if strays < plan["wrong"] else task))
     return found
 
 
@@ -1080,14 +1083,13 @@ def study_start(out, name, steps, eval_tasks):
     cfg = RLConfig(**plan["cfg"], out=str(start.parent), ckpt=str(start), eval_tasks=eval_tasks, resume=True)
     cfg = dataclasses.replace(cfg, steps=steps or cfg.steps)
     parts = demonstrations(plan, cfg)
-    tokenizer = Tokenizer.train(["".join(text for text, special, _ in sample if not special) for sample in parts], 440)
+    tokenizer = Tokenizer.train(["".join(text for text, special, _ in sample if not special) for sample in parts], plan["vocab"])
     samples = [tokenizer.encode_parts(sample) for sample in parts]
     if not (start / "eval.json").exists():
         torch.manual_seed(cfg.seed)
-        shape = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
-        model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, **shape))
+        model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, **plan["shape"]))
         began = time.perf_counter()
-        imitate(model, samples, plan["imitate"], cfg.seed)
+        imitate(model, samples, plan["imitate"], cfg.seed, plan["rows"])
         tokenizer.save(start)
         model.save_pretrained(start)
         found = evaluate_checkpoint(start, cfg, one_thread())
@@ -1105,7 +1107,8 @@ def study_seed(out, name, seed, steps, eval_tasks):
         if not (folder / "eval.json").exists():
             if changes is None:  # imitation goes on for as many tokens as the first arm has trained on
                 model = LoopCoder.from_pretrained(start)
-                imitate(model, samples, sum(r["trained"] for r in read_log(start.parent / f"grpo-{seed}")), seed + 1, lr=1e-3)
+                tokens = sum(r["trained"] for r in read_log(start.parent / f"grpo-{seed}"))
+                imitate(model, samples, tokens, seed + 1, STUDY[name]["rows"], lr=1e-3)
                 Tokenizer.load(start).save(folder)
                 model.save_pretrained(folder)
             else:

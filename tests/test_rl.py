@@ -696,6 +696,43 @@ def test_the_command_line_says_what_is_missing_in_one_line_and_exits_with_2(tmp_
     assert not (tmp_path / "nowhere").exists()
 
 
+def say(rng, level):
+    """The smallest family there is: write the digit that was asked for. Held out are pairs of a wording and a digit."""
+    frame, n = rng.choice(["Say {}", "Give {}", "Now {}", "Type {}"]), rng.randrange(10)
+    yield [f"{frame} {n}"]
+    wrong = str(rng.choice([m for m in range(10) if m != n]))
+    yield dict(prompt=frame.format(n), solution=str(n), wrong=wrong, trace="", tests={"n": str(n)})
+
+
+def test_grpo_raises_held_out_pass_at_1_and_neither_shuffled_rewards_nor_more_imitation_do(tmp_path, monkeypatch):
+    """
+    Half of the demonstrations are wrong, so imitation stays near one half; only a reward can tell which half to believe.
+
+    It is the study itself, on a family and a model small enough for seconds: three seeds, its controls, resumption and report.
+    """
+    monkeypatch.setitem(tasks.FAMILIES, "say", tasks.Family(say, lambda task, answer: answer == task.tests["n"]))
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    cfg = dict(path="instruct", families="say", levels="1", room=4, context=60, overlong=0, prompts=12, samples=8, lr=2e-3, steps=8)
+    plan = {"shape": shape, "vocab": 275, "demonstrations": 400, "levels": (1,), "wrong": 0.5, "imitate": 4.5e4, "rows": 8, "cfg": cfg,
+            "arms": {"grpo": {}, "shuffled_rewards": {"shuffle_rewards": True}, "more_sft": None}, "metrics": ("say pass@1",)}  # fmt: skip
+    monkeypatch.setattr(rl, "STUDY", {"say": plan})
+    for seed in range(3):
+        rl.study_seed(tmp_path, "say", seed, 0, 60)
+    home = tmp_path / "study" / "say"
+    start = rl.evaluated(home / "start")["say pass@1"]
+    gains = {arm: [rl.interval(rl.evaluated(home / f"{arm}-{seed}")["say pass@1"], start) for seed in range(3)] for arm in plan["arms"]}
+    assert all(gain > 0.15 and low > 0.1 for gain, low, _ in gains["grpo"]), gains
+    assert all(low < 0 for _, low, _ in gains["shuffled_rewards"]), gains
+    assert all(high < gains["grpo"][seed][1] for seed, (_, _, high) in enumerate(gains["more_sft"])), gains
+    stamps = {path: path.stat().st_mtime_ns for path in home.glob("*/model.safetensors")}
+    rl.study_seed(tmp_path, "say", 0, 0, 60)
+    assert len(stamps) == 10 and all(path.stat().st_mtime_ns == then for path, then in stamps.items())  # finished arms are kept
+    assert rl.plot(tmp_path) == [tmp_path / "study.png"]
+    table = [line.split(" | ") for line in rl.report(tmp_path).read_text().splitlines() if line.startswith("| say")]
+    assert [row[1] for row in table] == ["grpo", "shuffled rewards", "more sft"]
+    assert ", ".join(f"{gain:+.3f}" for gain, _, _ in gains["grpo"]) in table[0]
+
+
 # ---------------------------------------------------------------------------------------------- servers and processes
 
 
