@@ -563,6 +563,8 @@ class RemoteRollout:
                 wish = episode.send((answer, ended))
         except StopIteration as end:
             judge = end.value
+        except RuntimeError:  # the sandbox broke: no verdict
+            return ids, action, ended, None
         try:
             return ids, action, ended, judge()
         except RuntimeError:
@@ -695,8 +697,8 @@ class RLConfig:
     families: str = flag("", "comma-separated task families; empty: the path's own")
     levels: str = flag("1,2,3", "difficulties that are trained, the first at once, each next one when the last is solved well enough")
     steps: int = flag(60, "rollouts, each followed by --updates optimizer steps")
-    prompts: int = flag(24, "prompts a step, over all processes")
-    samples: int = flag(16, "answers to each prompt: the group")
+    prompts: int = flag(16, "prompts a step, over all processes")
+    samples: int = flag(12, "answers to each prompt: the group")
     updates: int = flag(3, "optimizer steps a rollout, each on its share of the samples; with 1 the clip is dead")
     lr: float = flag(1e-4, "learning rate after 3 steps of warm-up (1e-6 is for billions of parameters)")
     clip_low: float = flag(0.2, "the ratio is clipped below 1 - this")
@@ -717,9 +719,9 @@ class RLConfig:
     shuffle_feedback: bool = flag(False, "control: failing tests show another task's failure")
     slots: int = flag(96, "rows that are decoded at a time")
     micro_tokens: int = flag(8192, "padded tokens of one forward and backward")
-    eval_tasks: int = flag(100, "held-out tasks a family for the evaluation at the end; 0: none")
+    eval_tasks: int = flag(40, "held-out tasks a family for the evaluation at the end; 0: none")
     eval_samples: int = flag(4, "answers to each of them, at --temperature")
-    minutes: float = flag(0.0, "stop after this many minutes; 0: never")
+    minutes: float = flag(10.0, "stop after this many minutes, at the end of a step; 0: never")
     seed: int = flag(1337, "of tasks and sampling")
     resume: bool = flag(False, "go on where a killed run stopped")
     rollout_url: str = flag("", "base URL of an OpenAI-compatible server that answers in place of this process")
@@ -1032,14 +1034,14 @@ STUDY = {  # task: the demonstrations, the tokens that are spent on imitating th
     "compose": {
         "shape": SHAPE, "vocab": 440, "demonstrations": 2000, "levels": (1, 2), "wrong": 0.4, "imitate": 4e5, "rows": 32,
         "cfg": dict(path="instruct", families="compose", levels="2", terse=True, room=64, context=160, overlong=0, prompts=16, samples=12,
-                    updates=3, lr=8e-5, steps=30, minutes=10),
+                    updates=3, lr=8e-5, steps=25, minutes=10, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_rewards": {"shuffle_rewards": True}, "more_sft": None},
         "metrics": ("compose pass@1", "compose pass@4"),
     },
     "swe": {
         "shape": SHAPE, "vocab": 440, "demonstrations": 3000, "levels": (2,), "detours": 0.05, "imitate": 7e5, "rows": 16,
         "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=12, samples=12, updates=3, lr=8e-5,
-                    steps=40, minutes=15),
+                    steps=30, minutes=15, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_feedback": {"shuffle_feedback": True}, "more_sft": None},
         "metrics": ("swe pass@1", "swe recovery", "swe planted recovery"),
     },
@@ -1073,15 +1075,14 @@ def demonstrations(plan, cfg):
     return found
 
 
-def study_start(out, name, steps, eval_tasks):
+def study_start(out, name):
     """
     The model that all arms of a task start from, made and evaluated once; returns (configuration, demonstrations as [(ids, in_loss)]).
 
     What a former run finished is kept.
     """
     plan, start = STUDY[name], Path(out) / "study" / name / "start"
-    cfg = RLConfig(**plan["cfg"], out=str(start.parent), ckpt=str(start), eval_tasks=eval_tasks, resume=True)
-    cfg = dataclasses.replace(cfg, steps=steps or cfg.steps)
+    cfg = RLConfig(**plan["cfg"], out=str(start.parent), ckpt=str(start), resume=True)
     parts = demonstrations(plan, cfg)
     tokenizer = Tokenizer.train(["".join(text for text, special, _ in sample if not special) for sample in parts], plan["vocab"])
     samples = [tokenizer.encode_parts(sample) for sample in parts]
@@ -1097,9 +1098,9 @@ def study_start(out, name, steps, eval_tasks):
     return cfg, samples
 
 
-def study_seed(out, name, seed, steps, eval_tasks):
+def study_seed(out, name, seed):
     """Every arm of a task from its start, under one seed. What a former run finished is kept, and what it had begun goes on."""
-    cfg, samples = study_start(out, name, steps, eval_tasks)
+    cfg, samples = study_start(out, name)
     start = Path(cfg.ckpt)
     for arm, changes in STUDY[name]["arms"].items():
         own = dataclasses.replace(cfg, name=f"{arm}-{seed}", seed=seed, **(changes or {}))
@@ -1121,12 +1122,12 @@ def one_thread():
     return pipeline.start_world(pipeline.TrainConfig(device="cpu", dtype="float32", threads=1))
 
 
-def study(out, names, seeds, steps, eval_tasks, jobs=2):
+def study(out, names, seeds, jobs):
     """Every arm of these tasks for so many seeds, `jobs` single-threaded processes side by side; a killed study goes on arm by arm."""
     leave = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     with multiprocessing.get_context("spawn").Pool(jobs, leave) as pool:
-        pool.starmap(study_start, [(out, name, steps, eval_tasks) for name in names], chunksize=1)
-        pool.starmap(study_seed, [(out, name, seed, steps, eval_tasks) for seed in range(seeds) for name in names], chunksize=1)
+        pool.starmap(study_start, [(out, name) for name in names], chunksize=1)
+        pool.starmap(study_seed, [(out, name, seed) for seed in range(seeds) for name in names], chunksize=1)
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -1194,8 +1195,13 @@ def report(out) -> Path:
     return out / "report.md"
 
 
-CURVES = {"reward": "reward", "pass": "pass@1 in training", "recovery": "recovery in training", "entropy": "entropy, nats a token",
-          "clip": "clipped share"}  # fmt: skip
+CURVES = {  # title: its value in the record of a step
+    "reward": lambda r: r["reward"],
+    "pass@1 in training": lambda r: r["pass"],
+    "recovery in training": lambda r: r["recovered"] / r["failed"] if r["failed"] else math.nan,
+    "entropy, nats a token": lambda r: r["entropy"],
+    "clipped share": lambda r: r["clip"],
+}
 
 
 def plot(out) -> list[Path]:
@@ -1212,14 +1218,14 @@ def plot(out) -> list[Path]:
         logs = {folder: records for folder in folders if (records := [r for r in read_log(folder) if "reward" in r])}
         if not logs:
             continue
-        figure, axes = plt.subplots(1, len(CURVES), figsize=(18, 3.2))
+        curves = {title: {folder: [value(r) for r in log] for folder, log in logs.items()} for title, value in CURVES.items()}
+        curves = {title: values for title, values in curves.items() if not all(map(math.isnan, sum(values.values(), [])))}
         labels = list(dict.fromkeys(label_of(folder) for folder in logs))
-        for ax, (key, title) in zip(axes, CURVES.items()):
+        figure, axes = plt.subplots(1, len(curves), figsize=(3.6 * len(curves), 3.2))
+        for ax, (title, values) in zip(axes, curves.items()):
             for folder, records in logs.items():
                 minutes = np.cumsum([r["seconds"] for r in records]) / 60
-                values = [r["recovered"] / r["failed"] if r["failed"] else math.nan for r in records] if key == "recovery" else \
-                    [r[key] for r in records]
-                ax.plot(minutes, values, color=f"C{labels.index(label_of(folder))}", lw=1)
+                ax.plot(minutes, values[folder], color=f"C{labels.index(label_of(folder))}", lw=1)
             ax.set(title=title, xlabel="minutes")
         axes[0].legend([plt.Line2D([], [], color=f"C{i}") for i in range(len(labels))], labels, fontsize=7)
         figure.tight_layout()
@@ -1244,49 +1250,45 @@ def bench(world, rows=32, prompt=128, new=128):
     Rollout tokens/s at the nano shape beside transformers' generate on a Llama of the same unrolled depth (where it is installed),
     by turns, and the seconds of one whole GRPO step: rows samples of `new` tokens, then one update on all of them.
     """
-    config = LoopCoderConfig.preset("nano")
+    config, cfg = LoopCoderConfig.preset("nano"), RLConfig(room=new, context=prompt + new)
     torch.manual_seed(0)
     model = LoopCoder(config).to(world.device).eval()
+    optimizer = pipeline.Optimizer(model, kind="adamw", weight_decay=0.0)
     questions = torch.randint(config.vocab_size - 9, (rows // 8, prompt)).repeat_interleave(8, 0)
-    cfg = RLConfig(room=new, context=prompt + new)
+    peer, seconds, lived = peer_llama(config, world.device), {}, []
 
     def talk(ids):
         yield Ask(ids, new)
         return lambda: {"reward": 0.0}
 
-    def ours():
-        roller = Rollout(model, -1, prompt + new, rows)
-        lived = roller.run([talk(ids) for ids in questions.tolist()], [0])
-        return roller.tokens / roller.seconds, lived
+    def timed(name, work, *args, **options):
+        start = time.perf_counter()
+        result = work(*args, **options)
+        seconds.setdefault(name, []).append(time.perf_counter() - start)
+        return result
 
-    def peer():
+    for _ in range(3):
+        lived = timed("rl.py", Rollout(model, -1, prompt + new, rows).run, [talk(ids) for ids in questions.tolist()], [0])
+        if peer:
+            timed("transformers", peer.generate, questions.to(world.device), do_sample=True, top_k=0, max_new_tokens=new,
+                  min_new_tokens=new, pad_token_id=0)  # fmt: skip
+        timed("update", update, model, optimizer, [(t, (-1.0) ** i) for i, t in enumerate(lived)], cfg, 1e-6, world)
+    median = {name: float(np.median(values)) for name, values in seconds.items()}
+    for name in [name for name in median if name != "update"]:
+        ratio = median.get("transformers", median[name]) / median[name]
+        print(f"rollout {rows} x {prompt} + {new}: {name:<13} {rows * new / median[name]:8.0f} tokens/s   x {ratio:.2f}")
+    print(f"one GRPO step of that shape, one update: {median['rl.py'] + median['update']:.2f} s")
+
+
+def peer_llama(config, device):
+    """transformers' Llama of the same shape and unrolled depth; None where it is not installed."""
+    try:
         from transformers import LlamaConfig, LlamaForCausalLM
-
-        shape = {k: getattr(config, k) for k in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
-                                                 "num_key_value_heads", "head_dim")}  # fmt: skip
-        llama = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=config.num_hidden_layers * config.loop_num)).to(world.device).eval()
-        start = time.perf_counter()
-        with torch.no_grad():
-            llama.generate(questions.to(world.device), do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
-        return rows * new / (time.perf_counter() - start)
-
-    speeds = {"rl.py": [], "transformers": []}
-    for _ in range(3):
-        speeds["rl.py"].append(ours()[0])
-        try:
-            speeds["transformers"].append(peer())
-        except ImportError:
-            pass
-    medians = {who: float(np.median(values)) for who, values in speeds.items() if values}
-    for who, value in medians.items():
-        print(f"rollout {rows} x {prompt} + {new}: {who:<13} {value:8.0f} tokens/s   x {value / medians.get('transformers', value):.2f}")
-    optimizer, seconds = pipeline.Optimizer(model, kind="adamw", weight_decay=0.0), []
-    for _ in range(3):
-        start = time.perf_counter()
-        lived = ours()[1]
-        update(model, optimizer, [(t, (-1.0) ** i) for i, t in enumerate(lived)], cfg, 1e-6, world)
-        seconds.append(time.perf_counter() - start)
-    print(f"one GRPO step of that shape, one update: {np.median(seconds):.2f} s")
+    except ImportError:
+        return None
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    shape = {name: getattr(config, name) for name in names}
+    return LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=config.num_hidden_layers * config.loop_num)).to(device).eval()
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -1316,9 +1318,8 @@ def arguments(argv):
     parser.add_argument("--bench", action="store_true", help="speed of rollouts and of a step, beside transformers where installed")
     parser.add_argument("--seeds", type=int, default=3, help="with --study: repetitions")
     parser.add_argument("--jobs", type=int, default=2, help="with --study: processes side by side, of one thread each")
-    parser.add_argument("--study-steps", type=int, default=0, help="with --study: RL steps of each arm; 0: the study's own")
     given = vars(parser.parse_args(argv))
-    extra = {name: given.pop(name) for name in ("eval", "against", "report", "plot", "study", "seeds", "jobs", "study_steps", "bench")}
+    extra = {name: given.pop(name) for name in ("eval", "against", "report", "plot", "study", "seeds", "jobs", "bench")}
     if extra["against"] and not extra["eval"]:
         raise ValueError("--against CKPT compares with --eval CKPT; give both")
     return RLConfig(**given), extra
@@ -1350,7 +1351,7 @@ def main(argv=None):
         print(f"sandbox: {facts.pop('level')} protection; " + "; ".join(f"{layer} {words}" for layer, words in facts.items()), flush=True)
     if extra["study"]:
         names = list(STUDY) if extra["study"] == "all" else [extra["study"]]
-        study(cfg.out, names, extra["seeds"], extra["study_steps"], cfg.eval_tasks, extra["jobs"])
+        study(cfg.out, names, extra["seeds"], extra["jobs"])
         return draw_and_report(cfg.out)
     if extra["eval"]:
         for folder in filter(None, (extra["eval"], extra["against"])):

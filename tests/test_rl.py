@@ -712,12 +712,13 @@ def test_grpo_raises_held_out_pass_at_1_and_neither_shuffled_rewards_nor_more_im
     """
     monkeypatch.setitem(tasks.FAMILIES, "say", tasks.Family(say, lambda task, answer: answer == task.tests["n"]))
     shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-    cfg = dict(path="instruct", families="say", levels="1", room=4, context=60, overlong=0, prompts=12, samples=8, lr=2e-3, steps=8)
+    cfg = dict(path="instruct", families="say", levels="1", room=4, context=60, overlong=0, prompts=12, samples=8, lr=2e-3, steps=8,
+               eval_tasks=60)  # fmt: skip
     plan = {"shape": shape, "vocab": 275, "demonstrations": 400, "levels": (1,), "wrong": 0.5, "imitate": 4.5e4, "rows": 8, "cfg": cfg,
             "arms": {"grpo": {}, "shuffled_rewards": {"shuffle_rewards": True}, "more_sft": None}, "metrics": ("say pass@1",)}  # fmt: skip
     monkeypatch.setattr(rl, "STUDY", {"say": plan})
     for seed in range(3):
-        rl.study_seed(tmp_path, "say", seed, 0, 60)
+        rl.study_seed(tmp_path, "say", seed)
     home = tmp_path / "study" / "say"
     start = rl.evaluated(home / "start")["say pass@1"]
     gains = {arm: [rl.interval(rl.evaluated(home / f"{arm}-{seed}")["say pass@1"], start) for seed in range(3)] for arm in plan["arms"]}
@@ -725,7 +726,7 @@ def test_grpo_raises_held_out_pass_at_1_and_neither_shuffled_rewards_nor_more_im
     assert all(low < 0 for _, low, _ in gains["shuffled_rewards"]), gains
     assert all(high < gains["grpo"][seed][1] for seed, (_, _, high) in enumerate(gains["more_sft"])), gains
     stamps = {path: path.stat().st_mtime_ns for path in home.glob("*/model.safetensors")}
-    rl.study_seed(tmp_path, "say", 0, 0, 60)
+    rl.study_seed(tmp_path, "say", 0)
     assert len(stamps) == 10 and all(path.stat().st_mtime_ns == then for path, then in stamps.items())  # finished arms are kept
     assert rl.plot(tmp_path) == [tmp_path / "study.png"]
     table = [line.split(" | ") for line in rl.report(tmp_path).read_text().splitlines() if line.startswith("| say")]
