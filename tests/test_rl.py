@@ -370,18 +370,21 @@ def test_sampling_follows_the_distribution_and_greedy_takes_the_best():
     assert rl.draw(logits[None], torch.zeros(1), 0)[0].item() == 0
 
 
+def broken(tokenizer, when):
+    """An episode whose sandbox breaks during it, while it is judged, or not at all."""
+    yield rl.Ask(tokenizer.encode("Fix"), 3)
+
+    def fails():
+        raise RuntimeError("the sandbox broke")
+
+    if when == "during":
+        yield fails
+    return fails if when == "judge" else lambda: {"reward": 1.0}
+
+
 def test_a_sandbox_that_breaks_costs_its_episode_the_reward_and_no_other(tokenizer):
-    def broken(when):
-        yield rl.Ask(tokenizer.encode("Fix"), 3)
-
-        def fails():
-            raise RuntimeError("the sandbox broke")
-
-        if when == "during":
-            yield fails
-        return fails if when == "judge" else lambda: {"reward": 1.0}
-
-    lived = rl.Rollout(small_model(tokenizer), 0, 50, slots=2).run([broken(when) for when in ("", "during", "", "judge", "")], [1])
+    episodes = [broken(tokenizer, when) for when in ("", "during", "", "judge", "")]
+    lived = rl.Rollout(small_model(tokenizer), 0, 50, slots=2).run(episodes, [1])
     assert [t.outcome is None for t in lived] == [False, True, False, True, False]
     assert all(t.action.sum() == 3 for t in lived)
 
@@ -737,7 +740,7 @@ def test_grpo_raises_held_out_pass_at_1_and_neither_shuffled_rewards_nor_more_im
 # ---------------------------------------------------------------------------------------------- servers and processes
 
 
-def test_a_server_that_answers_in_our_place_gives_the_same_kind_of_trajectories(tokenizer):
+def test_a_server_that_answers_in_our_place_gives_the_same_kind_of_trajectories(tokenizer, start, tmp_path):
     model, end = small_model(tokenizer), tokenizer.special["<|im_end|>"]
 
     class Server(BaseHTTPRequestHandler):
@@ -763,8 +766,12 @@ def test_a_server_that_answers_in_our_place_gives_the_same_kind_of_trajectories(
         notes = [[] for _ in range(6)]
         roller = rl.RemoteRollout(f"http://127.0.0.1:{server.server_port}", model, tokenizer, 200, 0.8)
         lived = roller.run([chatter(tokenizer, 1 + i % 3, 6, notes[i]) for i in range(6)], [3])
+        (unjudged,) = roller.run([broken(tokenizer, "during")], [4])
+        (record,) = rl.read_log(rl.train(config(start, tmp_path, steps=1, rollout_url=f"http://127.0.0.1:{server.server_port}"), world()))
     finally:
         server.shutdown()
+    assert unjudged.outcome is None and unjudged.action.any()
+    assert record["groups"] == 4 and record["errors"] == 0 and record["tokens"] > 16
     for t, seen in zip(lived, notes):
         assert t.ids.tolist() == seen and t.outcome["reward"] == len(seen) and t.ended == (seen[-1] == end)
         ids, targets, old, mask = rl.pad([t])
