@@ -14,7 +14,9 @@ comparison of types and values happens on our side of a socket. Ending early, ex
 
 Read live() and attend() (how a run is walled in and watched), serve() (how answers leave it), then grade(). Sources: the manual pages
 namespaces(7), landlock(7), seccomp(2); the IQuest-Coder report's RL and SWE-RL sections (verdicts, isolated trajectories, captured
-execution traces). Departures: the report runs containers, this is one file that needs no root, no Docker and no package. Linux only.
+execution traces). Departures: the report runs containers, this is one file that needs no root, no Docker and no package. Without
+namespaces Landlock and seccomp stand alone; other systems than Linux get rlimits, a clean environment and a watched process group, and
+protection() says so. Grades are honest in all of these cases.
 
     python sandbox.py                        # the protections in force here, by trying; two programs graded
     python sandbox.py PROG --tests FILE      # grade a program: FILE is .json (calls, stdin and stdout) or .py (asserts)
@@ -263,6 +265,7 @@ libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the calls are short, and clo
 ARM = os.uname().machine == "aarch64"
 SYS_CLONE, SYS_PIVOT_ROOT = (220, 41) if ARM else (56, 155)
 SYS_MOUNT_SETATTR, SYS_LANDLOCK = 442, 444  # one number everywhere; 444 makes a ruleset, 445 adds a rule, 446 restricts
+PORTABLE = sys.platform != "linux"  # use no more than what every Unix has; a test may set it before the first run
 NAMESPACES = 0x20000 | 0x8000000 | 0x10000000 | 0x20000000 | 0x40000000  # mounts, ipc, users, pids, network
 NEW_HOSTNAME, NEW_IN_EACH_RUN = 0x4000000, 0x20000 | 0x8000000 | 0x40000000  # mounts, ipc, network
 RDONLY, NOSUID, NODEV, NOEXEC, BIND, RECURSIVE, PRIVATE, DETACH = 1, 2, 4, 8, 4096, 16384, 1 << 18, 2
@@ -283,11 +286,13 @@ def words(args):
 
 
 def syscall(number, *args):
+    if PORTABLE:
+        raise OSError(errno.ENOSYS, f"{sys.platform} has nothing of the kind" if sys.platform != "linux" else "left out on purpose")
     return checked(libc.syscall(*words((number, *args))), f"system call {number}")
 
 
 def prctl(option, *args):
-    return checked(libc.prctl(option, *words(args + (0,) * (4 - len(args)))), f"prctl {option}")
+    return 0 if PORTABLE else checked(libc.prctl(option, *words(args + (0,) * (4 - len(args)))), f"prctl {option}")
 
 
 @functools.cache
@@ -306,6 +311,8 @@ def clone(flags=0):
     fork() into new namespaces in one step: the child's pid, 0 in the child. For a process of one thread. Without flags it still beats
     os.fork(), whose hooks touch 150 pages that every child then has to copy.
     """
+    if PORTABLE:
+        return os.fork()
     where = (0, thread_id_address()) if ARM else (thread_id_address(), 0)
     return syscall(SYS_CLONE, flags | (0x01000000 if any(where) else 0) | signal.SIGCHLD, 0, 0, *where)  # CLONE_CHILD_SETTID
 
@@ -324,7 +331,7 @@ def mount(source, target, kind, flags, options=""):
 
 
 def drop_capabilities():
-    checked(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
+    PORTABLE or checked(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
 
 
 def out_of_the_way(descriptor):
@@ -619,19 +626,22 @@ def read_tree(folder, room=1 << 40):
 
 def confine(limits, walls):
     """The last thing before the program: what this process may use (rlimits) and do (capabilities, Landlock, seccomp), for good."""
-    for limit, value in (
-        (resource.RLIMIT_CPU, math.ceil(limits["cpu_s"]) + 1),
-        (resource.RLIMIT_FSIZE, limits["file_mb"] << 20),
-        (resource.RLIMIT_DATA, walls["data"] + (limits["memory_mb"] << 20)),
-        (resource.RLIMIT_NPROC, limits["processes"] + walls["neighbours"]),
-        (resource.RLIMIT_NOFILE, 256),
-        (resource.RLIMIT_STACK, 8 << 20),
-        (resource.RLIMIT_CORE, 1),  # with 0, a core handler of the host's would still run; 1 byte is too little for either
-        (resource.RLIMIT_MSGQUEUE, 0),
-    ):
-        hard = walls["hard"][limit]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (value, value))
+    for name, value in {
+        "CPU": math.ceil(limits["cpu_s"]) + 1,
+        "FSIZE": limits["file_mb"] << 20,
+        "DATA": walls["data"] + (limits["memory_mb"] << 20),
+        "NPROC": limits["processes"] + walls["neighbours"],
+        "NOFILE": 256,
+        "STACK": 8 << 20,
+        "CORE": 1,  # with 0, a core handler of the host's would still run; 1 byte is too little for either
+        "MSGQUEUE": 0,
+    }.items():
+        limit = getattr(resource, f"RLIMIT_{name}", None)
+        if limit is not None:
+            hard = resource.getrlimit(limit)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            with contextlib.suppress(*(OSError, ValueError) * PORTABLE):  # some systems have a limit by name only
+                resource.setrlimit(limit, (value, value))
     prctl(PR_NO_NEW_PRIVS, 1)
     if walls["ruleset"] is not None:
         syscall(SYS_LANDLOCK + 2, walls["ruleset"], 0)
@@ -648,6 +658,8 @@ def live(asker, ready, pipes, limits, walls):
     """
     try:
         os.setsid()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         gc.enable()
         sys.modules["random"].seed()
         private_disk(walls["disk"], limits, walls["namespaces"])
@@ -663,7 +675,7 @@ def live(asker, ready, pipes, limits, walls):
         write_files(job["files"])
         stdin = os.open("/dev/null", os.O_RDONLY)
         if job["stdin"]:
-            stdin = os.memfd_create("stdin")
+            stdin = os.open(walls["disk"] + "/stdin", os.O_RDWR | os.O_CREAT) if PORTABLE else os.memfd_create("stdin")
             os.write(stdin, job["stdin"])
             os.lseek(stdin, 0, 0)
         work = os.open(".", os.O_RDONLY)
@@ -1171,11 +1183,6 @@ def below(pid):
     return found
 
 
-def everybody(namespaces):
-    """The pids of a run, without its warden's."""
-    return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"] if namespaces else below(os.getpid())
-
-
 def usage_of(pid):
     """
     (CPU seconds, memory of its own in bytes) of a process; zeros where it has just ended. A socket's buffers are memory too: each
@@ -1211,21 +1218,27 @@ def disk_used(work, walls):
     return sum(max(1 << 14, about.st_blocks * 512) for _, _, about in below_folder(walls["disk"]))
 
 
-class Watch:
-    """The limits on a whole tree of processes: what a look every 20 ms sees, and the most that was ever seen."""
+class Tree:
+    """The processes of a run: who there is, what they use, what those used who have ended; and the end of them all."""
 
-    def __init__(self, child, work, limits, walls):
-        self.child, self.work, self.limits, self.walls = child, work, limits, walls
-        self.started, self.seen, self.peak = time.monotonic(), {}, 0
+    def __init__(self, child, walls):
+        self.child, self.walls, self.started = child, walls, time.monotonic()
+        self.status, self.cpu_s, self.peak_kb = None, 0.0, 0  # exit status of the child; CPU seconds and the largest of whom we reaped
+        self.seen, self.peak = {}, 0  # {pid: CPU seconds}, also of those who ended unseen; the most memory ever
 
-    def look(self):
+    def pids(self):
+        if self.walls["namespaces"]:
+            return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+        return below(os.getpid())
+
+    def look(self, work, limits):
         """The limit that is broken now, as (status, reason), or None."""
-        limits, memory, pids = self.limits, 0, everybody(self.walls["namespaces"])
+        memory, pids = 0, self.pids()
         for pid in pids:
             cpu_s, own = usage_of(pid)
-            self.seen[pid] = max(cpu_s, self.seen.get(pid, 0.0))  # also of those who have ended
+            self.seen[pid] = max(cpu_s, self.seen.get(pid, 0.0))
             memory += max(0, own - self.walls["own"])  # without what it shares with the zygote
-        disk = disk_used(self.work, self.walls)
+        disk = disk_used(work, self.walls)
         memory += disk if self.walls["namespaces"] else 0
         self.peak = max(self.peak, memory)
         elapsed = time.monotonic() - self.started
@@ -1241,10 +1254,35 @@ class Watch:
             return "timeout", f"longer than {limits['wall_s']:g} s"
         return None
 
+    def reap(self, how=os.WNOHANG):
+        """Take leave of whoever has ended (orphans are ours). True when nobody is left."""
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, how)
+            except ChildProcessError:
+                return True
+            if pid == 0:
+                return False
+            self.cpu_s, self.peak_kb = self.cpu_s + usage.ru_utime + usage.ru_stime, max(self.peak_kb, usage.ru_maxrss)
+            if pid == self.child:
+                self.status = status
+
+    def fell(self):
+        """Kill everybody, reap everybody."""
+        while True:
+            with contextlib.suppress(OSError):  # it has gone by itself
+                if PORTABLE:
+                    os.killpg(self.child, signal.SIGKILL)
+                for pid in [-1] if self.walls["namespaces"] else below(os.getpid()) or [self.child]:
+                    os.kill(pid, signal.SIGKILL)
+            if self.reap(0 if self.walls["namespaces"] else os.WNOHANG):
+                return
+            time.sleep(0.001)
+
 
 def buffer(size):
     """Memory that goes back to the kernel with its last user; never Python's own, from which later programs are forked."""
-    return memoryview(mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    return memoryview(mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANON))
 
 
 class Output:
@@ -1252,9 +1290,7 @@ class Output:
 
     def __init__(self, descriptor, most):
         self.descriptor, self.most, self.room, self.filled, self.cut = descriptor, most, buffer(most + (1 << 16)), 0, False
-
-    def fileno(self):
-        return self.descriptor
+        os.set_blocking(descriptor, False)
 
     def read(self):
         """True at the end."""
@@ -1279,10 +1315,8 @@ class Talk:
     def __init__(self, channel, questions, wanted, ends_run):
         self.channel, self.questions, self.wanted, self.ends_run = channel, questions, wanted, ends_run
         self.inbox, self.filled, self.scanned, self.answers, self.unsent = buffer(16 * ANSWER_BYTES), 0, 0, [], []
+        self.descriptor = channel.fileno()
         channel.setblocking(False)
-
-    def fileno(self):
-        return self.channel.fileno()
 
     def complete(self):
         return len(self.answers) == self.wanted
@@ -1318,73 +1352,56 @@ class Talk:
         return size == 0 or self.complete()
 
 
-def attend(child, work, limits, outputs, talk, asker, walls):
+def attend(tree, work, limits, outputs, talk, asker, wake):
     """
     Watch a program until it ends, breaks a limit or has said all it was asked; then kill every process of the run and count.
 
-    child   pid       work    descriptor of its work directory       outputs   (stdout, stderr)       talk   Talk or None
-    asker   the socket of whoever wants this run; when it hangs up, nobody needs the answer
+    work   descriptor of its work directory       outputs   of stdout and stderr       talk   Talk or None       wake   see warden()
+    asker  the socket of whoever wants this run; when it hangs up, nobody needs the answer
     """
-    ended, watch, poll = os.pidfd_open(child), Watch(child, work, limits, walls), select.poll()
-    readers = {reader.fileno(): reader for reader in (*outputs, talk) if reader}
-    for descriptor in (ended, *readers):
+    poll, readers = select.poll(), {reader.descriptor: reader for reader in (*outputs, talk) if reader}
+    for descriptor in (wake, *readers):
         poll.register(descriptor, select.POLLIN)
     poll.register(asker, 0)
-    broken, over, next_look = None, False, watch.started + LOOK_EVERY_S
+    broken, over, next_look = None, False, tree.started + LOOK_EVERY_S
     while not over:
         if talk in readers.values():
-            poll.register(talk, select.POLLIN | (select.POLLOUT if talk.unsent else 0))
+            poll.register(talk.descriptor, select.POLLIN | (select.POLLOUT if talk.unsent else 0))
         for descriptor, event in poll.poll(max(0, (next_look - time.monotonic()) * 1000)):
-            if descriptor == ended:
-                over = True
+            if descriptor == wake:
+                os.read(wake, 4096)
+                tree.reap()
+                over = over or tree.status is not None
             elif descriptor == asker.fileno():
-                bury(child, walls)
                 raise Gone
             elif event == select.POLLOUT:
                 talk.write()
             elif readers[descriptor].read():
-                if readers.pop(descriptor) is talk and talk.ends_run:
-                    over = True
+                over = over or readers.pop(descriptor) is talk and talk.ends_run
                 poll.unregister(descriptor)
         if not over and time.monotonic() >= next_look:
-            broken = watch.look()
+            broken = tree.look(work, limits)
             over = broken is not None
             next_look = time.monotonic() + LOOK_EVERY_S
-    wall_s = time.monotonic() - watch.started
-    status, cpu_s, peak_kb = bury(child, walls)
+    wall_s = time.monotonic() - tree.started
+    tree.fell()
     for reader in readers.values():  # all writers are dead: what is left in the pipes is all there will ever be
-        while not reader.read():
-            pass
-    os.close(ended)
+        with contextlib.suppress(BlockingIOError):  # unless one has left the process group, where that is all we can kill
+            while not reader.read():
+                pass
     return {
-        "exit_code": os.waitstatus_to_exitcode(status), "wall_s": wall_s, "cpu_s": max(cpu_s, sum(watch.seen.values())), "broken": broken,
-        "peak_mb": max(peak_kb / 1024, watch.peak / 2**20), "cut": [output.cut for output in outputs], "level": walls["level"],
-        "finished": bool(talk and talk.ends_run and talk.complete() and not broken),
+        "exit_code": os.waitstatus_to_exitcode(tree.status), "wall_s": wall_s, "cpu_s": max(tree.cpu_s, sum(tree.seen.values())),
+        "peak_mb": max(tree.peak_kb / 1024, tree.peak / 2**20), "cut": [output.cut for output in outputs], "broken": broken,
+        "level": tree.walls["level"], "finished": bool(talk and talk.ends_run and talk.complete() and not broken),
     }  # fmt: skip
-
-
-def bury(child, walls):
-    """Kill everybody, reap everybody (orphans are ours by now); -> exit status of `child`, CPU seconds of all, kB of the largest."""
-    status, cpu_s, peak_kb = 0, 0.0, 0
-    while True:
-        with contextlib.suppress(ProcessLookupError):
-            for pid in [-1] if walls["namespaces"] else below(os.getpid()):
-                os.kill(pid, signal.SIGKILL)
-        try:
-            while True:
-                pid, code, usage = os.wait4(-1, 0 if walls["namespaces"] else os.WNOHANG)
-                if pid == 0:
-                    time.sleep(0.001)
-                    break
-                cpu_s, peak_kb = cpu_s + usage.ru_utime + usage.ru_stime, max(peak_kb, usage.ru_maxrss)
-                status = code if pid == child else status
-        except ChildProcessError:
-            return status, cpu_s, peak_kb
 
 
 def warden(asker, walls):
     """Pid 1 of a place for runs, one after the other, and the only process in it that we trust."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    wake, tail = map(out_of_the_way, os.pipe())  # a byte arrives whenever a process has ended
+    os.set_blocking(tail, False)
+    signal.set_wakeup_fd(tail, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
     if walls["namespaces"]:
         map_ids("self", INSIDE_ID, INSIDE_ID, False)
         walls["settings"] = out_of_the_way(os.open("/proc/sys", os.O_PATH))  # soon nobody sees more of /proc than processes
@@ -1402,13 +1419,13 @@ def warden(asker, walls):
         if not walls["namespaces"]:
             walls["disk"] = tempfile.mkdtemp(prefix="sandbox-")
         try:
-            one_run(order, link, asker, told, ready, walls)
+            one_run(order, link, asker, told, ready, wake, walls)
         finally:
             if not walls["namespaces"]:
                 remove_folder(walls["disk"])
 
 
-def one_run(order, link, asker, told, ready, walls):
+def one_run(order, link, asker, told, ready, wake, walls):
     """Pipes, fork, attend, report. The order holds limits and numbers; the rest of the request is for the program's process alone."""
     limits, talk = order["limits"], None
     (out_r, out_w), (err_r, err_w), (near, far) = os.pipe(), os.pipe(), socket.socketpair()
@@ -1416,17 +1433,22 @@ def one_run(order, link, asker, told, ready, walls):
     child = clone(NEW_IN_EACH_RUN if walls["namespaces"] else 0)
     if child == 0:
         live(asker, ready, pipes, limits, walls)
+    tree = Tree(child, walls)
     os.close(out_w), os.close(err_w), far.close()
     if link:
         link.close()
-    said, (work,) = started(child, told, walls)
-    if order["frames"]:
-        questions = [buffer(4 + size) for size in order["questions"]]
-        for question in questions:
-            receive_into(asker, question)
-        talk = Talk(near, questions, order["frames"], order["ends_run"])
-    outputs = [Output(descriptor, limits["output_kb"] * 1024) for descriptor in (out_r, err_r)]
-    result = attend(child, work, limits, outputs, talk, asker, walls)
+    try:
+        work = started(tree, told, wake)
+        if order["frames"]:
+            questions = [buffer(4 + size) for size in order["questions"]]
+            for question in questions:
+                receive_into(asker, question)
+            talk = Talk(near, questions, order["frames"], order["ends_run"])
+        outputs = [Output(descriptor, limits["output_kb"] * 1024) for descriptor in (out_r, err_r)]
+        result = attend(tree, work, limits, outputs, talk, asker, wake)
+    finally:
+        tree.fell()
+    near.close(), os.close(out_r), os.close(err_r)
     blobs = [blob for source in (*outputs, talk) if source for blob in source.blobs()]
     asker.sendall(framed(json.dumps({**result, "blobs": len(blobs)}).encode()))
     for blob in blobs:
@@ -1438,24 +1460,23 @@ def one_run(order, link, asker, told, ready, walls):
             send_tree(asker, work, limits)
         if os.waitpid(reader, 0)[1]:
             raise Gone  # whatever it said, this place is used no more
-    near.close()
-    for descriptor in (out_r, err_r, work):
-        os.close(descriptor)
+    os.close(work)
 
 
-def started(child, told, walls):
-    """Wait until a run's process has raised its walls: (what it says, [its work directory]). Anything else is our own failure."""
-    ended = os.pidfd_open(child)
-    select.select([told, ended], [], [], 60)
-    os.close(ended)
-    try:
+def started(tree, told, wake):
+    """Wait until a run's process has raised its walls: its work directory. Anything else is our own failure."""
+    said, descriptors = b"no word", []
+    while tree.status is None:
+        readable = select.select([told, wake], [], [], 60)[0]
+        if told in readable or not readable:
+            break
+        os.read(wake, 4096)
+        tree.reap()
+    with contextlib.suppress(BlockingIOError):
         said, descriptors = socket.recv_fds(told, 4096, 1, socket.MSG_DONTWAIT)[:2]
-    except BlockingIOError:
-        said, descriptors = b"no word", []
     if said != b"ready":
-        bury(child, walls)
         raise OSError(f"the program could not be started: {text_of(said)}")
-    return said, descriptors
+    return descriptors[0]
 
 
 def send_tree(asker, work, limits):
@@ -1500,21 +1521,29 @@ def become_nobody(namespaces, privileged):
     if namespaces:
         if privileged:
             os.setgroups([])
-        os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
-        os.setresuid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
+        os.setgid(INSIDE_ID), os.setuid(INSIDE_ID)
         return f"in force: user {OUTSIDE_ID if privileged else os.getuid()} outside, {INSIDE_ID} inside, no capabilities"
     if privileged:
         os.seteuid(OUTSIDE_ID)
-        readable = os.access(os.__file__, os.R_OK, effective_ids=True)
+        readable = True
+        try:
+            open(os.__file__).close()
+        except OSError:
+            readable = False
         os.seteuid(0)
         if not readable:
             drop_capabilities()
             return f"missing: still user 0, without capabilities, because user {OUTSIDE_ID} cannot read {os.__file__}"
         os.setgroups([])
-        os.setresgid(OUTSIDE_ID, OUTSIDE_ID, OUTSIDE_ID)
-        os.setresuid(OUTSIDE_ID, OUTSIDE_ID, OUTSIDE_ID)
+        os.setgid(OUTSIDE_ID), os.setuid(OUTSIDE_ID)
         return f"in force: user {OUTSIDE_ID}, no capabilities"
     return f"in force: user {os.getuid()}, no capabilities"
+
+
+def refuse_root(facts):
+    """Where nothing holds signals back, a program of root's could end every process of the machine."""
+    if facts["user"].startswith("missing"):
+        raise OSError(errno.EPERM, f"run this as another user than root, or with a Python that user {OUTSIDE_ID} can read")
 
 
 def raise_walls(namespaces, privileged, facts):
@@ -1532,6 +1561,15 @@ def raise_walls(namespaces, privileged, facts):
     else:
         facts["user"] = become_nobody(False, privileged)
         facts["view"] = "missing: programs see the host's files, as far as Landlock lets them"
+    facts["end"] = "in force: every process of a run is killed, whatever became of its parents"
+    facts["limits"] = "in force: CPU, memory, processes, disk, output" + ("" if namespaces else "; disk and processes are only watched")
+    if PORTABLE:
+        facts["namespaces"] = facts["landlock"] = facts["seccomp"] = facts["cgroup"] = f"missing: not used on {sys.platform}"
+        facts["end"] = "missing: the process group is killed; a process that has left it stays"
+        facts["limits"] = "in force: CPU, memory and processes as far as rlimits go; wall, disk and output are watched"
+        facts["view"] = "missing: programs reach the files, the network and the processes of their user"
+        refuse_root(facts)
+        return walls
     try:
         version = landlock_version()
         walls["landlock"] = True
@@ -1539,6 +1577,8 @@ def raise_walls(namespaces, privileged, facts):
         facts["landlock"] = f"in force: version {version}" + ("" if version >= 6 else "; signals and abstract sockets need version 6")
     except OSError as error:
         facts["landlock"] = f"missing: {error.strerror}"
+    if not namespaces and (not walls["landlock"] or version < 6):
+        refuse_root(facts)
     program = seccomp_program(namespaces)
     tried = clone()
     if tried == 0:
@@ -1553,7 +1593,6 @@ def raise_walls(namespaces, privileged, facts):
         facts["seccomp"] = f"in force: {refused} system calls refused, and all newer than number {NEWEST_SYSCALL}"
     else:
         facts["seccomp"] = "missing: the kernel refuses the filter"
-    facts["limits"] = "in force: CPU, memory, processes, disk, output" + ("" if namespaces else "; disk and processes are only watched")
     return walls
 
 
@@ -1563,17 +1602,16 @@ def zygote(control, report, namespaces, privileged, facts):
     prctl(PR_DUMPABLE, int(namespaces))  # a run's id maps must be its own files
     prctl(PR_DEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
     warm_up()
-    pages = [int(number) * resource.getpagesize() for number in Path("/proc/self/statm").read_text().split()]
-    walls["own"], walls["data"] = pages[1] - pages[2], pages[5]
-    walls["hard"] = {limit: resource.getrlimit(limit)[1] for limit in range(16)}
+    pages = [0] * 6 if PORTABLE else list(map(int, Path("/proc/self/statm").read_text().split()))
+    walls["own"], walls["data"] = (pages[1] - pages[2]) * resource.getpagesize(), pages[5] * resource.getpagesize()
     walls["neighbours"] = 1 if namespaces else 4 * (os.cpu_count() or 1) * 64  # whom the count of a user's processes also counts
     layers = [facts[name].startswith("in force") for name in ("namespaces", "landlock", "seccomp")]
     walls["level"] = "full" if all(layers) else "reduced" if layers[2] and any(layers[:2]) else "minimal"
-    control.send(json.dumps({"level": walls["level"], **facts}).encode())
+    control.sendall(framed(json.dumps({"level": walls["level"], **facts}).encode()))
     os.close(report)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 16, 1)
+        message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
             os._exit(0)
         try:
@@ -1598,7 +1636,6 @@ def start_warden(asker, walls):
         with contextlib.suppress(OSError):
             asker.sendall(framed(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()))
     finally:
-        bury(0, walls)
         os._exit(0)
 
 
@@ -1689,12 +1726,18 @@ def end_zygote(pid, made):
 
 def keeper(control_fd, parent):
     """Start the zygote behind the strongest walls there are, wait until it or the trainer has gone, see to it that nothing stays."""
-    trainer, control = os.pidfd_open(parent), socket.socket(fileno=control_fd)
+    control, facts = socket.socket(fileno=control_fd), {}
+    if PORTABLE:
+        try:
+            zygote(control, os.open("/dev/null", os.O_RDONLY), False, os.getuid() == 0, facts)
+        except OSError as error:
+            control.sendall(framed(json.dumps({"error": error.strerror}).encode()))
+        return
+    trainer = os.pidfd_open(parent)
     prctl(PR_DUMPABLE, 1)
-    facts = {}
     started = start_zygote(control, True, facts) or start_zygote(control, False, facts)
     if started is None:
-        control.send(json.dumps({"error": facts["namespaces"]}).encode())
+        control.sendall(framed(json.dumps({"error": facts["namespaces"]}).encode()))
         return
     control.close()
     select.select([trainer, os.pidfd_open(started[0])], [], [])
@@ -1713,22 +1756,22 @@ class Machinery:
     BOOT = "import marshal, sys\nwith open(int(sys.argv[2]), 'rb') as file: code = file.read()\nexec(marshal.loads(code))"
 
     def __init__(self):
-        if sys.platform != "linux":
-            raise OSError(errno.ENOSYS, "the sandbox needs Linux: run this in a Linux virtual machine or container")
-        self.idle, self.owner, (self.control, far) = [], os.getpid(), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.idle, self.owner, (self.control, far) = [], os.getpid(), socket.socketpair()
         keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some interpreters need it to start
         with far, tempfile.TemporaryFile() as code:
             code.write(marshal.dumps(__loader__.get_code(__name__)))  # compiled over there, it would leave 7 MB that every run forks
             code.seek(0)
-            numbers = [str(number) for number in (code.fileno(), far.fileno(), self.owner)]
+            numbers = [str(number) for number in (code.fileno(), far.fileno(), self.owner, int(PORTABLE))]
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", self.BOOT, "--zygote", *numbers],
                 env={"PYTHONHASHSEED": "0", **keep}, pass_fds=[code.fileno(), far.fileno()], cwd="/", start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
         self.control.settimeout(60)
-        hello = self.control.recv(1 << 16)
-        self.facts = json.loads(hello) if hello else {"error": "the zygote ended at its start"}
+        try:
+            self.facts = json.loads(read_frame(self.control))
+        except OSError:
+            self.facts = {"error": "the zygote ended at its start"}
         if "error" in self.facts:
             self.stop()
             raise OSError(errno.EPERM, f"the sandbox does not start: {self.facts['error']}")
@@ -1751,7 +1794,7 @@ class Machinery:
             return self.idle.pop()
         near, far = socket.socketpair()
         with far:
-            socket.send_fds(self.control, [b"warden"], [far.fileno()])
+            socket.send_fds(self.control, [b"w"], [far.fileno()])
         return near
 
     @classmethod
@@ -2507,6 +2550,8 @@ def demonstration():
 def main(argv=None):
     """The command line; returns the exit status. The zygote's keeper starts here too."""
     if argv is None and sys.argv[1:2] == ["--zygote"]:
+        global PORTABLE
+        PORTABLE = sys.argv[5] == "1"
         return keeper(int(sys.argv[3]), int(sys.argv[4]))
     parser = argparse.ArgumentParser(
         description="Run a program that nobody trusts, or grade it with tests it cannot reach: in namespaces, under Landlock, seccomp "

@@ -801,8 +801,9 @@ for what in sys.argv[1].split("+"):
 os.execv(sys.argv[2], sys.argv[2:])
 """
 REPORT = """
-import json, sandbox
+import json, sandbox, sys
 from sandbox import Call, Check, grade, Workspace
+sandbox.PORTABLE = "portable" in sys.argv[1]
 limits = sandbox.SMALL
 cheats = sandbox.grade_many([(p, [t]) for p in sandbox.CHEATS.values() for t in (Call("f", [2], 3), Check("assert f(2) == 3"))], limits)
 honest = grade("def f(x): return x + 1", [Call("f", [2], 3), Check("assert f(2) == 3")], limits)
@@ -838,17 +839,18 @@ def tried(can, path):
 
 
 LEVELS = {"nobody": "full", "namespaces": "reduced", "nobody+namespaces": "reduced", "landlock": "reduced", "seccomp": "minimal",
-          "nobody+namespaces+landlock+seccomp": "minimal"}  # fmt: skip
+          "nobody+namespaces+landlock+seccomp": "minimal", "nobody+portable": "minimal"}  # fmt: skip
 
 
 @needs_full
 @pytest.mark.parametrize("hardship", LEVELS)
 def test_a_missing_layer_changes_the_report_and_never_a_verdict(hardship):
-    done = under(hardship, "-c", REPORT)
+    done = under(hardship, "-c", REPORT, hardship)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["facts"]["level"] == LEVELS[hardship]
-    for layer in set(hardship.split("+")) & {"namespaces", "landlock", "seccomp"}:
+    layers = {"namespaces", "landlock", "seccomp"}
+    for layer in layers if "portable" in hardship else layers & set(hardship.split("+")):
         assert found["facts"][layer].startswith("missing: "), found["facts"]
     assert found["fooled"] == 0 and found["errors"] == 0 and found["honest"] == "passed" and found["text"] == "x = 1\ny = 2\n"
     assert all(status == want or want == "" and status not in ("ok", "sandbox error") for status, (_, want) in zip(found["bombs"].values(), sandbox.BOMBS.values())), found["bombs"]
@@ -859,6 +861,20 @@ def test_less_than_what_is_required_is_refused_in_one_line():
     done = under("namespaces", "sandbox.py", "--require", "full")
     assert done.returncode == 2 and done.stderr.startswith("sandbox.py: protection 'full' is required") and done.stderr.count("\n") == 1, done.stderr
     assert under("none", "sandbox.py", "--require", "full", "--require", "landlock").returncode == 0
+
+
+PORTABLE = "import sandbox\nsandbox.PORTABLE = True\nprint(sandbox.protection()['end'])\nsandbox.require('user', 'limits')\nsandbox.require(LAYER)"
+
+
+def test_other_systems_get_what_every_unix_has_and_can_be_told_that_it_is_not_enough():
+    for layer in ("'reduced'", "'end'", "'seccomp'"):
+        done = under("nobody", "-c", PORTABLE.replace("LAYER", layer))
+        assert done.stdout == "missing: the process group is killed; a process that has left it stays\n" and "is required" in done.stderr, done
+
+
+def test_without_a_wall_against_signals_root_is_refused():
+    done = under("none", "-c", "import sandbox\nsandbox.PORTABLE = True\nprint(sandbox.protection()['user'])")
+    assert done.stdout.startswith("in force: user ") or "another user than root" in done.stderr, done
 
 
 def test_the_numbers_of_the_system_calls_are_the_kernel_s_own():
