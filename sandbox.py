@@ -1864,6 +1864,9 @@ class Flight:
                     tree[path], start = (mode, data[start : start + size]), start + size
         except (OSError, ValueError) as error:
             result, blobs, tree = {"error": f"the run was lost: {error}"}, [], None
+            with contextlib.suppress(subprocess.TimeoutExpired):  # was it this place alone, or has the zygote died with all of them?
+                self.machinery.process.wait(0.5)
+                self.machinery.replace()
         if "error" in result:
             self.sock.close()
         else:
