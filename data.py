@@ -532,24 +532,26 @@ def html_text(html):
 # ------------------------------------------------------------------------------------------------ cleaning: edits, then rules
 
 WEB, EVERY, PYTHON = {"text"}, set(LANGUAGES), {"python"}
-EDITS = {  # name: (languages, a string that must occur for the pattern to match at all, pattern, replacement)
-    "key redacted": (EVERY, "", re.compile(
+KEY_MARKS = "AKIA ASIA ghp_ gho_ ghu_ ghs_ ghr_ xox sk- AIza -----BEGIN".split()
+DOTTED, AT = re.compile(r"\.\d{1,3}\.\d"), re.compile(r"@(?<=[\w.+%-]@)[\w-]+\.[\w-]")
+EDITS = {  # name: (languages, a quick look without which the pattern cannot match, pattern, replacement)
+    "key redacted": (EVERY, lambda text: any(map(text.__contains__, KEY_MARKS)), re.compile(
         r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}|\bxox[baprs]-[A-Za-z0-9-]{10,}|\bsk-[A-Za-z0-9_-]{32,}|\bAIza[\w-]{35}"
         r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]+?-----END [A-Z ]*PRIVATE KEY-----"), "<KEY>"),
-    "e-mail redacted": (EVERY, "@", re.compile(
+    "e-mail redacted": (EVERY, AT.search, re.compile(
         r"(?<![\w.+%-])[\w.+%-]{1,64}@(?!example\.|localhost)[\w-]{1,63}(?:\.[\w-]{2,63})*\.[A-Za-z]{2,10}\b"), "<EMAIL>"),
-    "address redacted": (EVERY, ".", re.compile(  # an IPv4 address of the open Internet, no version number behind a v or in a longer one
+    "address redacted": (EVERY, DOTTED.search, re.compile(  # an IPv4 address of the open Internet; no version number
         r"(?<![\w.-])(?!(?:0|10|127|169\.254|172\.(?:1[6-9]|2\d|3[01])|192\.(?:168|0\.2)|198\.51\.100|203\.0\.113|22[4-9]|2[3-5]\d)\.)"
         r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?![\w.-]|\.\d)"), "<IP>"),
-    "cookie line": (WEB, "ookie", re.compile(
+    "cookie line": (WEB, lambda text: "ookie" in text, re.compile(
         r"^.*\b(?:accept (?:all )?cookies|(?:use[sd]?|about|these|our) cookies|cookie (?:policy|settings|consent))\b.*\n?",
         re.I | re.M), ""),
-    "boilerplate line": (WEB, "", re.compile(
+    "boilerplate line": (WEB, bool, re.compile(
         r"^.{0,80}\b(?:all rights reserved|terms of (?:service|use)|privacy policy|powered by|subscribe to our|sign (?:in|up)|log ?in|"
         r"javascript is (?:disabled|required)|skip to (?:main )?content|share (?:this|on)|follow us|back to top|read more|"
         r"click here)\b.{0,80}\n?", re.I | re.M), ""),
-    "navigation line": (WEB, "", re.compile(r"^(?:[- ]*[\w' ]{1,24}(?: [|»›>·•/] )){2,}[\w' ]{1,24}\n?", re.M), ""),
-    "encoded blob": (TEXT, "", re.compile(
+    "navigation line": (WEB, bool, re.compile(r"^(?:[- ]*[\w' ]{1,24}(?: [|»›>·•/] )){2,}[\w' ]{1,24}\n?", re.M), ""),
+    "encoded blob": (TEXT, bool, re.compile(
         r"(?:data:[\w/+.-]+;base64,)?(?<![A-Za-z0-9+/=])(?=\S{0,200}\d)(?:[A-Za-z0-9+/]{120,}={0,2}|[0-9a-fA-F]{96,})"), "<BLOB>"),
 }
 FENCED = re.compile(r"(^(`{3,}).*?^\2[ \t]*$)", re.M | re.S)
@@ -560,8 +562,8 @@ def edit(text, language, fired):
     if language in TEXT and "```" in text:
         pieces = FENCED.split(text)  # prose, block, fence, prose, block, fence, ..., prose
         return "".join(piece if i % 3 == 1 else edit(piece, language + " ", fired) for i, piece in enumerate(pieces) if i % 3 != 2)
-    for name, (languages, needle, pattern, replacement) in EDITS.items():
-        if language.strip() in languages and needle in text:
+    for name, (languages, possible, pattern, replacement) in EDITS.items():
+        if language.strip() in languages and possible(text):
             text, times = pattern.subn(replacement, text)
             fired += [name] if times and name not in fired else []
     return text
@@ -571,7 +573,7 @@ CLASSES = np.zeros((256, 4), np.int64)  # byte -> (alphabetic, digit, white spac
 CLASSES[[*range(65, 91), *range(97, 123), *range(128, 256)], 0] = 1
 CLASSES[48:58, 1] = CLASSES[[9, 10, 11, 12, 13, 32], 2] = CLASSES[:, 3] = 1
 LINE_KINDS = re.compile(r"^[ \t]*(?:(?P<passes>pass\b)|(?P<imports>import\b|from\b.*\bimport\b)|(?P<asserts>assert|self\.assert)|"
-                        r"(?P<prints>print\()|(?P<comments>#|//|/?\*)|(?P<bullets>[-*•] )|(?P<ellipses>.*(?:\.\.\.|…)[ \t]*$))", re.M)
+                        r"(?P<prints>print\()|(?P<comments>#|//|/?\*)|(?P<bullets>[-*•] ))", re.M)
 GENERATED = re.compile(r"@generated|auto-?generated|generated (?:by|from|automatically)|do not (?:edit|modify)", re.I)
 STRINGS = re.compile(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'')
 HEX = re.compile(r"\b(?:0[xX][0-9a-fA-F]+|(?=[a-fA-F]*\d)[0-9a-fA-F]{8,})\b")
@@ -595,7 +597,8 @@ def measure(text):
         "symbols": (text.count("#") + text.count("…") + text.count("...")) / w,
         "sentences": sum(line[-1] in ".!?\"'”:;)" for line in filled) / n,
         "short lines": sum(len(line) <= 30 for line in filled) / n,
-        **{kind: kinds[kind] / n for kind in ("passes", "imports", "asserts", "prints", "comments", "bullets", "ellipses")},
+        "ellipses": sum(line.endswith(("...", "…")) for line in filled) / n,
+        **{kind: kinds[kind] / n for kind in ("passes", "imports", "asserts", "prints", "comments", "bullets")},
     }
 
 
@@ -1882,13 +1885,24 @@ def repo_samples(docs, tokenizer, context, rng):
                 yield language, project, fim.repo_parts(project, near, path, split)
 
 
-def commit_samples(repositories, tokenizer, context):
+def split_of(repository, default, paths, held_out):
+    """A change that touches a held-out project belongs to the held-out split, under any name by which the sources may know the project."""
+    name = Path(repository).resolve().name
+    known = {name}
+    for path in paths:
+        parts = [name, *path.split("/")]
+        known |= {f"{parts[-2]}/.", *map("/".join, itertools.pairwise(parts))}
+    return default if known.isdisjoint(held_out) else "heldout"
+
+
+def commit_samples(repositories, split, held_out, tokenizer, context):
     """Triplets of git histories: message and patch whole, the context around them cut to fit. Patches too long for it are left out."""
     length = lambda text: len(tokenizer.encode(text))
-    for repository in repositories:
+    for repository, default in repositories.items():
         for i, triplet in enumerate(commits.triplets(repository)):
-            parts = commits.triplet_parts(triplet, budget=context // (4 if i % 2 else 1), length=length)
-            yield "diff", Path(repository).resolve().name, parts
+            if split_of(repository, default, {*triplet.old_files, *triplet.new_files}, held_out) == split:
+                parts = commits.triplet_parts(triplet, budget=context // (4 if i % 2 else 1), length=length)
+                yield "diff", Path(repository).resolve().name, parts
 
 
 AGENT_FAMILIES = ("terminal", "tools", "web", "gui", "swe")
@@ -2021,7 +2035,7 @@ REASONING_FAMILIES = tuple(name for name in tasks.FAMILIES if name not in AGENT_
 
 def write_category(job):
     """One category of one split, from the cleaned shards or from its generator; -> its summary, None where there is nothing."""
-    out, split, name, paths, numbers, repositories, context, most = job
+    out, split, name, paths, numbers, repositories, held_out, context, most = job
     tokenizer, rng = Tokenizer.load(out / "tokenizer"), random.Random(f"{split} {name}")
     docs = (doc for i, doc in enumerate(documents(paths)) if i in numbers)
     end = ("<|endoftext|>", True, True)
@@ -2033,7 +2047,7 @@ def write_category(job):
         "text": lambda: plain(itertools.chain((doc for doc in docs if doc.language in TEXT), facts)),
         "quality": lambda: plain(docs),
         "file": lambda: file_samples(docs, tokenizer, context, rng), "repo": lambda: repo_samples(docs, tokenizer, context, rng),
-        "commit": lambda: commit_samples(repositories, tokenizer, context),
+        "commit": lambda: commit_samples(repositories, split, held_out, tokenizer, context),
         "reasoning": lambda: task_samples(REASONING_FAMILIES, True, split, rng),
         "agent": lambda: task_samples(AGENT_FAMILIES, True, split, rng),
     }[name]()
@@ -2088,7 +2102,14 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
     Sources to tokens: out/tokenizer, out/train, out/heldout, out/drops.json, and out/manifest.json, written last. Work in progress
     lies in out/work by shard; a build that was killed goes on from there and ends with the same bytes. max_bytes=0: everything.
     """
-    began, out, workers, counts = time.time(), Path(out), workers or os.cpu_count(), Counter()
+    began, out, counts = time.time(), Path(out), Counter()
+    workers = os.cpu_count() if workers is None else workers
+    for name, value, least, most in (("max_bytes", max_bytes, 0, math.inf), ("heldout", heldout, 0.001, 0.9),
+                                     ("context", context, 64, math.inf), ("workers", workers, 1, 1024)):
+        if not least <= value <= most:
+            raise ValueError(f"{name}={value} must lie between {least} and {most}")
+    if lost := [place for place in git if not is_repository(Path(place))] + [place for place in benchmarks if not Path(place).is_file()]:
+        raise ValueError(f"{lost[0]}: there is no such {'git repository' if lost[0] in git else 'benchmark file'}")
     stamp = lambda name, text: log(f"{name:8s}{text} | {time.time() - began:.1f} s")
     sources = [source] if isinstance(source, str) else list(source)
     (out / "fetched").mkdir(parents=True, exist_ok=True)
@@ -2125,16 +2146,17 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
     tokenizer.save(out / "tokenizer")
     stamp("tokens", f"vocabulary of {tokenizer.vocab_size}")
 
-    repositories = sorted({*git, *filter(None, map(repository_of, sources))}, key=digest)
-    few = len(repositories) // 5 or int(len(repositories) > 1)
-    repositories = {"heldout": repositories[:few], "train": repositories[few:]}
+    others = sorted(git, key=digest)                     # of histories that are no sources one in five is held out
+    repositories = {repository: "heldout" if i < (len(others) // 5 or len(others) > 1) else "train" for i, repository in enumerate(others)}
+    repositories |= dict.fromkeys(filter(None, map(repository_of, sources)), "train")
     best = best_code(lambda: ((i, doc) for i, doc in enumerate(documents(paths)) if i in numbers["train"]), tokenizer, teacher, log)
     stamp("quality", f"{len(best)} documents")
     splits = {"train": {}, "heldout": {}}
     for names in (("code", "text"), ("quality", "repo", "reasoning", "file", "agent", "commit")):
         most = {(split, name): SHARES[name] * splits[split].get("code", {}).get("tokens", 0) if name in SHARES else math.inf
-                for split in splits for name in names if {"quality": split == "train", "commit": repositories[split]}.get(name, True)}
-        jobs = [(out, split, name, paths, best if name == "quality" else numbers[split], repositories[split], context, most[split, name])
+                for split in splits for name in names if {"quality": split == "train", "commit": repositories}.get(name, True)}
+        jobs = [(out, split, name, paths, best if name == "quality" else numbers[split], repositories, held_out, context,
+                 most[split, name])
                 for split, name in most]
         for job, summary in zip(jobs, parallel(write_category, jobs, workers)):
             splits[job[1]].update({job[2]: summary} if summary else {})
@@ -2149,7 +2171,7 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
         sizes = f"{row['tokens'] / 1e6:8.2f} M tokens {row['bytes'] / 1e6:8.2f} MB"
         log(f"{split:8s}{name:10s}{row['documents']:7d} documents {sizes}: {languages}")
     if "commit" not in splits["train"]:
-        reason = "no history among the sources gave a triplet" if repositories["train"] else "no source lies in a git repository"
+        reason = "no history among the sources gave a triplet" if repositories else "no source lies in a git repository"
         log(f"absent  commit    {reason}; --git REPOSITORY ... adds some")
     stamp("done", f"{out}/manifest.json")
     return manifest
@@ -2266,7 +2288,10 @@ def bench(arm):
 
 def explain(rule, out):
     """What a rule removed in the last build, and three examples."""
-    drops = json.loads((Path(out) / "drops.json").read_text())
+    path = Path(out) / "drops.json"
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file; name the folder of a finished build with --out")
+    drops = json.loads(path.read_text())
     if rule not in drops:
         raise ValueError(f"--explain {rule}: the last build in {out} dropped nothing by that name; it has {', '.join(drops)}")
     if rule in RULES:

@@ -779,6 +779,21 @@ def test_an_interrupted_build_ends_with_the_same_bytes_and_so_does_one_of_two_pr
     assert not stamps and folder_bytes(tmp_path) == folder_bytes(built)  # the four shards were not made again
 
 
+def test_a_change_that_touches_a_held_out_project_is_held_out_with_it(tmp_path):
+    held, repo = {"lib/json", "src/.", "other"}, tmp_path / "lib"
+    assert data.split_of(repo, "train", ["html/a.py"], held) == "train"
+    assert data.split_of(repo, "train", ["html/a.py", "json/b.py"], held) == "heldout"
+    assert data.split_of(repo, "train", ["src/c.py"], held) == "heldout" == data.split_of(tmp_path / "other", "train", ["x.py"], held)
+    assert data.split_of(repo, "heldout", ["html/a.py"], held) == "heldout"
+
+
+def test_a_source_inside_a_repository_gives_the_repositorys_history(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path / "repo"], check=True)
+    (tmp_path / "repo" / "src").mkdir()
+    assert data.repository_of(str(tmp_path / "repo" / "src")) == str(tmp_path / "repo") == data.repository_of(str(tmp_path / "repo"))
+    assert data.repository_of("python") is None is data.repository_of(str(tmp_path))
+
+
 def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_path):
     for name in ("one", "two"):
         repo = tmp_path / name
@@ -799,7 +814,8 @@ def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_pat
 
 @pytest.mark.parametrize("arguments, words", [
     (["--source", "/nowhere/at/all"], "no such folder"), (["--source", "EMPTY"], "nothing to train on"),
-    (["--explain", "no rule", "--out", "EMPTY"], "No such file"),
+    (["--explain", "no rule", "--out", "EMPTY"], "finished build"),
+    (["--max-mb", "-1"], "max_bytes=-1000000"), (["--git", "/nowhere"], "no such git repository"), (["--heldout", "2"], "heldout=2.0"),
     (["--source", "CORPUS", "--vocab-size", "100"], "vocab_size=100"),
     (["--source", "CORPUS", "--vocab-size", "60000", "--max-mb", "0.3"], "more than the corpus"),
     (["--source", "missing.jsonl"], "no such file"),
