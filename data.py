@@ -1993,7 +1993,7 @@ def deduplicate(paths, near=0.7, alike=0.8):
     is left. In memory are the fingerprints, and the shingles of the candidates; the rank (longest first) does not know the input order.
     """
     parts, gone = [np.load(f"{path}.npz") for path in paths], {}
-    column = lambda name: np.concatenate([part[name] for part in parts if len(part["exact"])])
+    column = lambda name: np.concatenate([part[name] for part in parts if name in part])  # a shard may have lost all its documents
     exact, size, varied, rank = column("exact"), column("size"), column("varied"), np.empty(0)
     rank = np.argsort(np.lexsort((exact, -size)))
 

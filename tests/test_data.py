@@ -794,6 +794,17 @@ def test_a_source_inside_a_repository_gives_the_repositorys_history(tmp_path):
     assert data.repository_of("python") is None is data.repository_of(str(tmp_path))
 
 
+def test_a_shard_that_loses_all_its_documents_does_not_stop_the_others(tmp_path):
+    entries = []
+    for name, text in (("junk", "x\n"), ("good", GOOD), ("copy", GOOD + "\n")):
+        (tmp_path / f"{name}.py").write_text(text)
+        entries.append(data.Entry("p", f"{name}.py", "python", len(text), str(tmp_path / f"{name}.py")))
+    paths = [tmp_path / "0", tmp_path / "1"]
+    data.clean_shard((entries[:1], paths[0], None))
+    data.clean_shard((entries[1:], paths[1], None))
+    assert [len(rows) for rows in data.deduplicate(paths).values()] == [1, 0, 0] and len(list(data.documents(paths))) == 2
+
+
 def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_path):
     for name in ("one", "two"):
         repo = tmp_path / name
