@@ -449,6 +449,18 @@ class Ring:
         return found
 
 
+def ring_bytes(T, P, rank, width, window=EVERYTHING, itemsize=2):
+    """
+    Bytes that a rank sends for one attention to T positions, all one document: (forward, backward). width = KV D.
+
+    In the forward pass rank r sends its first chunk to all others and its second to the r ranks before it; in the backward pass the
+    same again, and float32 gradients of what it got from them. A window that fits a chunk needs its tail at most two times.
+    """
+    c, borders = -(-T // (2 * P)), (rank > 0) + (rank < P - 1)
+    out, back = ((P - 1 + rank) * c, (2 * (P - 1) - rank) * c) if window > c + 1 else [(window - 1) * borders] * 2
+    return 2 * width * out * itemsize, 2 * width * (out * itemsize + back * 4)
+
+
 def part_forward(q, k, v, shift, window, starts):
     """(o, lse) of one part, by the kernel on a GPU and by tiles on a CPU."""
     starts = starts.expand(q.shape[0], -1)

@@ -53,7 +53,7 @@ import commits
 import data
 import fim
 import tasks
-from loop_attention import Ring, fingerprint, shard_sequence
+from loop_attention import Ring, fingerprint, ring_bytes, shard_sequence
 from model import LoopCoder, LoopCoderConfig, flops_per_token, matmul_peak, parameter_count
 
 # ---------------------------------------------------------------------------------------------- the stages
@@ -1232,17 +1232,115 @@ def plot(out: Path) -> Path:
     return path
 
 
-def dry_run(cfg: TrainConfig) -> None:
-    """Print what the preset is going to need, without doing it: the model is built on the meta device."""
-    preset = PRESETS[cfg.preset]
+# ---------------------------------------------------------------------------------------------- what a run is going to need
+
+DEVICE_FLOPS, LINK_BYTES, MEMORY_BYTES = 400e12, 350e9, 3e12  # assumed a second: sustained bfloat16, NVLink one way, HBM of one GPU
+
+
+def kept_bytes(config, tokens, weights):
+    """Bytes that autograd keeps of a row for the backward pass: runs of one and two layers on the meta device, which computes nothing."""
+    if config.num_hidden_layers > 2:
+        one, two = (kept_bytes(dataclasses.replace(config, num_hidden_layers=n), tokens, weights) for n in (1, 2))
+        return one + (config.num_hidden_layers - 1) * (two - one)
     with torch.device("meta"):
-        model = LoopCoder(LoopCoderConfig.preset(cfg.preset))
-    n = parameter_count(model.config)[0]
-    print(f"{cfg.preset}: {n / 1e9:.3f}B parameters; weights, gradients and two moments {16 * n / 2**30:.2f} GiB; {preset.minutes}")
+        model, ids = LoopCoder(config).to(weights), torch.zeros(1, tokens, dtype=torch.int64)
+    model.compute_dtype, kept = torch.bfloat16, {}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x  # one entry a storage, however many tensors look into it
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        _loss = model.loss(ids, ids, reduction="sum")
+    return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in own)
+
+
+def memory_plan(config, cfg, ranks, tokens) -> dict[str, float]:
+    """{what: bytes a rank} with `tokens` of a micro-batch on this rank; the last two are alternatives (--recompute; always with shards)."""
+    P, matrices = parameter_count(config)
+    layers = matrices - config.vocab_size * config.hidden_size
+    rest, layer, shards = P - layers, layers / config.num_hidden_layers, ranks if ranks > 1 and shards_weights(cfg) else 1
+    weights = torch.bfloat16 if shards > 1 else torch.float32
+    one = kept_bytes(dataclasses.replace(config, num_hidden_layers=1), tokens, weights)
+    kv = 2 * 2 * tokens * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * (config.loop_num > 1)
+    inputs = 2 * tokens * config.hidden_size * config.num_hidden_layers * config.loop_num + kv
+    return {
+        "weights": 4 * P / shards,
+        "gradients": 4 * P / shards * (2 if shards == 1 < ranks else 1),  # DDP reduces from a second copy
+        "optimizer": (4 * layers + 8 * rest if cfg.optimizer == "muon" else 8 * P) / shards,
+        "gathered": 2 * (2 * (rest + 2 * layer)) if shards > 1 else 0,  # bfloat16 weights and gradients: ends, this layer, the next
+        "kept": kept_bytes(config, tokens, weights),
+        "recomputed": inputs + one,
+    }
+
+
+def traffic_plan(config, cfg, ranks, cp, context, rows, micro_batches, recompute) -> tuple[float, float]:
+    """(bytes that the busiest rank sends round the ring in a step, bytes that each sends for weights and gradients)."""
+    P, matrices = parameter_count(config)
+    layers, R, width = matrices - config.vocab_size * config.hidden_size, config.loop_num, config.num_key_value_heads * config.head_dim
+    ring, replicas = 0, ranks // cp
+    if cp > 1:
+        for window, times in ((1 << 30, R), (config.loop_window_size, R - 1)):
+            forward, backward = np.max([ring_bytes(context, cp, rank, width, window) for rank in range(cp)], axis=0)
+            ring += config.num_hidden_layers * times * (forward * (1 + recompute) + backward) * -(-rows // replicas)
+    share = (ranks - 1) / ranks
+    if ranks == 1 or not shards_weights(cfg):
+        return ring, 2 * share * 4 * P
+    once = 2 * (2 * R * layers + P - layers) + 4 * (R * layers + P - layers)  # bfloat16 gathered for every pass, float32 sums scattered
+    return ring, share * (micro_batches * once + (6 * layers if cfg.optimizer == "muon" else 0))
+
+
+def ring_plan(config, context, cp) -> None:
+    """Print the paper calculation: what one step of the ring sends and computes, and whether the one hides behind the other."""
+    width, c = config.num_key_value_heads * config.head_dim, context // (2 * cp)
+    flops = 8 * c * c * config.num_attention_heads * config.head_dim  # two blocks of c queries by c keys, two products each
+    assumed = f"{LINK_BYTES / 1e9:.0f} GB/s and {DEVICE_FLOPS / 1e12:.0f} TFLOP/s assumed"
+    print(f"{context} tokens on a ring of {cp}, one layer and pass, busiest rank, {assumed}:")
+    for name, size, work in (("forward", 2 * 2 * 2 * c * width, flops), ("backward", 2 * 2 * c * width * (2 + 4), 2.5 * flops)):
+        sends, computes = size / LINK_BYTES, work / DEVICE_FLOPS
+        print(f"  {name:8} step: {size / 1e6:6.1f} MB in {1e3 * sends:.2f} ms behind {work / 1e12:.2f} TFLOP in {1e3 * computes:.1f} ms "
+              f"({computes / sends:.0f} times as long)")
+    halo, backward = np.max([ring_bytes(context, cp, r, width, config.loop_window_size) for r in range(cp)], axis=0) / 1e6
+    shards = np.max([ring_bytes(context, cp, r, width) for r in range(cp)], axis=0) / 1e6
+    print(f"  a rank sends {shards[0]:.0f} MB forward and {shards[1]:.0f} MB backward; the window's halo {halo:.2f} and {backward:.2f} MB")
+
+
+def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
+    """Print what the preset is going to need, without doing it: everything is counted on the meta device."""
+    preset, config = PRESETS[cfg.preset], LoopCoderConfig.preset(cfg.preset, vocab_size=PRESETS[cfg.preset].vocab_size)
+    P, matrices = parameter_count(config)
+    ranks = ranks or (1 if P < 5e8 else 8 if P < 5e9 else 64)
+    sharded, cp_of = ranks > 1 and shards_weights(cfg), lambda context: cfg.cp if cfg.cp > 1 else min(ranks, max(1, context // 16384))
+    where = "in shards" if sharded else "whole on each rank"
+    print(f"{cfg.preset} on {ranks} rank(s): {P / 1e9:.3f}B parameters, {where}; {preset.minutes}")
+    print(f"ring, weights: GB that a rank sends in a step; days: at {DEVICE_FLOPS / 1e12:.0f} TFLOP/s a rank (assumed)")
+    print("       stage context  cp   tokens   steps FLOP/token     FLOP    ring weights    days")
     for stage in STAGES.values():
         context, tokens = preset.contexts[stage.context], stage.tokens * preset.tokens * cfg.scale
-        flops = tokens * flops_per_token(model.config, context)
-        print(f"{stage.name:>9}: rows of {context:6d}, {tokens:.3g} tokens, {tokens / preset.batch_tokens:.0f} steps, {flops:.3g} FLOP")
+        cp = cp_of(context)
+        rows, flops = max(1, round(preset.batch_tokens / context)), flops_per_token(config, context)
+        mine = max(1, -(-rows * cp // ranks))
+        pieces = -(-mine // max(1, 32768 // context))
+        ring, traffic = traffic_plan(config, cfg, ranks, cp, context, rows, pieces, cfg.recompute or sharded)
+        days = tokens * flops / DEVICE_FLOPS / ranks / 86400
+        print(f"{stage.name:>12} {context:7d} {cp:3d} {tokens:8.3g} {tokens / (rows * context):7.0f} {flops:10.3g} {tokens * flops:8.3g} "
+              f"{ring / 1e9:7.1f} {traffic / 1e9:7.1f} {days:7.3g}")
+    print("memory a rank, GiB; activations kept, or recomputed layer by layer (--recompute; always with shards)")
+    held = {context: max(1, 32768 // context) * context // cp_of(context) for context in preset.contexts}
+    for tokens in sorted(set(held.values())):
+        plan = {what: size / 2**30 for what, size in memory_plan(config, cfg, ranks, tokens).items()}
+        state = sum(plan[what] for what in ("weights", "gradients", "optimizer", "gathered"))
+        parts = ", ".join(f"{what} {size:.2f}" for what, size in plan.items())
+        rows = ", ".join(str(context) for context in held if held[context] == tokens)
+        print(f"  {tokens} tokens at a time (rows of {rows}): {parts}; all {state + plan['kept']:.1f} or {state + plan['recomputed']:.1f}")
+    hashed = (2 * (4 * P + 4 * matrices + 8 * (P - matrices)) + 4 * P) / (ranks if sharded else 1)
+    step = preset.batch_tokens * flops_per_token(config, preset.contexts[0]) / DEVICE_FLOPS / ranks
+    share = 2 / cfg.recheck_every / max(1, preset.batch_tokens // ranks // 32768) if cfg.recheck_every else 0
+    print(f"silent errors: fingerprints of {hashed / 1e9:.2f} GB a step, {hashed / MEMORY_BYTES / step:.2%} of its {step:.2f} s "
+          f"(read once at {MEMORY_BYTES / 1e12:.0f} TB/s); re-computation {share:.2%}")
+    if ranks >= 8:
+        ring_plan(config, preset.contexts[-1], 8)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -1267,9 +1365,10 @@ def arguments(argv):
     parser.add_argument("--tasks", type=int, default=8, help="with --eval: problems a family and level, and holes a level")
     parser.add_argument("--samples", type=int, default=8, help="with --eval: answers a problem; pass@1 and pass@SAMPLES are printed")
     parser.add_argument("--plot", action="store_true", help="draw the chain's curves to OUT/chain.png and leave (needs matplotlib)")
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, tokens and FLOPs of the preset and leave")
+    parser.add_argument("--dry-run", action="store_true", help="print what the preset needs of memory, time and traffic, and leave")
+    parser.add_argument("--ranks", type=int, default=0, help="with --dry-run: processes to plan for; 0: 1, 8 or 64, by size")
     given = vars(parser.parse_args(argv))
-    extra = {name: given.pop(name) for name in ("eval", "plot", "dry_run", "git", "tasks", "samples")}
+    extra = {name: given.pop(name) for name in ("eval", "plot", "dry_run", "ranks", "git", "tasks", "samples")}
     return TrainConfig(**given), extra
 
 
@@ -1277,7 +1376,7 @@ def main(argv=None):
     """Read the options, then draw, plan, evaluate or train."""
     cfg, extra = arguments(argv)
     if extra["dry_run"]:
-        return dry_run(cfg)
+        return dry_run(cfg, extra["ranks"])
     if extra["plot"]:
         return print(plot(Path(cfg.out)))
     world = start_world(cfg)
@@ -1295,7 +1394,8 @@ def main(argv=None):
             raise
         dist.destroy_process_group()  # whoever waits for this rank learns that it need not,
         time.sleep(3)  # and still finds it at its door
-        raise LostRank(f"rank {lost[0]} is gone, so rank {world.rank} stops; --resume goes on from the last snapshot, with any N") from error
+        advice = "--resume goes on from the last snapshot, with any N"
+        raise LostRank(f"rank {lost[0]} is gone, so rank {world.rank} stops; {advice}") from error
     end_world()
 
 

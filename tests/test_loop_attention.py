@@ -191,17 +191,15 @@ def ring_case(T, window, docs, dtype):
 
 def ring_bytes(P, rank):
     """(bytes this rank sent, the formula's) for plain causal loop attention, and bytes sent where every chunk is a document."""
-    B, H, KV, c, D, window = 1, 2, 1, 8, 4, 5
-    shards = [torch.randn(B, h, 2 * c, D, requires_grad=True) for h in (H, KV, KV, KV, KV)]
+    H, KV, c, D, window = 2, 1, 8, 4, 5
+    shards = [torch.randn(1, h, 2 * c, D, requires_grad=True) for h in (H, KV, KV, KV, KV)]
     gate = torch.zeros(H, D), torch.zeros(H)
     ring = la.Ring(2 * c)
     la.ring_loop_attention(*shards, *gate, window, ring=ring).sum().backward()
-    chunks = 2 * (P - 1 + rank) + 2 * (P - 1) - rank                             # keys out, again in the backward pass, gradients back
-    borders = (rank < P - 1) + (rank > 0)                                        # neighbours that want a tail; as many tails came
-    tokens = chunks * c + (window - 1) * 3 * borders
+    formula = sum(sum(la.ring_bytes(2 * c * P, P, rank, KV * D, w, itemsize=4)) for w in (la.EVERYTHING, window))
     alone = la.Ring(2 * c, torch.tensor([[rank] * c + [2 * P - 1 - rank] * c]))
     la.ring_loop_attention(*shards, *gate, window, ring=alone).sum().backward()
-    return ring.sent, tokens * 2 * B * KV * D * 4, alone.sent
+    return ring.sent, formula, alone.sent
 
 
 def ring_rank(rank, P, folder):

@@ -304,8 +304,9 @@ def test_for_each_check_there_is_a_fault_that_nothing_else_sees_in_its_step(tmp_
 
 # ------------------------------------------------------------------------------------------------ ranks that die
 
-WORDS = ["--stages", "pretrain", "--scale", "0.012", "--batch-tokens", "512", "--compile", "off", "--dtype", "float32", "--eval-bytes", "3000",
-         "--save-every", "1", "--threads", "1"]
+WORDS = """--stages pretrain --scale 0.012 --batch-tokens 512 --compile off --dtype float32 --eval-bytes 3000 --save-every 1
+ --threads 1""".split()
+
 
 
 def start(rank, size, port, folder, *more):
@@ -352,6 +353,36 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name_and_another_number_of_
         assert lines[rank] == [f"train.py: rank 1 is gone, so rank {rank} stops; --resume goes on from the last snapshot, with any N"]
     assert "steps from step" in said  # the two did not begin again
     assert losses(folder) == pytest.approx(losses(whole), rel=2e-4)
+
+
+# ------------------------------------------------------------------------------------------------ dry run
+
+
+def test_the_memory_of_the_dry_run_is_what_autograd_keeps_in_a_real_run():
+    config = model.LoopCoderConfig(**model.shape(64, 160, 3, 4, 2, 300, 512))
+    real, kept = model.LoopCoder(config), {}
+    real.compute_dtype = torch.bfloat16
+    own = {p.data_ptr() for p in real.parameters()}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    ids = torch.zeros(1, 512, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = real.loss(ids, ids, reduction="sum")
+    assert loss.isfinite()
+    expected = sum(storage.nbytes() for at, storage in kept.items() if at not in own)
+    assert train.kept_bytes(config, 512, torch.float32) == pytest.approx(expected, rel=0.001)
+
+
+def test_a_dry_run_of_the_large_presets_says_what_they_need(capsys):
+    for preset in ("small", "node", "40b-loop"):
+        train.main(["--preset", preset, "--dry-run"])
+        said = capsys.readouterr().out
+        assert all(stage in said for stage in train.STAGES) and "memory a rank" in said and "fingerprints" in said
+    assert "in shards" in said and "39.795B" in said
+    assert "131072 tokens on a ring of 8" in said and "67.1 MB" in said  # two chunks of 8192 keys and values, 8 x 128 of two bytes
 
 
 if __name__ == "__main__":
