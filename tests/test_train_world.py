@@ -106,6 +106,43 @@ def test_rings_replicas_and_shards_follow_the_loss_of_one_process(corpus, tmp_pa
             torch.testing.assert_close(x, weights[name], rtol=0, atol=5e-6)
 
 
+SPLITS = [(1, 1, 5), (3, 1, 1), (2, 2, 2)]  # processes, ranks that share a row, rows of a micro-batch; 5 rows fit none of them
+
+
+def gradient_of_a_batch(cp, micro_rows, path):
+    """The gradient of one global batch in float64, of both kinds of loop: rank 0 writes {name: gradient}."""
+    world = dataclasses.replace(train.start_world(toy_config("unused", cp=cp)), compiled=False)
+    rng, found = np.random.default_rng(0), {}
+    ids, targets = rng.integers(0, 60, (2, 5, 22))  # 22 tokens: four chunks are padded
+    targets[rng.random(ids.shape) < 0.6] = -100
+    targets[1] = -100
+    segments = np.sort(rng.integers(0, 3, ids.shape), axis=1)
+    for loop_input in ("hidden", "shift"):
+        torch.manual_seed(0)
+        net = model.LoopCoder(model.LoopCoderConfig(**model.shape(16, 32, 2, 4, 2, 60, 64), loop_input=loop_input)).double()
+        found[loop_input] = train.gradient(train.loss_function(net, world), (ids, targets, segments), world, micro_rows)
+        found |= {f"{loop_input} {name}": p.grad for name, p in net.named_parameters()}
+    if world.main:
+        torch.save(found, path)
+
+
+def gradients(folder):
+    for size, cp, micro_rows in SPLITS:
+        ranks("gradient_of_a_batch", size, cp, micro_rows, f"{folder}/{size}.pt")
+
+
+def test_the_gradient_is_the_same_however_ranks_and_micro_batches_split_the_batch(tmp_path):
+    """Rows with few learned tokens, none, and rows that no rank is given; also where each token reads the state of the one before it."""
+    program("gradients", str(tmp_path))
+    whole, *others = (torch.load(tmp_path / f"{size}.pt") for size, *_ in SPLITS)
+    for split in others:
+        for name, x in whole.items():
+            if isinstance(x, float):
+                assert split[name] == pytest.approx(x, rel=1e-6), name  # the loss is summed in float32
+            else:
+                assert (split[name] - x).abs().max() <= 1e-12 * max(1, float(x.abs().max())), name
+
+
 # ------------------------------------------------------------------------------------------------ silent errors
 
 
