@@ -297,13 +297,14 @@ def test_injected_faults_are_found_in_their_step_and_their_rank_is_named(tmp_pat
     print(dict(table), "clean steps", sum(clean for *_, clean in plan))
 
 
-def blind(path, cp):
+def blind(path, cp, fsdp):
     """What each fault is called with all checks, and with the one that is meant for it taken away."""
-    lab, seen = Lab(cp), {}
+    lab, seen = Lab(cp, fsdp), {}
     many = lab.world.size > 1
     spec = {"step": 1, "rank": int(many), "tensor": "", "element": 40, "bit": 22}
     cases = {"at rest": ("weight", 0)} if not many else {
         "received": ("received", 0)} if cp > 1 else {
+        "at rest, in shards": ("weight", 0), "recompute, in shards": ("activation", 0)} if fsdp == "on" else {
         "recompute": ("gradient", 0), "recompute, stuck": ("gradient", 1), "gradients differ after the reduction": ("reduced", 0),
         "replicas differ after the update": ("update", 0)}
     for check, (site, persistent) in cases.items():
@@ -315,9 +316,10 @@ def blind(path, cp):
 
 
 def blinds(folder):
-    ranks("blind", 1, f"{folder}/one.json", 1)
-    ranks("blind", 2, f"{folder}/two.json", 1)
-    ranks("blind", 2, f"{folder}/ring.json", 2)
+    ranks("blind", 1, f"{folder}/one.json", 1, "off")
+    ranks("blind", 2, f"{folder}/two.json", 1, "off")
+    ranks("blind", 2, f"{folder}/ring.json", 2, "off")
+    ranks("blind", 2, f"{folder}/shards.json", 1, "on")
 
 
 def test_for_each_check_there_is_a_fault_that_nothing_else_sees_in_its_step(tmp_path):
@@ -327,10 +329,12 @@ def test_for_each_check_there_is_a_fault_that_nothing_else_sees_in_its_step(tmp_
     """
     program("blinds", str(tmp_path))
     seen = {}
-    for name in ("one", "two", "ring"):
+    for name in ("one", "two", "ring", "shards"):
         seen |= json.loads((tmp_path / f"{name}.json").read_text())
     assert seen == {
         "at rest": ["changed at rest", "missed"],
+        "at rest, in shards": ["changed at rest", "missed"],
+        "recompute, in shards": ["a gradient computed twice differs", "missed"],
         "received": ["received otherwise than sent", "missed"],
         "recompute": ["a gradient computed twice differs", "missed"],
         "recompute, stuck": ["two ranks compute different gradients", "missed"],
