@@ -25,6 +25,7 @@ Departure: the report's tasks come from the web and from frontier models; ours a
 import argparse
 import ast
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -35,6 +36,7 @@ import re
 import sqlite3
 import stat
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
@@ -115,6 +117,15 @@ def verify(task: Task, answer: str) -> float:
 
 
 # ---- running code: ours in process, a model's in the sandbox ---------------------------------------------------------
+
+
+PARSING = threading.Lock()
+
+
+def parse(text: str, mode: str = "exec") -> ast.AST:
+    """ast.parse for callers in several threads: CPython 3.11 counts its depth once for all of them, and raises SystemError."""
+    with PARSING:
+        return ast.parse(text, mode=mode)
 
 
 def build(code, name: str):
@@ -200,9 +211,9 @@ def mutations(node):
 
 def mutants(source: str):
     """Every program one mutation away from `source`, as (kind, tree)."""
-    for i, node in enumerate(ast.walk(ast.parse(source))):
+    for i, node in enumerate(ast.walk(parse(source))):
         for kind, change in mutations(node):
-            tree = ast.parse(source)
+            tree = parse(source)
             place = next(islice(ast.walk(tree), i, None))
             for attribute, value in change.items():
                 setattr(place, attribute, value)
@@ -376,7 +387,7 @@ def crux(direction: str):
         try:
             along = values_along(code, argument)
             others = [(a, y) for a in others if repr(y := values_along(code, a)[-1][1]) != repr(along[-1][1])]
-        except IndexError:
+        except (IndexError, ValueError):  # of an empty list: no first, no largest
             return
         if not others or max(len(repr(y)) for _, y in along) > 24:
             return
@@ -394,7 +405,7 @@ def verify_crux(task, answer):
     """Output: the literal is the value, type included. Input: any literal will do that gives the value when the program runs."""
     t = task.tests
     try:
-        value = ast.literal_eval(code_of(answer).strip())
+        value = ast.literal_eval(parse(code_of(answer).strip(), "eval"))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return 0.0
     if task.family == "crux_output":
@@ -428,7 +439,7 @@ def formula(text: str):
         raise ValueError(f"{type(node).__name__} is not allowed in a formula")
 
     try:
-        return read(ast.parse(text.strip().replace("^", "**")[:300], mode="eval").body)
+        return read(parse(text.strip().replace("^", "**")[:300], "eval").body)
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"not a formula: {error}") from None
 
@@ -1307,6 +1318,23 @@ def efficiency(task: Task, answer: str) -> float:
 # ---- the gate: only samples with zero errors, and nothing that an evaluation asks ------------------------------------
 
 MULTIPLY, PLUS = np.random.default_rng(7).integers(1, 2**63, (2, 128), dtype=np.uint64) | np.uint64(1)
+NAMES = frozenset(name.lower() for name in (*WHO, *WHAT, *FUNCTIONS, *MODULES, *ANIMALS, *PLACES, *TABLES, "f", "xs"))
+
+
+def symbols(text: str) -> list[str]:
+    """Words and signs, in lower case; how they are spaced does not count."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def question_text(task: Task) -> str:
+    """What a task asks: its prompt and the files that the prompt does not show."""
+    shown = " ".join(symbols(task.prompt))
+    return "\n".join([task.prompt, *(text for text in task.files.values() if " ".join(symbols(text)) not in shown)])
+
+
+def sample_text(task: Task, answer: str | None = None) -> str:
+    """What counts when a sample is compared with an evaluation: the question, and the answer without the thinking."""
+    return question_text(task) + "\n" + final_answer(task.solution if answer is None else answer)
 
 
 def pieces(text: str, n: int) -> set:
@@ -1320,61 +1348,105 @@ def minhash(shingles: set) -> np.ndarray:
     return ((np.fromiter(shingles, np.uint64)[:, None] * MULTIPLY + PLUS) >> np.uint64(32)).min(0)
 
 
+def shared(texts) -> set:
+    """The 5-grams and 13-grams that three or more texts share: a frame ("Answer with a diff."), not a problem."""
+    counts = Counter(piece for text in texts for n in (5, 13) for piece in pieces(text, n))
+    return {piece for piece, count in counts.items() if count >= 3}
+
+
+@functools.cache
+def generator_language() -> tuple[set, set]:
+    """(the pieces that training tasks of a family share, all words of those tasks): what a clean sample is made of."""
+    texts = [[sample_text(generate(family, level, seed)) for level in LEVELS for seed in range(20)] for family in FAMILIES]
+    return set().union(*map(shared, texts)), set(symbols(" ".join(map(" ".join, texts))))
+
+
 class Contamination:
     """
-    Does a text hold an evaluation problem? The whole of one, half of its 13-grams (GPT-3's length), or a near copy by MinHash of 5-grams.
+    Does a text hold an evaluation problem? Four questions, the sharpest first; texts are those of question_text() or any others.
 
-    Pieces that three or more evaluation texts share are a frame ("Answer with a diff."), not a problem: they do not count.
+        text      a whole problem stands in it, word for word
+        renamed   it does where names are left out: the pools' own, and words that neither the evaluation nor the generator knows
+        13-grams  half of a problem's 13-grams (GPT-3's length), and 13 of them
+        near      MinHash says that 40 % of the 5-grams are the same, where there are more than 13
+
+    For the last two a frame is no evidence: what three evaluation texts share, or three training tasks of a family.
     """
     def __init__(self, evaluation_texts: dict, n: int = 13, share: float = 0.5, threshold: float = 0.4):
         self.n, self.share, self.threshold = n, share, threshold
-        self.whole = {" ".join(text.split()): name for name, many in evaluation_texts.items() for text in many}
-        self.names = list(self.whole.values())
-        often = Counter(piece for text in self.whole for length in (5, n) for piece in pieces(text, length))
-        self.frame = {piece for piece, count in often.items() if count >= 3}
-        grams, shingles = ([pieces(text, length) - self.frame for text in self.whole] for length in (n, 5))
+        texts = {text: name for name, many in evaluation_texts.items() for text in many}
+        self.names = list(texts.values())
+        common, known = generator_language()
+        self.known, self.frame = known.union(*map(symbols, texts)), common | shared(texts)
+        self.starts = {}  # the first words of a problem, with and without its names -> where they lead
+        for i, own in enumerate(map(symbols, texts)):
+            for kind, form in (("text", own), ("renamed", self.nameless(own))):
+                self.starts.setdefault((kind, *form[:6]), []).append((form, i))
+        grams, shingles = ([pieces(text, length) - self.frame for text in texts] for length in (n, 5))
         self.sizes, self.holders = list(map(len, grams)), {}
         for i, own in enumerate(grams):
             for piece in own:
                 self.holders.setdefault(piece, []).append(i)
-        self.signatures = np.array([minhash(own if len(own) >= 8 else {0}) for own in shingles])
+        self.signatures = np.array([minhash(own if len(own) > n else {0}) for own in shingles])
+
+    def nameless(self, own: list[str]) -> list[str]:
+        return ["_" if word in NAMES or word.isidentifier() and word not in self.known else word for word in own]
+
+    def held(self, kind: str, own: list[str]) -> str:
+        """The set of an evaluation problem that stands whole in these symbols, or ""."""
+        for at in range(len(own) - 5):
+            for form, i in self.starts.get((kind, *own[at:at + 6]), ()):
+                if own[at:at + len(form)] == form:
+                    return f"{kind} of {self.names[i]}"
+        return ""
 
     def of(self, text: str) -> str:
         """ "" for a clean text, else how it is known and from which set."""
-        if (name := self.whole.get(" ".join(text.split()))) is not None:
-            return f"text of {name}"
+        own = symbols(text)
+        strange = any(word.isidentifier() and word not in self.known and word not in NAMES for word in own)
+        if found := self.held("text", own) or (self.held("renamed", self.nameless(own)) if strange else ""):
+            return found
         held = Counter(i for piece in pieces(text, self.n) for i in self.holders.get(piece, ()))
         for i, count in held.items():
-            if count >= max(4, self.share * self.sizes[i]):
+            if count >= max(self.n, self.share * self.sizes[i]):
                 return f"{self.n}-grams of {self.names[i]}"
-        if self.names and len(own := pieces(text, 5) - self.frame) >= 8:
+        if self.names and len(own := pieces(text, 5) - self.frame) > self.n:
             alike = (self.signatures == minhash(own)).mean(1)
             return f"near {self.names[int(alike.argmax())]}" if alike.max() >= self.threshold else ""
         return ""
 
 
-def sample_text(task: Task, answer: str | None = None) -> str:
-    """What counts when a sample is compared with an evaluation: the question, its files, the answer without the thinking."""
-    unseen = [text for text in task.files.values() if text not in task.prompt]
-    return "\n".join([task.prompt, *unseen, final_answer(task.solution if answer is None else answer)])
+ASKED = 10_000  # the seeds from here on are the evaluation's
 
 
-def admit(samples, evaluation_texts: dict) -> tuple[list, Counter]:
+@functools.cache
+def own_evaluation() -> Contamination:
+    """The gate against our own evaluation: the first 32 questions of every family at the two levels that `train.py --eval` asks."""
+    asked = [generate(family, level, ASKED + k, "test") for family in FAMILIES for level in (1, 2) for k in range(32)]
+    return Contamination({"evaluation": map(question_text, asked)})
+
+
+def refusal(task: Task, answer: str, contaminated: Contamination) -> str:
+    """Why a sample may not be learned from; "" if it verifies, comes from a training template and holds no evaluation problem."""
+    if "test" in (task.split, split_of(task.keys)):
+        return "test template"
+    try:
+        return contaminated.of(sample_text(task, answer)) or ("" if verify(task, answer) == 1.0 else "does not verify")
+    except RuntimeError:
+        return "machinery broke"  # nobody knows, so it stays out
+
+
+def admit(samples, contaminated: Contamination | None = None, refusals=None) -> tuple[list, Counter]:
     """
-    The samples (task, answer) that may be learned from, and the table {reason: how many were refused}, "admitted" among them.
+    The samples (task, answer) that may be learned from, each once, and the table {reason: how many were refused}, "admitted" among them.
 
-    A sample enters if it verifies in full, is new, comes from a training template, and holds nothing of the evaluation texts
-    ({set: [text, ...]}; sample_text() of the evaluation tasks). Where the sandbox broke, it stays out: nobody knows.
+    contaminated  knows the evaluation; our own, if none is given. refusals: what refusal() said, where it was asked before.
     """
-    contaminated, kept, seen, table = Contamination(evaluation_texts), [], set(), Counter()
-    for task, answer in samples:
+    samples, contaminated = list(samples), contaminated or own_evaluation()
+    kept, seen, table = [], set(), Counter()
+    for (task, answer), reason in zip(samples, refusals or [refusal(*sample, contaminated) for sample in samples]):
         text = sample_text(task, answer)
-        reason = "test template" if task.split == "test" else "duplicate" if text in seen else ""
-        reason = reason or contaminated.of(text) or contaminated.of(task.prompt)
-        try:
-            reason = reason or ("" if verify(task, answer) == 1.0 else "does not verify")
-        except RuntimeError:
-            reason = "machinery broke"
+        reason = reason or "duplicate" * (text in seen)
         seen.add(text)
         table[reason or "admitted"] += 1
         kept += [] if reason else [(task, answer)]
@@ -1455,7 +1527,7 @@ def from_teacher(teacher: Teacher):
     return lambda task, n: teacher.ask(task.prompt + "\nGive only the answer.", n)
 
 
-def write_samples(tasks, author, path, n: int = 1, evaluation_texts: dict | None = None) -> Counter:
+def write_samples(tasks, author, path, n: int = 1, contaminated: Contamination | None = None) -> Counter:
     """
     Rejection: ask the author for n answers to each task, keep what the gate admits as JSON lines in `path`; the table of verdicts.
 
@@ -1470,7 +1542,7 @@ def write_samples(tasks, author, path, n: int = 1, evaluation_texts: dict | None
         for task in tasks:
             identity = (task.family, task.difficulty, task.seed, task.split)
             if identity not in done:
-                kept, verdicts = admit([(task, answer) for answer in author(task, n)], evaluation_texts or {})
+                kept, verdicts = admit([(task, answer) for answer in author(task, n)], contaminated)
                 table += verdicts
                 out.write(json.dumps({"id": identity, "answers": [answer for _, answer in kept], "verdicts": verdicts}) + "\n")
                 out.flush()

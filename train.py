@@ -37,7 +37,7 @@ import socket
 import sys
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -729,32 +729,37 @@ class Samples:
 
 
 @functools.cache  # the two fine-tuning stages share most of their tasks
-def verified_task(family, level, number, perturbed):
-    """A task whose own solution passed, or None: only samples with zero errors enter."""
+def judged_task(family, level, number, perturbed):
+    """(task, why it may not be learned from): "" where its own solution passes and it holds nothing of the evaluation."""
     task = tasks.generate(family, level, number)
     task = tasks.perturb(task, number) if perturbed and number % 2 else task
-    return task if tasks.verify(task, task.solution) == 1.0 else None
+    return task, tasks.refusal(task, task.solution, tasks.own_evaluation())
 
 
-def task_samples(tokenizer, family, levels, weights, n, seed, thinking, perturbed) -> list:
-    """n samples of one family: levels drawn by weight; the repository agent as whole episodes, its observations not learned."""
+def task_samples(tokenizer, family, levels, weights, n, seed, thinking, perturbed):
+    """
+    (n samples of one family less those refused, the gate's table): levels drawn by weight; the repository agent as whole episodes,
+    its observations not learned.
+    """
     rng = np.random.default_rng([seed, *family.encode()])
     drawn_levels = rng.choice(levels, n, p=np.array(weights) / sum(weights))
     drawn = [(family, int(level), int(number), perturbed) for level, number in zip(drawn_levels, rng.integers(0, 1 << 30, n))]
+    tasks.own_evaluation()  # once, before the threads ask for it
     with ThreadPoolExecutor(4) as pool:  # the programs of the samples run in the sandbox's processes
-        verified = list(pool.map(lambda key: verified_task(*key), drawn))
+        judged = list(pool.map(lambda key: judged_task(*key), drawn))
+    kept, table = tasks.admit([(task, task.solution) for task, _ in judged], refusals=[reason for _, reason in judged])
     samples = []
-    for task in filter(None, verified):
+    for task, _ in kept:
         episode = task.family == "swe"  # the only family whose answer is a conversation
         parts = tasks.trajectory_parts(task, detour=task.seed % 4 == 0) if episode else tasks.task_parts(task, thinking)
         samples.append(tokenizer.encode_parts(parts))
-    return samples
+    return samples, table
 
 
 @torch.no_grad()
 def solve_rates(model, tokenizer, cells, n_tasks, n_samples, split="test", thinking=False, seed=0, max_new_tokens=160) -> dict:
     """{(family, level): list of (right answers, n_samples) by task}: what the model itself can do, measured by running its answers."""
-    problems = [tasks.generate(family, level, 10_000 + k, split) for family, level in cells for k in range(n_tasks)]
+    problems = [tasks.generate(family, level, tasks.ASKED + k, split) for family, level in cells for k in range(n_tasks)]
     prompts = [tokenizer.encode_parts(tasks.prompt_parts(task))[0] for task in problems]
     limit, stop = model.config.max_position_embeddings, tokenizer.special["<|im_end|>"]
     generator, answers = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed), []
@@ -816,7 +821,7 @@ class Curriculum:
         self.ends, self.every = [round(end * steps) for end in np.cumsum([share for share, _, _ in PHASES])], max(1, steps // 8)
         self.base = {family: 1 / len(tasks.FAMILIES) for family in tasks.FAMILIES}
         self.step, self.phase, self.weights, self.rates, self.history = 0, -1, dict(self.base), {}, {f: [] for f in self.base}
-        self.given, self.phase_given = defaultdict(int), {}
+        self.given, self.phase_given, self.gate = defaultdict(int), {}, Counter()
         self.heldout = {family: self.samples(family, (1, 2), (1, 1), 6, seed + 99, False) for family in self.base}
 
     @property
@@ -825,8 +830,10 @@ class Curriculum:
 
     def samples(self, family, levels, weights, n, seed, perturbed):
         """Samples that fit the context; there must be some, or the family cannot be taught here."""
-        made = task_samples(self.tokenizer, family, levels, weights, n, seed, self.thinking, perturbed)
+        made, table = task_samples(self.tokenizer, family, levels, weights, n, seed, self.thinking, perturbed)
         kept = [(ids, in_loss) for ids, in_loss in made if len(ids) <= self.context]
+        self.gate += table
+        self.gate["longer than the context"] += len(made) - len(kept)
         if not kept:
             raise ValueError(f"{self.stage.name}: no sample of {family} fits a context of {self.context} tokens; use a longer one")
         return kept
@@ -855,6 +862,8 @@ class Curriculum:
             weights = [p * (1 - p) + 0.1 for p in rates]
             files[family] = Samples(family, self.samples(family, levels, weights, min(pool, 400), self.seed + phase, perturbed))
         self.mixture = data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase)
+        if self.world.main:
+            print(f"{self.stage.name}: samples so far: " + ", ".join(f"{n} {what}" for what, n in self.gate.most_common() if n), flush=True)
 
     def next(self):
         phase = next((k for k, end in enumerate(self.ends) if self.step < end), len(self.ends) - 1)
@@ -884,13 +893,15 @@ class Curriculum:
 
     def state(self):
         kept = ("step", "phase", "weights", "rates", "history", "phase_given")
-        return {name: getattr(self, name) for name in kept} | {"given": dict(self.given), "mixture": self.mixture.state()}
+        return {name: getattr(self, name) for name in kept} | {"given": dict(self.given), "gate": dict(self.gate),
+                                                               "mixture": self.mixture.state()}
 
     def load_state(self, state):
         for name in ("step", "weights", "rates", "history", "phase_given"):
             setattr(self, name, state[name])
         self.given = defaultdict(int, state["given"])
         self.enter(state["phase"])
+        self.gate = Counter(state["gate"])
         self.mixture.load_state(state["mixture"])
 
 
@@ -1088,7 +1099,8 @@ def finish_stage(model, tokenizer, folder, mixture, shares, log, cfg, world):
     if world.main:
         realised = ", ".join(f"{n} {100 * s:.2f}%" for n, s in mixture.realised().items())
         line = f"{folder.name}: held-out bits per byte " + ", ".join(f"{n} {s:.3f}" for n, s in scores.items()) + f" | shares {realised}"
-        log({"bits_per_byte": scores, "realised": mixture.realised(), "asked": shares}, line, last=True)
+        gate = {"samples": mixture.gate} if isinstance(mixture, Curriculum) else {}  # admitted, and refused for which reason
+        log({"bits_per_byte": scores, "realised": mixture.realised(), "asked": shares} | gate, line, last=True)
     if world.size > 1:
         dist.barrier()
 
@@ -1133,14 +1145,14 @@ def compressors(texts: list[bytes]) -> dict[str, float]:
     return {"gzip -9, one by one": 8 * alone / size, "xz -9, all together": 8 * len(lzma.compress(b"".join(texts), preset=9)) / size}
 
 
-def heldout_python(heldout: Path, tokenizer, max_bytes: int) -> dict[str, str]:
-    """{name: text} of the held-out Python documents that the bits per byte are measured on."""
-    file, size, texts = data.TokenFile(heldout, "code"), 0, {}
+def heldout_python(heldout: Path, tokenizer, max_bytes: int) -> dict[str, dict[str, str]]:
+    """{project: {name: text}} of the held-out Python documents that the bits per byte are measured on."""
+    file, size, projects = data.TokenFile(heldout, "code"), 0, defaultdict(dict)
     for i in range(len(file.lengths)):
         if file.language(i) == "python" and size + file.nbytes[i] <= max_bytes:
             size += int(file.nbytes[i])
-            texts[f"file_{i}.py"] = tokenizer.decode(file.ids(i).tolist()[1:-1])  # without the two ends of text
-    return texts
+            projects[file.project(i)][f"file_{i}.py"] = tokenizer.decode(file.ids(i).tolist()[1:-1])  # without the two ends of text
+    return dict(projects)
 
 
 def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks: int, n_samples: int):
@@ -1148,7 +1160,7 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
     Yields rows (metric, of what, value) for one checkpoint, as they are measured.
 
     bits per byte    of held-out projects by language; beside it what gzip and xz need for the same Python files
-    fim              exact match, edit similarity and parse rate by level, with and without similar files of the held-out set
+    fim              exact match, edit similarity and parse rate by level, with and without similar files of the same project
     commits          patch bits per byte and the file guessed right, on triplets of --git REPO
     pass@k           unbiased, by family of tasks.py at levels 1 and 2, on held-out templates; pass@1 of a random answer beside it
     """
@@ -1156,10 +1168,10 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
     tokenizer, heldout = data.Tokenizer.load(checkpoint), Path(cfg.out) / "data" / "heldout"
     for language, value in bits_per_byte(model, heldout, cfg.eval_bytes, world).items():
         yield "bits per byte", language, value
-    texts = heldout_python(heldout, tokenizer, cfg.eval_bytes)
-    for name, value in compressors([text.encode() for text in texts.values()]).items():
+    projects = heldout_python(heldout, tokenizer, cfg.eval_bytes)
+    for name, value in compressors([text.encode() for texts in projects.values() for text in texts.values()]).items():
         yield "bits per byte", f"python by {name}", value
-    for row in fim.evaluate(model, tokenizer, {"heldout": texts}, count=n_tasks, context=min(1024, model.config.max_position_embeddings)):
+    for row in fim.evaluate(model, tokenizer, projects, count=n_tasks, context=min(1024, model.config.max_position_embeddings)):
         for metric in ("exact_match", "edit_similarity", "parse_rate"):
             yield f"fim {metric}, %", f"{row['level']}, {row['context']} context", row[metric]
     if git:

@@ -1,13 +1,16 @@
 """Claims about tasks.py: verifiers that only right answers satisfy, splits that do not meet, a gate that nothing bad passes."""
 import ast
 import dataclasses
+import gc
 import itertools
 import json
 import random
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -85,6 +88,20 @@ def test_levels_grow():
         whole = lambda t: t.prompt + t.solution + "".join(text for _, text in t.detour)
         size = [np.mean([len(whole(t)) for t in some(family, 6, level)]) for level in (1, 3, 5)]
         assert size[0] < size[1] < size[2] * 1.15, family
+
+
+def test_several_threads_can_parse_at_once():
+    """ast.parse alone raises SystemError in CPython 3.11 where the collector lets another thread in between."""
+    let_in, threshold, source = lambda phase, info: time.sleep(0), gc.get_threshold(), generate("web", 5, 0).solution[10:-4]
+    gc.callbacks.append(let_in)
+    gc.set_threshold(20)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: [len(tasks.parse(source).body) for _ in range(40)], range(8)))
+    finally:
+        gc.callbacks.remove(let_in)
+        gc.set_threshold(*threshold)
+    assert found == [[5] * 40] * 8
 
 
 def test_unknown_families_levels_and_splits_are_refused():
@@ -407,19 +424,46 @@ QUIZ = ("In a village of forty houses every second one has a blue door and every
 
 def test_nothing_that_fails_repeats_or_touches_an_evaluation_gets_in():
     clean = some("sql", 30) + some("edit", 10)
-    evaluation = {"held-out": [tasks.sample_text(t) for f in ("sql", "edit") for t in some(f, 60, split="test")],
-                  "quiz": [QUIZ]}
+    evaluation = tasks.Contamination({"held-out": [tasks.question_text(t) for f in ("sql", "edit") for t in some(f, 60, split="test")],
+                                      "quiz": [QUIZ]})
     kept, table = tasks.admit([(t, t.solution) for t in clean], evaluation)
-    assert len(kept) == table["admitted"] >= 25, table  # templates alone do not make a sample contaminated
-    quiz, near = QUIZ, " ".join(word if i % 14 else "other" for i, word in enumerate(QUIZ.split(), 1))  # no 13 words in a row are left
+    assert len(kept) == table["admitted"] and table["admitted"] + table["duplicate"] == 40  # templates alone are no contamination
+    near = " ".join(word if i % 14 else "other" for i, word in enumerate(QUIZ.split(), 1))  # no 13 words in a row are left
     asked = lambda prompt: dataclasses.replace(clean[0], prompt=prompt)
-    planted = [(clean[0], clean[0].wrong), (clean[1], ""), (generate("sql", 1, 0, "test"), generate("sql", 1, 0, "test").solution),
-               (asked("Hello! " + quiz), clean[0].solution), (asked(quiz), clean[0].solution), (asked(near), clean[0].solution),
+    held = generate("sql", 1, 0, "test")
+    planted = [(clean[0], clean[0].wrong), (clean[1], ""), (held, held.solution), (dataclasses.replace(held, split="train"), held.solution),
+               (asked("Hello! " + QUIZ), clean[0].solution), (asked(QUIZ), clean[0].solution), (asked(near), clean[0].solution),
+               (asked(QUIZ[:len(QUIZ) * 2 // 3]), clean[0].solution),
                (clean[2], clean[2].solution), (clean[2], "<think>\nhm\n</think>\n\n" + clean[2].solution)]
     kept, table = tasks.admit(planted, evaluation)
-    assert kept == planted[6:7] and sum(table.values()) == len(planted)
-    assert {"does not verify": 2, "test template": 1, "duplicate": 1, "admitted": 1}.items() <= table.items()
-    assert (table["13-grams of quiz"], table["text of quiz"] + table["near quiz"]) == (2, 1)
+    assert kept == planted[8:9]
+    assert table == {"does not verify": 2, "test template": 2, "text of quiz": 2, "near quiz": 1, "13-grams of quiz": 1,
+                     "duplicate": 1, "admitted": 1}
+
+
+@pytest.mark.parametrize("family", tasks.FAMILIES)
+def test_no_question_of_the_evaluation_gets_in_as_it_is_or_spaced_or_embedded_or_renamed(family):
+    for level, k in itertools.product((1, 2), range(0, 32, 4)):
+        task = generate(family, level, tasks.ASKED + k, "test")
+        renamed = [tasks.perturb(task, seed) for seed in range(3)]
+        around = "A riddle that my teacher gave me last week:\n{}\nI need it on Monday, thank you."
+        forms = [task, dataclasses.replace(task, prompt=task.prompt.replace(" ", "  ").replace("\n", "\n\n")), *renamed,
+                 *(dataclasses.replace(t, prompt=around.format(tasks.question_text(t)), files={}) for t in (task, *renamed))]
+        for form in forms:
+            assert tasks.refusal(form, form.solution, tasks.own_evaluation()) == "test template"
+            disguised = dataclasses.replace(form, split="train", keys=("trained",))  # all that is left to tell by is the text
+            assert tasks.split_of(disguised.keys) == "train"
+            found = tasks.refusal(disguised, form.solution, tasks.own_evaluation())
+            assert found in ("text of evaluation", "renamed of evaluation"), (found, form.prompt)
+
+
+def test_of_clean_samples_the_gate_refuses_less_than_one_in_a_hundred():
+    few = [tasks.question_text(generate(family, 1, tasks.ASKED + k, "test")) for family in tasks.FAMILIES for k in range(4)]
+    clean = [generate(family, level, seed) for family, level in itertools.product(tasks.FAMILIES, (1, 2, 3, 4))
+             for seed in range(30_000, 30_000 + (30 if family in CHEAP else 5))]
+    for gate in (tasks.own_evaluation(), tasks.Contamination({"few": few})):  # few questions do not tell their frame themselves
+        refused = Counter((task.family, reason) for task in clean if (reason := gate.of(tasks.sample_text(task))))
+        assert refused.total() < 0.01 * len(clean), refused
 
 
 def test_a_near_copy_without_a_common_13_gram_is_found_by_minhash():
