@@ -2019,6 +2019,9 @@ def best_code(docs, tokenizer, teacher, log, share=0.25, learn_from=1200):
     The numbers of the documents of `quality`, the code that deserves to be annealed on: in each language the quarter scored highest by
     the proxy, or by the n-grams where these were better. docs() -> an iterator of (number, document), asked for twice.
     """
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model waits for its threads longer than it computes, above all beside other work
     lessons = heapq.nsmallest(learn_from, (row for row in docs() if row[1].language == "python"), key=lambda row: digest(row[1].path))
     scorer = quality_table([doc for _, doc in lessons], tokenizer, teacher, ("code",), log=log).get("code")
     scores = defaultdict(list)
@@ -2026,6 +2029,7 @@ def best_code(docs, tokenizer, teacher, log, share=0.25, learn_from=1200):
         found = scorer([doc.text for _, doc in batch]) if scorer else np.zeros(len(batch))
         for (number, doc), score in zip(batch, found):
             scores[doc.language].append((-score, digest(doc.path), number))
+    torch.set_num_threads(threads)
     return {number for rows in scores.values() for _, _, number in sorted(rows)[:math.ceil(share * len(rows))]}
 
 
