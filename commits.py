@@ -1106,8 +1106,8 @@ def main(argv=None) -> int:
     parser.add_argument("--lines", type=int, default=24, help="lines of each patch to print")
     parser.add_argument("--bench", action="store_true", help="time reading against PyDriller, and the triplets")
     args = parser.parse_args(argv)
-    if args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: give a positive number")
+    if min(args.limit, args.lines) < 1:
+        raise ValueError(f"--limit {args.limit} --lines {args.lines}: give positive numbers")
     skipped = 0
     with tempfile.TemporaryDirectory(prefix="commits-") as room:
         if not args.repos:

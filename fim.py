@@ -979,6 +979,8 @@ def main(argv=None) -> None:
     flags.add_argument("--bench", action="store_true", help="time the levels on the standard library instead")
     flags.add_argument("--seconds", type=float, default=3.0, help="with --bench: time for each line")
     options = flags.parse_args(argv)
+    if wrong := [name for name in ("n", "max_middle", "seconds") if getattr(options, name) <= 0]:
+        raise ValueError(f"--{wrong[0].replace('_', '-')} {getattr(options, wrong[0])}: give a positive number")
     if options.bench:
         return bench(options.seconds)
     path, language, rng = options.file, options.language or language_of(options.file), random.Random(options.seed)

@@ -1665,6 +1665,10 @@ def main(argv=None) -> int:
     parser.add_argument("--model", default="default", help="the teacher's model name (default: default)")
     parser.add_argument("--budget", type=int, default=1_000_000, help="tokens of the teacher, earlier runs included (default 1000000)")
     args = parser.parse_args(argv)
+    if wrong := [name for name in ("check", "processes", "n", "budget") if getattr(args, name) is not None and getattr(args, name) < 1]:
+        raise ValueError(f"--{wrong[0]} {getattr(args, wrong[0])}: give a positive number")
+    if args.teacher and not args.write:
+        raise ValueError("--teacher answers tasks to be written: say where with --write FILE")
     families = [args.family] if args.family else list(FAMILIES)
     if args.bench or args.check is not None:
         with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:

@@ -593,3 +593,6 @@ def test_the_command_prints_a_task_with_its_verification_and_refuses_bad_input(t
     (tmp_path / "file").touch()
     bad = run("--write", "file/samples.jsonl", "--n", "1", "--family", "math")
     assert bad.returncode == 2 and bad.stderr.startswith("tasks.py: ") and bad.stderr.count("\n") == 1
+    for arguments in (["--check", "0"], ["--n", "0"], ["--processes", "-1"], ["--teacher", "http://127.0.0.1:9/v1"]):
+        with pytest.raises(ValueError, match=arguments[0]):
+            tasks.main(arguments)
