@@ -1028,20 +1028,24 @@ def comparison(found, against=None):
 # Does it work, and is it the reward that does it? Models of under a million parameters, made here from nothing; held-out templates;
 # several seeds; and beside each run the controls that would show the same gain if it came from anything else.
 
-SHAPE = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+SHAPE = dict(hidden_size=128, intermediate_size=352, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
 
-STUDY = {  # task: the demonstrations, the tokens that are spent on imitating them, how RL goes on, and its arms; None: imitation goes on
+# task: the shape of its model; its demonstrations; for how many tokens they are read (every token is learned, as in pre-training) and then
+# imitated (what the assistant says), `rows` samples a step; how RL goes on; and the arms. None: imitation goes on in place of RL.
+STUDY = {
     "compose": {
-        "shape": SHAPE, "vocab": 440, "demonstrations": 2000, "levels": (1, 2), "wrong": 0.4, "imitate": 4e5, "rows": 32,
+        "shape": SHAPE | {"num_hidden_layers": 4}, "vocab": 440, "demonstrations": 2000, "levels": (1, 2), "wrong": 0.4,
+        "read": 0, "imitate": 4e5, "rows": 32,
         "cfg": dict(path="instruct", families="compose", levels="2", terse=True, room=64, context=160, overlong=0, prompts=16, samples=12,
                     updates=3, lr=8e-5, steps=25, minutes=10, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_rewards": {"shuffle_rewards": True}, "more_sft": None},
         "metrics": ("compose pass@1", "compose pass@4"),
     },
     "swe": {
-        "shape": SHAPE, "vocab": 440, "demonstrations": 3000, "levels": (2,), "detours": 0.05, "imitate": 7e5, "rows": 16,
+        "shape": SHAPE | {"num_hidden_layers": 2}, "vocab": 440, "demonstrations": 3000, "levels": (2,), "detours": 0.05,
+        "read": 3e5, "imitate": 6e5, "rows": 8,
         "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=12, samples=12, updates=3, lr=8e-5,
-                    steps=30, minutes=15, eval_tasks=100),
+                    steps=50, minutes=15, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_feedback": {"shuffle_feedback": True}, "more_sft": None},
         "metrics": ("swe pass@1", "swe recovery", "swe planted recovery"),
     },
@@ -1051,7 +1055,7 @@ STUDY = {  # task: the demonstrations, the tokens that are spent on imitating th
 def imitate(model, samples, tokens, seed, rows, lr=3e-3):
     """Supervised fine-tuning on [(ids, in_loss)] for so many tokens, `rows` samples a step: the loss of the chain's SFT, and no more."""
     optimizer, rng = pipeline.Optimizer(model, kind="muon", weight_decay=0.1), random.Random(seed)
-    steps = max(1, round(tokens / rows / np.mean([len(ids) for ids, _ in samples])))
+    steps = round(tokens / rows / np.mean([len(ids) for ids, _ in samples]))
     model.train()
     for step in range(steps):
         chosen = rng.choices(samples, k=rows)
@@ -1090,7 +1094,8 @@ def study_start(out, name):
         torch.manual_seed(cfg.seed)
         model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, **plan["shape"]))
         began = time.perf_counter()
-        imitate(model, samples, plan["imitate"], cfg.seed, plan["rows"])
+        imitate(model, [(ids, [True] * len(ids)) for ids, _ in samples], plan["read"], cfg.seed, plan["rows"])
+        imitate(model, samples, plan["imitate"], cfg.seed + 1, plan["rows"])
         tokenizer.save(start)
         model.save_pretrained(start)
         found = evaluate_checkpoint(start, cfg, one_thread())
@@ -1109,7 +1114,7 @@ def study_seed(out, name, seed):
             if changes is None:  # imitation goes on for as many tokens as the first arm has trained on
                 model = LoopCoder.from_pretrained(start)
                 tokens = sum(r["trained"] for r in read_log(start.parent / f"grpo-{seed}"))
-                imitate(model, samples, tokens, seed + 1, STUDY[name]["rows"], lr=1e-3)
+                imitate(model, samples, tokens, seed + 2, STUDY[name]["rows"], lr=1e-3)
                 Tokenizer.load(start).save(folder)
                 model.save_pretrained(folder)
             else:
