@@ -1042,10 +1042,10 @@ STUDY = {
         "metrics": ("compose pass@1", "compose pass@4"),
     },
     "swe": {
-        "shape": SHAPE | {"num_hidden_layers": 2}, "vocab": 440, "demonstrations": 3000, "levels": (2,), "detours": 0.05,
-        "read": 3e5, "imitate": 6e5, "rows": 8,
+        "shape": SHAPE | {"num_hidden_layers": 2}, "vocab": 440, "demonstrations": 5000, "levels": (2,), "detours": 0.05,
+        "read": 3e5, "imitate": 2e6, "rows": 8,
         "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=12, samples=12, updates=3, lr=8e-5,
-                    steps=50, minutes=15, eval_tasks=100),
+                    steps=40, minutes=15, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_feedback": {"shuffle_feedback": True}, "more_sft": None},
         "metrics": ("swe pass@1", "swe recovery", "swe planted recovery"),
     },
@@ -1131,8 +1131,12 @@ def study(out, names, seeds, jobs):
     """Every arm of these tasks for so many seeds, `jobs` single-threaded processes side by side; a killed study goes on arm by arm."""
     leave = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     with multiprocessing.get_context("spawn").Pool(jobs, leave) as pool:
-        pool.starmap(study_start, [(out, name) for name in names], chunksize=1)
-        pool.starmap(study_seed, [(out, name, seed) for seed in range(seeds) for name in names], chunksize=1)
+        starts, cells = [(name, pool.apply_async(study_start, (out, name))) for name in names], []
+        for name, start in starts:
+            start.get()  # one start serves all seeds
+            cells += [pool.apply_async(study_seed, (out, name, seed)) for seed in range(seeds)]
+        for cell in cells:
+            cell.get()
 
 
 # ---------------------------------------------------------------------------------------------- the report
