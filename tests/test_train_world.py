@@ -345,7 +345,7 @@ def test_for_each_check_there_is_a_fault_that_nothing_else_sees_in_its_step(tmp_
 
 # ------------------------------------------------------------------------------------------------ ranks that die
 
-WORDS = """--stages pretrain --scale 0.05 --batch-tokens 512 --compile off --dtype float32 --eval-bytes 3000 --save-every 1
+WORDS = """--stages pretrain --scale 0.025 --batch-tokens 512 --compile off --dtype float32 --eval-bytes 3000 --save-every 1
  --threads 1""".split()
 
 
