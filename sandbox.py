@@ -99,6 +99,10 @@ class Call:
     expected: object
     tolerance: float = 0.0
 
+    def __post_init__(self):
+        if not isinstance(self.function, str) or not isinstance(self.args, (list, tuple)) or not isinstance(self.tolerance, (int, float)):
+            raise ValueError(f"{self}: a name, a list of arguments, a value and a number, as in Call('f', [1], 2)")
+
 
 @dataclass(frozen=True)
 class Io:
@@ -106,6 +110,10 @@ class Io:
 
     stdin: str
     stdout: str
+
+    def __post_init__(self):
+        if not isinstance(self.stdin, str) or not isinstance(self.stdout, str):
+            raise ValueError(f"{self}: both must be text, as in Io('1', '2')")
 
 
 @dataclass(frozen=True)
@@ -704,13 +712,13 @@ def run_command(job, variables):
         return 127
 
 
-def fresh_main(path):
+def fresh_main(path, called="__main__"):
     """An empty `__main__` in the place of ours, as `python FILE` would have it; files beside it go before the standard library's."""
     for name in os.listdir():
         sys.modules.pop(name.removesuffix(".py"), None)
-    main = types.ModuleType("__main__")
+    main = types.ModuleType(called)
     main.__file__, main.__builtins__ = path, builtins
-    sys.modules["__main__"], sys.argv = main, [path]
+    sys.modules["__main__"], sys.modules[called], sys.argv = main, main, [path]
     sys.path[:0] = [os.getcwd(), os.getcwd() + "/src"]
     sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
     return main
@@ -836,7 +844,7 @@ def serve(job, _):
     args, kwargs] gets [nonce, "value", tree] or [nonce, "raised", type names, message]. All this runs in the candidate's own process.
     It can forge any frame, and has won no more than the right to give an answer.
     """
-    channel, main = socket.socket(fileno=3), fresh_main("main.py")
+    channel, main = socket.socket(fileno=3), fresh_main("main.py", "main")  # imported, not started: no `if __name__ == "__main__":`
     objects = Objects(main)
     nonce, keep, work = None, False, functools.partial(execute, "main.py", main) if job["load"] else lambda: None
     while True:
@@ -2517,9 +2525,16 @@ def printable(text):
     return "".join(c if c in "\n\t" or c.isprintable() else escaped(c) for c in text)
 
 
+def text_from(path):
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8") from error
+
+
 def tests_from(path):
     """The tests of a file: .py is one Check, .json a list of objects with the fields of Call, Io or Check."""
-    text = Path(path).read_text()
+    text = text_from(path)
     if path.endswith(".py"):
         return [Check(text)]
     try:
@@ -2582,10 +2597,10 @@ def main(argv=None):
         return bench(args.runs)
     if not args.program:
         return demonstration()
-    source = Path(args.program).read_text()
+    source = text_from(args.program)
     if args.tests:
         return report(grade(source, tests_from(args.tests), limits, args.language))
-    done = run(source, Path(args.stdin).read_text() if args.stdin else "", None, limits, args.language, args.trace)
+    done = run(source, text_from(args.stdin) if args.stdin else "", None, limits, args.language, args.trace)
     print(printable(done.stdout), end="")
     print(printable(done.stderr), end="", file=sys.stderr)
     if done.trace:

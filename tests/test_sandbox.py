@@ -428,6 +428,11 @@ def test_a_forged_trace_is_no_trace_and_breaks_nothing():
         assert done.status == "ok" and done.trace is None, done
 
 
+def test_a_program_under_function_tests_is_imported_not_started():
+    source = "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\ndef f(x): return P(x).x\nif __name__ == '__main__':\n    print(f(int(input())))\n"
+    assert grade(source, [Call("f", [1], 1), Check("assert f(2) == 2"), Io("3", "3")], SMALL).status == "passed"
+
+
 def test_partial_credit_is_counted_test_by_test():
     graded = grade("def f(x):\n    if x == 3: raise ValueError('three')\n    return x", [Call("f", [n], n) for n in range(5)])
     assert graded.passed == [True, True, True, False, True] and graded.pass_rate == 0.8 and "three" in graded.reasons[3]
@@ -923,6 +928,8 @@ def test_hundreds_of_runs_leave_nothing_behind():
     (lambda: grade("", [Check("assert (")]), "not Python"),
     (lambda: grade("", [Call("f", [], 1)], language="c"), "of Io"),
     (lambda: grade("", [Call("f", [object()], 1)]), "not plain data"),
+    (lambda: Call("f", 1, 2), "list of arguments"),
+    (lambda: Io(1, "2"), "must be text"),
     (lambda: run("", files={"../x": ""}), "plain relative path"),
     (lambda: run("", files={"/etc/x": ""}), "plain relative path"),
     (lambda: run("", limits=Limits(cpu_s=0)), "cpu_s"),
@@ -944,13 +951,13 @@ def test_the_command_line_runs_grades_traces_and_refuses(tmp_path):
     (tmp_path / "p.py").write_text("def f(x):\n    return x + 1\nprint(f(1), '\\x1b[31m')\n")
     (tmp_path / "t.json").write_text(json.dumps([{"function": "f", "args": [1], "expected": 2}, {"stdin": "", "stdout": "2 \x1b[31m"}, {"source": "assert f(2) == 3"}]))
     (tmp_path / "t.py").write_text("assert f(1) == 3\n")
-    (tmp_path / "bad.json").write_text("[1]")
+    (tmp_path / "bad.json").write_text("[1]"), (tmp_path / "bin.py").write_bytes(b"\xff"), (tmp_path / "args.json").write_text('[{"function": "f", "args": 1, "expected": 2}]')
     done = command_line(tmp_path / "p.py", "--trace")
     assert done.returncode == 0 and done.stdout.startswith("2 \\x1b[31m\n") and "call f(x = 1)" in done.stdout and "ok; " in done.stderr
     assert command_line(tmp_path / "p.py", "--tests", tmp_path / "t.json").stdout.endswith("passed: 3 of 3\n")
     wrong = command_line(tmp_path / "p.py", "--tests", tmp_path / "t.py")
     assert wrong.returncode == 1 and "failed: 0 of 1" in wrong.stdout
-    for bad in ([tmp_path / "none.py"], [tmp_path / "p.py", "--tests", tmp_path / "bad.json"], ["--require", "moat"], [tmp_path / "p.py", "--cpu_s", "0"]):
+    for bad in ([tmp_path / "none.py"], [tmp_path / "bin.py"], [tmp_path / "p.py", "--tests", tmp_path / "args.json"], [tmp_path / "p.py", "--tests", tmp_path / "bad.json"], ["--require", "moat"], [tmp_path / "p.py", "--cpu_s", "0"]):
         done = command_line(*bad)
         assert done.returncode == 2 and done.stderr.startswith("sandbox.py: ") and done.stderr.count("\n") == 1 and not done.stdout, done
     assert "level" in command_line().stdout
