@@ -1349,8 +1349,8 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     hashed = (2 * (4 * P + 4 * matrices + 8 * (P - matrices)) + 4 * P) / (ranks if sharded else 1)
     step = preset.batch_tokens * flops_per_token(config, preset.contexts[0]) / DEVICE_FLOPS / ranks
     share = 2 / cfg.recheck_every / max(1, preset.batch_tokens // ranks // 32768) if cfg.recheck_every else 0
-    print(f"silent errors: fingerprints of {hashed / 1e9:.2f} GB a step, {hashed / MEMORY_BYTES / step:.2%} of its {step:.2f} s "
-          f"(read once at {MEMORY_BYTES / 1e12:.0f} TB/s); re-computation {share:.2%}")
+    print(f"silent errors: fingerprints of {hashed / 1e9:.2f} GB a step, {2 * hashed / MEMORY_BYTES / step:.2%} of its {step:.2f} s "
+          f"(read twice, by rows and by columns, at {MEMORY_BYTES / 1e12:.0f} TB/s); re-computation {share:.2%}")
     if ranks >= 8:
         ring_plan(config, preset.contexts[-1], 8)
 
