@@ -6,8 +6,8 @@ Pass 1 is plain causal attention; its keys and values are kept. In pass 2 every 
     local   the last w tokens,  through the keys and values of pass 2:   B = Attn(q2, K2, V2; causal, last w, itself included)
 and a learned gate, one number per head and token, mixes the two:        o = g A + (1 - g) B,   g = sigmoid(q2 . w_h + b_h)
 
-Read loop_attention_reference() first: it is the whole idea. loop_attention() is the same thing without a T x T tensor, attend() is
-the attention under it, and ring_loop_attention() spreads the sequence over several devices.
+Read loop_attention_reference() first: it is the whole idea. loop_attention() is the same thing without a T x T tensor, and
+ring_loop_attention() spreads the sequence over several devices; attend() is what each of them does with a part of the keys.
 Source: LoopCoder report, equations 2 to 5. The rotary embedding is already in q and k when they come here.
 
     python loop_attention.py            # the fast form against the equations, then 1, 2 and 4 processes: time, bytes, memory
@@ -18,11 +18,11 @@ import resource
 import sys
 import tempfile
 import time
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
 # ---- the equations ---------------------------------------------------------------------------------------------------
@@ -64,15 +64,9 @@ def mix(q, o_global, o_local, gate_weight, gate_bias):
     return (o_local + g * (o_global - o_local)).to(q.dtype)
 
 
-# ---- attention by tiles, on a CPU ------------------------------------------------------------------------------------
-# One description covers pass 1, the global view, the local view and a part of a ring. Keys are numbered 0 .. S-1. Query i stands at
-# key i + shift and sees the keys lo[i] <= j <= i + shift, where lo is the start of its document or of its window. lo never falls
-# along a row, so a tile of queries needs one stretch of keys, and only the two ends of that stretch need a mask.
-
-TILE = 128        # queries in a tile: the scores of one tile and all heads stay in the cache of a core
-BLOCK = 64        # queries in a block of a narrow window, of which GROUP queries' worth lie side by side in one tile
-GROUP = 512
-LOG2E = 1 / math.log(2)   # scores are in base 2: exp2 costs the same for every argument, exp is slow where a mask says -inf
+# ---- the fast form ---------------------------------------------------------------------------------------------------
+# On a CPU both views are calls of torch's own kernel, which makes no T x T tensor: the global view one call for each document, since
+# documents are whole triangles; the local view one call for all blocks of queries, each with the two blocks of keys that it can see.
 
 
 def document_starts(segment_ids):
@@ -82,181 +76,52 @@ def document_starts(segment_ids):
     return torch.where(first, i, 0).cummax(dim=1).values
 
 
-def edge_mask(lefts, own, columns, c, dtype):
-    """0 where a query sees a key of these columns, -inf where not: (g, 1, c, columns). lefts, own: first key and own key of each query."""
-    left, own = (torch.tensor(x).view(-1, 1, c, 1) for x in (lefts, own))
-    j = torch.arange(columns.start, columns.stop)
-    return torch.zeros(len(left), 1, c, len(j), dtype=dtype).masked_fill_((j < left) | (j > own), -math.inf)
+def widened(q, k, v):
+    """q, k, v in float32 or wider, with as many heads each: torch's CPU kernel is slower in bfloat16, also where the products are not."""
+    wide, groups = torch.promote_types(q.dtype, torch.float32), q.shape[1] // k.shape[1]
+    return q.to(wide), k.to(wide).repeat_interleave(groups, 1), v.to(wide).repeat_interleave(groups, 1)
 
 
-class Tiles:
-    """
-    The walk over the tiles of one attention: shapes, paddings, and for each tile its row, its blocks, its keys and its masks.
-
-    A tile is g blocks of c queries; block r meets the n keys that begin r c further. Wide views: g = 1 and any n. Narrow windows:
-    n = c + the window rounded up, and many blocks a tile, since a single one would be too little work.
-    """
-
-    def __init__(self, q, k, shift, window, starts):
-        (self.B, self.H, self.T, self.D), (self.KV, self.S) = q.shape, k.shape[1:3]
-        self.wide = torch.promote_types(q.dtype, torch.float32)
-        self.narrow_window = window <= 2 * BLOCK and shift >= 0
-        self.c = BLOCK if self.narrow_window else TILE
-        self.n = self.c * (1 + -(-(window - 1) // self.c))                       # keys of a block in a narrow window
-        self.blocks, self.shift = -(-self.T // self.c), shift
-        self.front = max(0, self.n - self.c - shift) if self.narrow_window else 0
-        self.back = max(0, self.blocks * self.c + shift - self.S) if self.narrow_window else 0
-        at = torch.arange(self.blocks * self.c, device=q.device) + shift
-        lo = (at - window + 1).clamp(min=0).expand(self.B, -1)
-        if starts is not None:
-            lo = torch.maximum(lo, F.pad(starts, (0, self.blocks * self.c - self.T), value=starts[:, -1].max()))
-        self.lo = torch.minimum(lo, at).tolist()
-        self.masks = {}
-
-    def __iter__(self):
-        """(row, slice of blocks, slice of keys, length of each block's stretch of keys, masks) of every tile that sees anything."""
-        c = self.c
-        step = max(1, GROUP // c) if self.narrow_window else 1
-        for b, lo in enumerate(self.lo):
-            for i in range(0, self.blocks, step):
-                g = min(step, self.blocks - i)
-                at, wants = i * c + self.shift, lo[i * c:(i + g) * c]
-                if self.narrow_window:
-                    first, n = at + c - self.n + self.front, self.n              # in padded keys
-                else:
-                    first = max(wants[0], 0)
-                    n = min(at + c, self.S) - first
-                if n > 0:
-                    yield b, slice(i, i + g), slice(first, first + (g - 1) * c + n), n, self.masks_of(wants, at, first - self.front, n, g)
-
-    def masks_of(self, wants, at, first, n, g):
-        """[(columns, mask)]: where this tile's keys are not seen by all of its queries. Equal tiles share their masks."""
-        c = self.c
-        lefts = tuple([w - first - r * c for r in range(g) for w in wants[r * c:(r + 1) * c]])
-        held = [min(self.S - 1 - first - r * c, n) for r in range(g)]            # the last column that is a key and not padding
-        key = lefts, at - first, n, *held
-        if key not in self.masks:
-            own = [min(at - first + t, last) for last in held for t in range(c)]
-            ends = [slice(0, n)] if self.narrow_window else [slice(0, min(max(*lefts, 0), n)), slice(max(own[0] + 1, 0), n)]
-            self.masks[key] = [(x, edge_mask(lefts, own, x, c, self.wide)) for x in ends if x.start < x.stop]
-        return self.masks[key]
-
-    def queries(self, x):
-        """(B, H, T, D) -> (B, KV, blocks, G c, D): one block's queries of all heads that share a key head lie together."""
-        x = F.pad(x, (0, 0, 0, self.blocks * self.c - self.T))
-        x = x.reshape(self.B, self.KV, self.H // self.KV, self.blocks, self.c, -1)
-        return x.transpose(2, 3).reshape(self.B, self.KV, self.blocks, -1, x.shape[-1])
-
-    def unqueries(self, x):
-        """The way back from queries()."""
-        x = x.view(self.B, self.KV, self.blocks, self.H // self.KV, self.c, -1).transpose(2, 3)
-        return x.reshape(self.B, self.H, self.blocks * self.c, -1)[:, :, : self.T]
-
-    def keys(self, x):
-        """(B, KV, S, D) with the paddings of a narrow window."""
-        return F.pad(x, (0, 0, self.front, self.back)) if self.front or self.back else x.contiguous()
-
-    def take(self, x, b, keys, n):
-        """The keys of one tile, transposed: (KV g, D, n)."""
-        return x[b, :, keys].unfold(1, n, self.c).flatten(0, 1)
-
-    def add(self, x, b, keys, part):
-        """Add part (KV g, n, D) to the keys it was taken from."""
-        part = part.unflatten(0, (self.KV, -1))                                  # (KV, g, n, D)
-        g, n = part.shape[1:3]
-        step = n if g == 1 else self.c
-        for r in range(0, n, step):
-            start = keys.start + r
-            x[b, :, start:start + g * step].unflatten(1, (g, step)).add_(part[:, :, r:r + step])
-
-    def scores(self, buffer, q, k, masks):
-        """q k^T of one tile, masked: q (KV g, M, D), k (KV g, D, n) -> (KV g, M, n), in the buffer."""
-        s = torch.bmm(q, k, out=buffer[: q.shape[0] * q.shape[1] * k.shape[2]].view(*q.shape[:2], -1))
-        for columns, mask in masks:
-            s.view(self.KV, len(mask), -1, self.c, s.shape[-1])[..., columns] += mask
-        return s
-
-    def buffer(self, like, dtype):
-        """Room for the scores of any tile."""
-        rows = self.H * min(GROUP, self.blocks * self.c) if self.narrow_window else self.H * self.c
-        return like.new_empty(rows * (self.n if self.narrow_window else self.S), dtype=dtype)
+def attend_documents(q, k, v, starts):
+    """Causal attention of each document to itself: q (B, H, T, D), k and v (B, KV, T, D), starts (B, T) or None -> (B, H, T, D)."""
+    q, k, v, dtype = *widened(q, k, v), q.dtype
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True) if starts is None else each_document(q, k, v, starts)
+    return o.to(dtype)
 
 
-@torch.library.custom_op("nanoloopcoder::attend", mutates_args=())
-def attend(q: Tensor, k: Tensor, v: Tensor, shift: int, window: int, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """
-    softmax attention of q (B, H, T, D) to k, v (B, KV, S, D): o (B, H, T, D), and lse (B, H, T), the log of the sum of exp(score).
-
-    Query i sees the keys max(starts[b, i], i + shift - window + 1) <= j <= i + shift; one that sees none has o = 0, lse = -inf.
-    Scores and sums are float32 (float64 for float64), the other products are in the dtype of q.
-    """
-    t = Tiles(q, k, shift, window, starts)
-    qt, kt, vt = t.queries(q.to(t.wide) * (LOG2E * t.D**-0.5)), t.keys(k.to(t.wide)), t.keys(v)
-    o, buffer = torch.zeros_like(qt, dtype=q.dtype), t.buffer(q, t.wide)
-    peak, total = qt.new_full((*qt.shape[:4], 1), -math.inf), qt.new_zeros(*qt.shape[:4], 1)
-    for b, blocks, keys, n, masks in t:
-        s = t.scores(buffer, qt[b, :, blocks].flatten(0, 1), t.take(kt, b, keys, n), masks)
-        m = s.amax(-1, keepdim=True).clamp_(min=-1e30)                           # a query that sees nothing: exp2(-inf + 1e30) = 0
-        l = s.sub_(m).exp2_().sum(-1, keepdim=True)
-        x = torch.bmm(s.to(q.dtype), t.take(vt, b, keys, n).transpose(1, 2)).div_(l.clamp(min=1e-30))
-        for whole, part in ((o, x), (peak, m), (total, l)):
-            whole[b, :, blocks] = part.unflatten(0, (t.KV, -1))
-    return t.unqueries(o), t.unqueries((peak + total.log2()) / LOG2E)[..., 0]
+@torch.compiler.disable   # lengths differ from row to row: a compiled graph would be made anew for each
+def each_document(q, k, v, starts):
+    """One call a document."""
+    rows = []
+    for first, *row in zip(starts, *(x.split(1) for x in (q, k, v))):
+        lengths = first.unique_consecutive(return_counts=True)[1].tolist()
+        parts = zip(*(x.split(lengths, dim=2) for x in row))
+        rows.append(torch.cat([F.scaled_dot_product_attention(*part, is_causal=True) for part in parts], dim=2))
+    return torch.cat(rows)
 
 
-@torch.library.custom_op("nanoloopcoder::attend_backward", mutates_args=())
-def attend_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, shift: int, window: int,
-                    starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    dq, dk, dv of attend(), one tile at a time: P = exp(s - lse), dV = P^T dO, dS = P (dO V^T - delta), dQ = dS K, dK = dS^T Q.
+def attend_window(q, k, v, window, starts):
+    """Attention to the last `window` positions of the same document, itself included; shapes as in attend_documents()."""
+    B, T, dtype = len(q), q.shape[2], q.dtype
+    if window >= T:
+        return attend_documents(q, k, v, starts)
+    c = 64 * -(-max(window - 1, 1) // 64)                                        # a block's window ends in the block before
+    n = -(-T // c)
+    t = torch.arange(n * c, device=q.device).view(n, c)
+    first = (t - window + 1).clamp(min=0).expand(B, n, c)                        # (B, n, c): the first key that each query sees
+    if starts is not None:
+        first = torch.maximum(first, F.pad(starts, (0, n * c - T)).view(B, n, c))
+    keys = (t[:, :1] - c + torch.arange(2 * c, device=q.device))[:, None]        # (n, 1, 2 c): where the keys of each block stand
+    q, k, v = widened(q, k, v)
+    mask = torch.zeros(B, n, c, 2 * c, dtype=q.dtype).masked_fill_((keys < first[..., None]) | (keys > t[..., None]), -math.inf)
 
-    delta (B, H, T) = rowsum(do o). With lse and delta of a merged attention these are one part's share of the gradients.
-    """
-    t = Tiles(q, k, shift, window, starts)
-    narrow = q.dtype
-    qt, kt, kn, vt = t.queries(q.to(t.wide) * (LOG2E * t.D**-0.5)), t.keys(k.to(t.wide)), t.keys(k), t.keys(v)
-    dot, lse, delta = t.queries(do.to(narrow)), t.queries(lse[..., None] * LOG2E), t.queries(delta[..., None])
-    dq, dk, dv = torch.zeros_like(qt), torch.zeros_like(kt), torch.zeros_like(kt)
-    buffer, other = t.buffer(q, t.wide), t.buffer(q, narrow)
-    for b, blocks, keys, n, masks in t:
-        qb, dob, lseb, deltab = (x[b, :, blocks].flatten(0, 1) for x in (qt, dot, lse, delta))
-        p = t.scores(buffer, qb, t.take(kt, b, keys, n), masks).sub_(lseb).exp2_()
-        ds = torch.bmm(dob, t.take(vt, b, keys, n), out=other[: p.numel()].view_as(p))
-        t.add(dv, b, keys, torch.bmm(p.to(narrow).transpose(1, 2), dob))
-        ds.sub_(deltab).mul_(p)
-        dq[b, :, blocks] = torch.bmm(ds, t.take(kn, b, keys, n).transpose(1, 2)).unflatten(0, (t.KV, -1))
-        t.add(dk, b, keys, torch.bmm(ds.transpose(1, 2), qb.to(narrow)))
-    dk, dv = (x[:, :, t.front:t.front + t.S] for x in (dk, dv))
-    return t.unqueries(dq.mul_(t.D**-0.5)).to(narrow), (dk / LOG2E).to(narrow), dv.to(narrow, copy=True)
+    def blocks(x, before):                                                       # (B, H, T, D) -> (B n, H, c or 2 c, D)
+        x = F.pad(x, (0, 0, before, n * c - T))
+        x = torch.cat([x[:, :, i:i + n * c].unflatten(2, (n, c)) for i in range(0, before + 1, c)], dim=3)
+        return x.transpose(1, 2).flatten(0, 1)
 
-
-@attend.register_fake
-def _(q, k, v, shift, window, starts):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-@attend_backward.register_fake
-def _(do, q, k, v, lse, delta, shift, window, starts):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx, inputs, output):
-    q, k, v, ctx.shift, ctx.window, starts = inputs
-    ctx.save_for_backward(q, k, v, *output, starts)
-
-
-def _differentiate(ctx, do, dlse):
-    q, k, v, o, lse, starts = ctx.saved_tensors
-    delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
-    delta = delta if dlse is None else delta - dlse
-    return *attend_backward(do, q, k, v, lse, delta, ctx.shift, ctx.window, starts), None, None, None
-
-
-attend.register_autograd(_differentiate, setup_context=_save)
-
-# ---- the fast form ---------------------------------------------------------------------------------------------------
-
-EVERYTHING = 2**30
+    o = F.scaled_dot_product_attention(blocks(q, 0), blocks(k, c), blocks(v, c), attn_mask=mask.flatten(0, 1)[:, None])
+    return o.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T].to(dtype)
 
 
 def causal_attention(q, k, v, segment_ids=None):
@@ -265,7 +130,7 @@ def causal_attention(q, k, v, segment_ids=None):
     if q.is_cuda:
         from kernels import flash_partial
         return flash_partial(q, k, v, starts=None if starts is None else starts.int(), dtype=q.dtype)[0]
-    return attend(q, k, v, 0, EVERYTHING, starts)[0]
+    return attend_documents(q, k, v, starts)
 
 
 def loop_attention(q, k_global, v_global, k_local, v_local, gate_weight, gate_bias, window, segment_ids=None):
@@ -274,8 +139,7 @@ def loop_attention(q, k_global, v_global, k_local, v_local, gate_weight, gate_bi
         from kernels import fused_gated_attention
         return fused_gated_attention(q, k_global, v_global, k_local, v_local, gate_weight, gate_bias, window, segment_ids)
     starts = None if segment_ids is None else document_starts(segment_ids)
-    o_global = attend(q, k_global, v_global, 0, EVERYTHING, starts)[0]
-    o_local = attend(q, k_local, v_local, 0, window, starts)[0]
+    o_global, o_local = attend_documents(q, k_global, v_global, starts), attend_window(q, k_local, v_local, window, starts)
     return mix(q, o_global, o_local, gate_weight, gate_bias)
 
 
@@ -302,6 +166,121 @@ def loop_attention_step(q, k_global, v_global, k_ring, v_ring, gate_weight, gate
     o_global, o_local = attention_step(q, k_global, v_global, global_mask), attention_step(q, k_ring, v_ring, ring_mask)
     g = torch.sigmoid((q * gate_weight).sum(-1, keepdim=True) + gate_bias[:, None])
     return torch.lerp(o_local, o_global, g)
+
+
+# ---- one part of the keys, by tiles ----------------------------------------------------------------------------------
+# What a rank of the ring does with the keys of another: it sees some of them, and needs the log-sum-exp to merge what it got. Keys are
+# numbered 0 .. S-1, query i stands at key i + shift and sees lo[i] <= j <= i + shift, where lo is the start of its document or of its
+# window. lo never falls along a row, so a tile of queries needs one stretch of keys, and only the two ends of that need a mask.
+
+EVERYTHING = 2**30        # a window that hides nothing
+TILE = 128                # queries in a tile: the scores of one tile and all heads stay in the cache of a core
+LOG2E = 1 / math.log(2)   # scores are in base 2: exp2 costs the same for every argument, exp is slow where a mask says -inf
+
+
+@lru_cache(64)   # the layers of a step ask for the same few
+def edge_mask(left, own, start, stop, dtype):
+    """0 where a query sees a key of columns start .. stop - 1, -inf where not: (queries, columns). left, own: first and own key of each."""
+    left, own, j = torch.tensor(left)[:, None], torch.tensor(own)[:, None], torch.arange(start, stop)
+    return torch.zeros(len(left), len(j), dtype=dtype).masked_fill_((j < left) | (j > own), -math.inf)
+
+
+class Tiles:
+    """The walk over the tiles of one part: its shapes, and for each tile its row, its queries, its keys and its masks."""
+
+    def __init__(self, q, k, shift, window, starts):
+        (self.B, self.H, self.T, self.D), (self.KV, self.S) = q.shape, k.shape[1:3]
+        self.wide, self.shift = torch.promote_types(q.dtype, torch.float32), shift
+        self.blocks = -(-self.T // TILE)
+        at = torch.arange(self.blocks * TILE, device=q.device) + shift
+        lo = (at - window + 1).clamp(min=0).expand(self.B, -1)
+        if starts is not None:
+            lo = torch.maximum(lo, F.pad(starts, (0, self.blocks * TILE - self.T), value=starts[:, -1].max()))
+        self.lo = torch.minimum(lo, at).tolist()
+
+    def __iter__(self):
+        """(row, block of queries, slice of keys, masks) of every tile that sees anything."""
+        for b, lo in enumerate(self.lo):
+            for i in range(self.blocks):
+                at, wants = i * TILE + self.shift, lo[i * TILE:(i + 1) * TILE]
+                first = max(wants[0], 0)
+                n = min(at + TILE, self.S) - first
+                if n > 0:
+                    yield b, i, slice(first, first + n), self.masks(wants, at, first, n)
+
+    def masks(self, wants, at, first, n):
+        """[(columns, mask)]: the two ends of a tile's keys, which not all of its queries see."""
+        left = tuple([w - first for w in wants])
+        own = tuple(range(at - first, at - first + TILE))
+        ends = (0, min(max(*left, 0), n)), (max(own[0] + 1, 0), n)
+        return [(slice(a, e), edge_mask(left, own, a, e, self.wide)) for a, e in ends if a < e]
+
+    def queries(self, x):
+        """(B, H, T, D) -> (B, KV, blocks, heads of a group x TILE, D): a tile's queries of all heads that share a key head lie together."""
+        x = F.pad(x, (0, 0, 0, self.blocks * TILE - self.T))
+        x = x.reshape(self.B, self.KV, self.H // self.KV, self.blocks, TILE, -1)
+        return x.transpose(2, 3).reshape(self.B, self.KV, self.blocks, -1, x.shape[-1])
+
+    def unqueries(self, x):
+        """The way back from queries()."""
+        x = x.view(self.B, self.KV, self.blocks, self.H // self.KV, TILE, -1).transpose(2, 3)
+        return x.reshape(self.B, self.H, self.blocks * TILE, -1)[:, :, : self.T]
+
+    def scores(self, buffer, q, k, masks):
+        """q k^T of one tile, masked: q (KV, M, D), k (KV, n, D) -> (KV, M, n), in the buffer."""
+        s = torch.bmm(q, k.transpose(1, 2), out=buffer[: q.shape[0] * q.shape[1] * k.shape[1]].view(*q.shape[:2], -1))
+        for columns, mask in masks:
+            s.unflatten(1, (-1, TILE))[..., columns] += mask
+        return s
+
+    def buffer(self, like, dtype):
+        """Room for the scores of any tile."""
+        return like.new_empty(self.H * TILE * self.S, dtype=dtype)
+
+
+@torch.no_grad()
+def attend(q, k, v, shift, window, starts):
+    """
+    softmax attention of q (B, H, T, D) to k, v (B, KV, S, D): o (B, H, T, D), and lse (B, H, T), the log of the sum of exp(score).
+
+    Query i sees the keys max(starts[b, i], i + shift - window + 1) <= j <= i + shift; one that sees none has o = 0, lse = -inf.
+    Scores and sums are float32 (float64 for float64), the other products are in the dtype of q.
+    """
+    t = Tiles(q, k, shift, window, starts)
+    qt, kt = t.queries(q.to(t.wide) * (LOG2E * t.D**-0.5)), k.to(t.wide)
+    o, buffer = torch.zeros_like(qt, dtype=q.dtype), t.buffer(q, t.wide)
+    peak, total = qt.new_full((*qt.shape[:4], 1), -math.inf), qt.new_zeros(*qt.shape[:4], 1)
+    for b, i, keys, masks in t:
+        s = t.scores(buffer, qt[b, :, i], kt[b, :, keys], masks)
+        m = s.amax(-1, keepdim=True).clamp_(min=-1e30)                           # a query that sees nothing: exp2(-inf + 1e30) = 0
+        l = s.sub_(m).exp2_().sum(-1, keepdim=True)
+        o[b, :, i] = torch.bmm(s.to(q.dtype), v[b, :, keys]).div_(l.clamp(min=1e-30))
+        peak[b, :, i], total[b, :, i] = m, l
+    return t.unqueries(o), t.unqueries((peak + total.log2()) / LOG2E)[..., 0]
+
+
+@torch.no_grad()
+def attend_backward(do, q, k, v, lse, delta, shift, window, starts):
+    """
+    dq, dk, dv of attend(), one tile at a time: P = exp(s - lse), dV = P^T dO, dS = P (dO V^T - delta), dQ = dS K, dK = dS^T Q.
+
+    delta (B, H, T) = rowsum(do o). With lse and delta of a merged attention these are one part's share of the gradients.
+    """
+    t = Tiles(q, k, shift, window, starts)
+    narrow = q.dtype
+    qt, kt = t.queries(q.to(t.wide) * (LOG2E * t.D**-0.5)), k.to(t.wide)
+    dot, lse, delta = t.queries(do.to(narrow)), t.queries(lse[..., None] * LOG2E), t.queries(delta[..., None])
+    dq, dk, dv = torch.zeros_like(qt), torch.zeros_like(kt), torch.zeros_like(kt)
+    buffer, other = t.buffer(q, t.wide), t.buffer(q, narrow)
+    for b, i, keys, masks in t:
+        dob = dot[b, :, i]
+        p = t.scores(buffer, qt[b, :, i], kt[b, :, keys], masks).sub_(lse[b, :, i]).exp2_()
+        ds = torch.bmm(dob, v[b, :, keys].transpose(1, 2), out=other[: p.numel()].view_as(p))
+        dv[b, :, keys] += torch.bmm(p.to(narrow).transpose(1, 2), dob)
+        ds.sub_(delta[b, :, i]).mul_(p)
+        dq[b, :, i] = torch.bmm(ds, k[b, :, keys])
+        dk[b, :, keys] += torch.bmm(ds.transpose(1, 2), qt[b, :, i].to(narrow))
+    return t.unqueries(dq.mul_(t.D**-0.5)).to(narrow), (dk / LOG2E).to(narrow), dv.to(narrow, copy=True)
 
 
 # ---- over a ring of devices ------------------------------------------------------------------------------------------
@@ -331,7 +310,7 @@ def unshard_sequence(x, group=None, dim=1, length=None):
     return whole if length is None else whole.narrow(dim, 0, length)
 
 
-def fingerprint(x) -> Tensor:
+def fingerprint(x) -> torch.Tensor:
     """
     Three 64-bit integers of the bit pattern of a tensor: (3,) int64 on its device.
 

@@ -137,22 +137,23 @@ PRESETS = {
 
 
 def rotary_table(positions, head_dim, theta):
-    """cos and sin of position x frequency, float32, (B, T, 1, D/2) for positions (B, T): ready to multiply (B, T, heads, D/2)."""
+    """cos and signed sin of position x frequency, float32, (B, T, 1, D) for positions (B, T): [c, c] and [-s, s], ready for rotate()."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions[..., None, None].float() * frequency
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
     """Turn each pair (x_i, x_{i + D/2}) of (B, T, heads, D) by its position's angle; half-split pairs as in the released model."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 def rms_norm(x, weight, eps):
     """x / rms(x) * weight, computed in float32 or wider, returned in the dtype of x."""
     y = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(y.dtype)).to(x.dtype)
+    mean_square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / y.shape[-1]       # one pass, forward and backward
+    return (y * torch.rsqrt(mean_square + eps) * weight.to(y.dtype)).to(x.dtype)
 
 
 def linear(x, *layers):
@@ -218,13 +219,13 @@ class SummedLoss(torch.autograd.Function):
         grads, w = [], weight.to(hidden.dtype)
         dw = torch.zeros_like(weight, dtype=wide)
         for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
-            logits = head_logits(h, w)                                           # (n, V)
-            logp = logits - logits.logsumexp(-1, keepdim=True)
-            learn = (t != -100)[:, None]
-            index = t.clamp(min=0)[:, None]
-            total -= (logp.gather(1, index) * learn).sum()
-            d = logp.exp().scatter_add(1, index, torch.full_like(index, -1, dtype=logp.dtype)) * learn
-            d = d.to(hidden.dtype)
+            logp = F.log_softmax(head_logits(h, w), -1)                          # (n, V)
+            learn, rows = t != -100, torch.arange(len(t), device=t.device)
+            t = t.clamp(min=0)
+            total -= (logp[rows, t] * learn).sum()
+            d = logp.exp_()
+            d[rows, t] -= 1
+            d = d.mul_(learn[:, None]).to(hidden.dtype)
             grads.append(d @ w)
             dw += d.T @ h
         ctx.save_for_backward(torch.cat(grads), dw.to(weight.dtype))
@@ -315,8 +316,8 @@ class Block(nn.Module):
         H, KV, D = self.heads
         a, m = self.self_attn, self.mlp
         qkv = linear(self.input_layernorm(x), a.q_proj, a.k_proj, a.v_proj).view(B, T, H + 2 * KV, D)
-        qk, v = rotate(qkv[:, :, : H + KV], cos, sin), qkv[:, :, H + KV:]
-        q, k, v = qk[:, :, :H].transpose(1, 2), qk[:, :, H:].transpose(1, 2), v.transpose(1, 2)
+        qk, v = qkv.split((H + KV, KV), dim=2)
+        q, k, v = (x.transpose(1, 2) for x in (*rotate(qk, cos, sin).split((H, KV), dim=2), v))
         o = attend(q, k, v, *kept)                                               # (B, H, T, D)
         x = x + linear(o.transpose(1, 2).reshape(B, T, H * D), a.o_proj)
         gate, up = linear(self.post_attention_layernorm(x), m.gate_proj, m.up_proj).chunk(2, dim=-1)
@@ -457,8 +458,8 @@ class Step:
         if max(have) >= cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} tokens a row, and row {have.index(max(have))} is full")
         dtype, device = cache.first[0].dtype, lengths.device
-        cos, sin = rotary_table(lengths[:, None], config.head_dim, config.rope_theta)            # (B, 1, 1, D/2)
-        self.cos, self.sin = torch.cat([cos, cos], -1)[:, 0].to(dtype), torch.cat([-sin, sin], -1)[:, 0].to(dtype)
+        cos, sin = rotary_table(lengths[:, None], config.head_dim, config.rope_theta)            # (B, 1, 1, D)
+        self.cos, self.sin = cos[:, 0].to(dtype), sin[:, 0].to(dtype)
         self.total, self.end = lengths + 1, max(have) + 1
         self.ring_end = W if device.type == "cuda" else min(self.end, W)         # the fused kernel takes W from the shape
         self.position, self.rows = lengths, torch.arange(len(have), device=device)

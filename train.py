@@ -709,7 +709,7 @@ def corrupt(x, fault, element, bit, run=64) -> bool:
 # ---------------------------------------------------------------------------------------------- supervised fine-tuning
 
 # (share of the steps, levels, perturbed): format and basics; knowledge, sampled by measured difficulty; frontier and adversarial.
-PHASES = ((0.2, (1,), False), (0.5, (1, 2, 3), False), (0.3, (2, 3, 4), True))
+PHASES = ((0.2, (1,), False), (0.5, (1, 2, 3), False), (0.3, (1, 2, 3, 4), True))
 
 
 class Samples:
@@ -806,13 +806,21 @@ def adjust(weights: dict, base: dict, history: dict) -> dict:
     return {name: weight / total for name, weight in moved.items()}
 
 
+def level_weights(rates: list) -> list:
+    """
+    How often each level of a family is drawn, from its pass rates p, the easiest level first: p (1 - p) + p' / 10 + 1/50, p' that of the
+    level before (1 before the first). What is half known teaches most, then what stands on something known; nothing is left out.
+    """
+    return [p * (1 - p) + below / 10 + 0.02 for p, below in zip(rates, [1.0, *rates])]
+
+
 class Curriculum:
     """
     The data of a fine-tuning stage, with the face of data.Mixture: three phases by *measured* difficulty, replay, dynamic shares.
 
     Phase 1 shows every family at level 1. Then the model is asked: its pass rate p by family and level (8 answers a task) sets how
-    often a level is drawn in phases 2 and 3, with weight p (1 - p) + 0.1: what it half knows teaches most. Every few steps the
-    held-out loss by family moves the families' shares (adjust). All of it depends on the seed and on the recorded rates alone.
+    often a level is drawn in phases 2 and 3 (level_weights). Every few steps the held-out loss by family moves the families' shares
+    (adjust). All of it depends on the seed and on the recorded rates alone.
     """
 
     def __init__(self, model, tokenizer, stage, replay, shares, context, rows, steps, seed, world):
@@ -858,8 +866,8 @@ class Curriculum:
             print(f"{self.stage.name}: measured pass rates at level 1: {found}", flush=True)
         self.phase, files = phase, dict(self.replay)
         for family in self.base:
-            rates = [self.rates.get(f"{family}/{level}", 0.0) for level in levels]
-            weights = [p * (1 - p) + 0.1 for p in rates]
+            weights = level_weights([self.rates.get(f"{family}/{level}", 0.0) for level in (1, 2, 3, 4)])
+            weights = [weights[level - 1] for level in levels]
             files[family] = Samples(family, self.samples(family, levels, weights, min(pool, 400), self.seed + phase, perturbed))
         self.mixture = data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase)
         if self.world.main:
@@ -1118,23 +1126,28 @@ def bits_per_byte(model, heldout: Path, max_bytes: int, world: World, languages=
     each token is predicted exactly once. Lower is better, and any two models can be compared, whatever their vocabularies.
     """
     file = data.TokenFile(heldout, "code")
-    context = model.config.max_position_embeddings
-    totals: dict[str, list[float]] = {}
+    chosen: dict[str, list[int]] = defaultdict(list)
+    size: dict[str, int] = defaultdict(int)
     for i in range(len(file.lengths)):
         language = file.language(i)
-        bits, seen = totals.setdefault(language, [0.0, 0])
-        if seen + file.nbytes[i] > max_bytes or (languages and language not in languages):
-            continue
-        totals[language] = [bits + document_bits(model, file.ids(i), context, world), seen + int(file.nbytes[i])]
-    return {language: bits / seen for language, (bits, seen) in sorted(totals.items(), key=lambda item: -item[1][1]) if seen}
+        if size[language] + file.nbytes[i] <= max_bytes and (not languages or language in languages):
+            chosen[language].append(i)
+            size[language] += int(file.nbytes[i])
+    bits = {name: total_bits(model, [file.ids(i) for i in documents], world) for name, documents in chosen.items()}
+    return {name: bits[name] / size[name] for name in sorted(chosen, key=lambda name: -size[name])}
 
 
-def document_bits(model, ids, context, world) -> float:
-    """-log2 p(ids[1:] | ids[0]) in windows of `context` that overlap by one token."""
-    nats = 0.0
-    for start in range(0, len(ids) - 1, context):
-        window = torch.from_numpy(np.asarray(ids[start : start + context + 1], dtype=np.int64)).to(world.device)[None]
-        nats += float(model.loss(window[:, :-1].contiguous(), window[:, 1:].contiguous(), reduction="sum"))
+def total_bits(model, documents, world) -> float:
+    """Sum of -log2 p over all tokens but the first of each document, in windows of the context that overlap by one token."""
+    context, nats = model.config.max_position_embeddings, 0.0
+    windows = [np.asarray(ids[a : a + context + 1], np.int64) for ids in documents for a in range(0, len(ids) - 1, context)]
+    windows.sort(key=len)  # rows of like length together: little padding
+    rows = max(1, 4096 // context)
+    for start in range(0, len(windows), rows):
+        batch = [torch.from_numpy(w).to(world.device) for w in windows[start : start + rows]]
+        inputs = torch.nn.utils.rnn.pad_sequence([w[:-1] for w in batch], batch_first=True)
+        targets = torch.nn.utils.rnn.pad_sequence([w[1:] for w in batch], batch_first=True, padding_value=-100)
+        nats += float(model.loss(inputs, targets, reduction="sum"))
     return nats / math.log(2)
 
 

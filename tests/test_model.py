@@ -525,10 +525,11 @@ def test_wrong_shapes_are_refused_with_the_values_and_a_way_out():
         LoopCoderConfig.preset("tiny")
 
 
-def test_the_training_path_is_one_compiled_graph():
+@pytest.mark.parametrize("documents", [False, True])
+def test_compiled_the_training_path_is_the_same_and_without_documents_it_is_one_graph(documents):
     model, ids = small(), tokens(2, 30)
-    segments = torch.tensor([[0] * 10 + [1] * 19] * 2)
-    loss = torch.compile(model.loss, backend="aot_eager", fullgraph=True)(ids[:, :-1], ids[:, 1:], segments)
+    segments = torch.tensor([[0] * 10 + [1] * 19] * 2) if documents else None
+    loss = torch.compile(model.loss, backend="aot_eager", fullgraph=not documents)(ids[:, :-1], ids[:, 1:], segments)
     loss.backward()
     compiled = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
