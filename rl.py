@@ -791,11 +791,18 @@ def draw_task(cfg, family, level, seed, split="train"):
     return dataclasses.replace(task, prompt=task.prompt.split("\n")[0]) if cfg.terse else task
 
 
+def verdicts_came(lived):
+    """The same trajectories; OSError where the sandbox judged none of them: to go on would be to learn from nothing, and not to say so."""
+    if lived and all(t.outcome is None for t in lived):
+        raise OSError(f"the sandbox gave no verdict on any of {len(lived)} episodes; see python sandbox.py, then go on with --resume")
+    return lived
+
+
 def sample_groups(roller, tokenizer, cfg, curriculum, verdicts, rng, want, seed):
     """Roll out `want` fresh training tasks, cfg.samples times each: [(task, its trajectories)]."""
     families = cfg.families.split(",")
     drawn = [draw_task(cfg, rng.choice(families), curriculum.draw(rng), rng.randrange(10**9)) for _ in range(want)]
-    lived = roller.run([episode_of(task, tokenizer, verdicts, cfg) for task in drawn for _ in range(cfg.samples)], seed)
+    lived = verdicts_came(roller.run([episode_of(task, tokenizer, verdicts, cfg) for task in drawn for _ in range(cfg.samples)], seed))
     return [(task, lived[i * cfg.samples : (i + 1) * cfg.samples]) for i, task in enumerate(drawn)]
 
 
@@ -957,7 +964,8 @@ def evaluate(model, tokenizer, cfg, split="test", seed=0):
     for family in cfg.families.split(","):
         chosen = [draw_task(cfg, family, levels[i % len(levels)], seed + i, split) for i in range(cfg.eval_tasks)]
         for planted in (False, True) if family == "swe" else (False,):
-            lived = roller.run([episode_of(t, tokenizer, verdicts, cfg, planted) for t in chosen for _ in range(k)], [seed, int(planted)])
+            episodes = [episode_of(t, tokenizer, verdicts, cfg, planted) for t in chosen for _ in range(k)]
+            lived = verdicts_came(roller.run(episodes, [seed, int(planted)]))
             outcomes = [[t.outcome for t in lived[i * k : (i + 1) * k] if t.outcome] for i in range(len(chosen))]
             solved = [(sum(o["solved"] for o in os), len(os)) for os in outcomes]
             if planted:

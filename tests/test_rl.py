@@ -385,7 +385,9 @@ def broken(tokenizer, when):
 def test_a_sandbox_that_breaks_costs_its_episode_the_reward_and_no_other(tokenizer):
     episodes = [broken(tokenizer, when) for when in ("", "during", "", "judge", "")]
     lived = rl.Rollout(small_model(tokenizer), 0, 50, slots=2).run(episodes, [1])
-    assert [t.outcome is None for t in lived] == [False, True, False, True, False]
+    assert [t.outcome is None for t in lived] == [False, True, False, True, False] and rl.verdicts_came(lived) is lived
+    with pytest.raises(OSError, match="no verdict on any of 2"):
+        rl.verdicts_came([lived[1], lived[3]])
     assert all(t.action.sum() == 3 for t in lived)
 
 
@@ -761,7 +763,8 @@ def test_a_server_that_answers_in_our_place_gives_the_same_kind_of_trajectories(
         def log_message(self, *_):
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Server)
+    queue = type("Queue", (HTTPServer,), {"request_queue_size": 64})  # all episodes ask at once, and one thread answers
+    server = queue(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         notes = [[] for _ in range(6)]
