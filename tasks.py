@@ -36,7 +36,6 @@ import re
 import sqlite3
 import stat
 import sys
-import threading
 import time
 import zlib
 from collections import Counter
@@ -48,7 +47,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sandbox import Call, Io, Limits, Workspace, grade, run
+from sandbox import Call, Io, Limits, Workspace, grade, parse, run
 
 LEVELS = range(1, 6)
 LIMITS = Limits(wall_s=10.0, cpu_s=4.0)
@@ -117,15 +116,6 @@ def verify(task: Task, answer: str) -> float:
 
 
 # ---- running code: ours in process, a model's in the sandbox ---------------------------------------------------------
-
-
-PARSING = threading.Lock()
-
-
-def parse(text: str, mode: str = "exec") -> ast.AST:
-    """ast.parse for callers in several threads: CPython 3.11 counts its depth once for all of them, and raises SystemError."""
-    with PARSING:
-        return ast.parse(text, mode=mode)
 
 
 def build(code, name: str):

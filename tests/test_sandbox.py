@@ -199,6 +199,10 @@ def test_two_runs_do_not_draw_the_same_random_numbers():
 BUFFERS = "import os, socket, time\nfor _ in range(20):\n    if os.fork() == 0:\n        keep = []\n        try:\n            while True:\n                PAIR\n                keep.append((a, b)); a.setblocking(False)\n                try:\n                    while True: a.send(bytes(99999))\n                except BlockingIOError: pass\n        except OSError: time.sleep(9)\ntime.sleep(9)"
 BOMBS = {
     **sandbox.BOMBS,
+    "sleeping for ever, signals blocked": ("import signal, time\nsignal.pthread_sigmask(0, range(1, 64))\ntime.sleep(99)", "timeout"),
+    "thread bomb": ("import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(99,)).start()\n    except RuntimeError: pass", "timeout"),
+    "memory bomb": ("a = []\nwhile True: a.append(bytearray(1 << 20))", "memory"),
+    "one long file": ("f = open('f', 'wb')\nwhile True: f.write(bytes(1 << 20))", "failed"),
     "memory in the buffers of sockets": (BUFFERS.replace("PAIR", "a, b = socket.socketpair()"), ""),
     "memory in the buffers of connections": (BUFFERS.replace("PAIR", "s = socket.create_server(('127.0.0.1', 0)); a = socket.create_connection(s.getsockname()); b = s.accept()[0]; s.close()"), ""),
     "signals ignored": ("import signal\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass", "timeout"),
@@ -284,6 +288,11 @@ def test_broken_utf8_and_nul_come_back_as_text_and_the_terminal_sees_no_escape_s
 LIAR = "    __eq__ = lambda s, o: True\n    __ne__ = lambda s, o: False\n    __lt__ = __le__ = __gt__ = __ge__ = __eq__\n    __hash__ = lambda s: 3\n    __bool__ = lambda s: True\n"
 CHEATS = {
     **sandbox.CHEATS,
+    "a dictionary that lies": "class A(dict):\n    def __eq__(self, o): return True\ndef f(x): return A()",
+    "atexit": "import atexit, os\natexit.register(lambda: os.write(1, b'passed'))\ndef f(x): return None",
+    "a cyclic value": "def f(x):\n    a = []\n    a.append(a)\n    return a",
+    "a giant value": "def f(x): return 'x' * (1 << 24)",
+    "a traceback as the answer": "def f(x): raise AssertionError('3')",
     "raise SystemExit": "raise SystemExit(0)",
     "SystemExit in the call": "def f(x): raise SystemExit",
     "exit by quit()": "def f(x): quit()",
@@ -809,11 +818,11 @@ REPORT = """
 import json, sandbox, sys
 from sandbox import Call, Check, grade, Workspace
 sandbox.PORTABLE = "portable" in sys.argv[1]
-limits = sandbox.SMALL
-cheats = sandbox.grade_many([(p, [t]) for p in sandbox.CHEATS.values() for t in (Call("f", [2], 3), Check("assert f(2) == 3"))], limits)
+limits, hurried = sandbox.SMALL, sandbox.replace(sandbox.SMALL, cpu_s=0.25)
+cheats = sandbox.grade_many([(p, [Call("f", [2], 3), Check("assert f(2) == 3")]) for p in sandbox.CHEATS.values()], limits)
 honest = grade("def f(x): return x + 1", [Call("f", [2], 3), Check("assert f(2) == 3")], limits)
 with sandbox.ThreadPoolExecutor(4) as pool:
-    bombs = dict(zip(sandbox.BOMBS, pool.map(lambda bomb: sandbox.run(bomb[0], limits=limits).status, sandbox.BOMBS.values())))
+    bombs = dict(zip(sandbox.BOMBS, pool.map(lambda bomb: sandbox.run(bomb[0], limits=hurried).status, sandbox.BOMBS.values())))
 with Workspace({"a.py": "x = 1\\n"}, limits) as place:
     place.exec("echo y = 2 >> a.py; mkdir -m 000 locked; mkdir d; chmod 000 d 2>/dev/null; true")
     text = place.read("a.py")
