@@ -127,6 +127,12 @@ class Check:
 
     source: str
 
+    def __post_init__(self):
+        try:
+            parse(self.source)
+        except (SyntaxError, TypeError) as error:
+            raise ValueError(f"Check: its source is not Python: {error}") from error
+
 
 @dataclass(frozen=True)
 class Grade:
@@ -152,10 +158,7 @@ class Unsendable(ValueError):
 
 
 def pack(value, other=None, depth=0):
-    """
-    A value as a JSON tree. A subclass counts as the built-in type that it extends, read through that type's own methods, so that a
-    lying __eq__, __iter__ or __len__ has no say. `other(value)` may make a tree of anything else.
-    """
+    """A value as a JSON tree, by the built-in types' own methods: a lying __iter__ has no say. `other(value)` makes a tree of the rest."""
     if depth > DEPTH:
         raise Unsendable(f"nested deeper than {DEPTH}, or in itself")
     kind = type(value)
@@ -315,10 +318,7 @@ def thread_id_address():
 
 
 def clone(flags=0):
-    """
-    fork() into new namespaces in one step: the child's pid, 0 in the child. For a process of one thread. Without flags it still beats
-    os.fork(), whose hooks touch 150 pages that every child then has to copy.
-    """
+    """fork() into new namespaces, for a process of one thread. os.fork()'s hooks touch 150 pages that every child then has to copy."""
     if PORTABLE:
         return os.fork()
     where = (0, thread_id_address()) if ARM else (thread_id_address(), 0)
@@ -349,13 +349,8 @@ ON_FILES = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15  # what makes sense for 
 RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # version -> how many rights there are
 
 
-def landlock_version():
-    return syscall(SYS_LANDLOCK, None, 0, 1)
-
-
-def landlock_rules(readable, writable, devices):
+def landlock_rules(version, readable, writable, devices):
     """A ruleset's descriptor: nothing but these paths; across its border no signal and no abstract socket (version 6 on)."""
-    version = landlock_version()
     every = (1 << RIGHTS[min(version, 5)]) - 1
     attributes = struct.pack("QQQ", every, 0, 3)[: 24 if version >= 6 else 8]
     ruleset = syscall(SYS_LANDLOCK, attributes, len(attributes), 0)
@@ -447,6 +442,8 @@ SHOWN = ("/usr/bin /usr/sbin /usr/lib /usr/lib32 /usr/lib64 /usr/libexec /usr/in
          "/etc/localtime").split()  # fmt: skip
 WRITTEN = {"/etc/passwd": f"sandbox:x:{INSIDE_ID}:{INSIDE_ID}::{DISK}/work:/bin/sh\n", "/etc/group": f"sandbox:x:{INSIDE_ID}:\n",
            "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n", "/etc/nsswitch.conf": "hosts: files\n"}  # fmt: skip
+PACKAGES = [f"{prefix}/{lib}/{python}/{kind}-packages" for prefix in {sys.base_prefix, "/usr", "/usr/local"} for lib in ("lib", "lib64")
+            for python in ("python%d.%d" % sys.version_info[:2], "python3") for kind in ("site", "dist")]  # ours and answers may lie there
 LINKS = {"/tmp": DISK + "/tmp", "/dev/shm": DISK + "/shm", "/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0",
          "/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2"}  # fmt: skip
 
@@ -462,13 +459,6 @@ def shown_paths():
     inside_shown = any(f"{sys.base_prefix}/".startswith(f"{path}/") for path in SHOWN)
     own = [] if inside_shown else [f"{sys.base_prefix}/{name}" for name in ("bin", "lib", "lib64", "include")]
     return [path for path in SHOWN + own if os.path.lexists(path)]
-
-
-def hidden_paths():
-    """Installed packages: this project may be among them, and so may the answers of a benchmark."""
-    versions = "python%d.%d" % sys.version_info[:2], "python3"
-    folders = [f"{root}/{lib}/{name}" for root in {sys.base_prefix, "/usr", "/usr/local"} for lib in ("lib", "lib64") for name in versions]
-    return [f"{folder}/{kind}-packages" for folder in folders for kind in ("site", "dist")]
 
 
 def open_sources():
@@ -499,7 +489,7 @@ def build_view(sources, interpreter):
         Path(root + path).write_text(text)
     for path, target in {**LINKS, TOOLS + "/python": interpreter, TOOLS + "/python3": interpreter}.items():
         os.symlink(target, root + path)
-    for path in hidden_paths():
+    for path in PACKAGES:
         if os.path.isdir(root + path):
             mount(root + "/nothing", root + path, "", BIND)
     mount("proc", root + "/proc", "proc", NOSUID | NODEV | NOEXEC)
@@ -513,15 +503,6 @@ def build_view(sources, interpreter):
 
 def inodes_of(disk_mb):
     return max(256, 64 * disk_mb)
-
-
-def private_disk(disk, limits, namespaces):
-    """The one place where a run can write: a tmpfs with limits on bytes and files, seen by nobody else; bare, a folder of the host's."""
-    if namespaces:
-        mount("disk", disk, "tmpfs", NOSUID | NODEV, f"size={limits['disk_mb']}m,nr_inodes={inodes_of(limits['disk_mb'])},mode=755")
-    for name in ("work", "tmp", "shm"):
-        os.mkdir(f"{disk}/{name}")
-    os.chdir(f"{disk}/work")
 
 
 def remove_folder(folder):
@@ -553,17 +534,12 @@ def map_ids(pid, outside_uid, outside_gid, privileged):
 def write_files(files):
     """{relative path: (mode, bytes)} into the current directory; symlinks last, so that no write goes through one."""
     for path, (mode, data) in sorted(files.items(), key=lambda item: stat.S_ISLNK(item[1][0])):
-        if stat.S_ISDIR(mode):
-            os.makedirs(path, exist_ok=True)
-            continue
-        if "/" in path:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(path if stat.S_ISDIR(mode) else os.path.dirname(path) or ".", exist_ok=True)
         if stat.S_ISLNK(mode):
             os.symlink(data, path)
-            continue
-        place = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode & 0o777)
-        with os.fdopen(place, "wb", 0) as file:
-            file.write(data)
+        elif stat.S_ISREG(mode):
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode & 0o777), "wb", 0) as file:
+                file.write(data)
 
 
 HISTORY = {".git", ".hg", ".svn", ".bzr", ".jj"}
@@ -575,36 +551,29 @@ def contained(path, target):
     return not target.startswith("/") and inside.split("/")[0] != ".."
 
 
-def below_folder(folder):
-    """
-    (path from there, entry, its status) of all that a folder holds. No recursion, and what cannot be read is passed over: the folder
-    may be a program's, as deep and as locked as it pleased.
-    """
+def below_folder(folder, history=True):
+    """(path from there, entry, its status) of all a folder holds, as deep and as locked as a program pleased to leave it."""
     todo = [""]
     while todo:
         inside = todo.pop()
         with contextlib.suppress(OSError), os.scandir(os.path.join(folder, inside)) as entries:
             entries = list(entries)
-            if {"HEAD", "objects", "refs"} <= {entry.name for entry in entries}:  # a bare repository, whatever its name
+            names = set() if history else {entry.name for entry in entries}
+            if {"HEAD", "objects", "refs"} <= names:  # a bare repository, whatever its name
                 continue
-            for entry in entries:
+            for entry in (each for each in entries if each.name not in HISTORY & names):
                 path = os.path.join(inside, entry.name)
                 with contextlib.suppress(OSError):
                     yield path, entry, entry.stat(follow_symlinks=False)
-                    if entry.is_dir(follow_symlinks=False) and entry.name not in HISTORY:
+                    if entry.is_dir(follow_symlinks=False):
                         todo.append(path)
 
 
 def read_tree(folder, room=1 << 40):
-    """
-    {relative path: (mode, bytes)} of a folder: files of at most `room` bytes together, folders, links that stay inside. No history of
-    any version control, no pipe, no socket, no device; nothing is followed.
-    """
+    """{relative path: (mode, bytes)}: files of at most `room` bytes together, folders, links that stay inside; no history, no device."""
     tree = {}
-    for path, entry, about in below_folder(folder):
+    for path, entry, about in below_folder(folder, history=False):
         kind, data = stat.S_IFMT(about.st_mode), b""
-        if entry.name in HISTORY:
-            continue
         if kind == stat.S_IFREG and about.st_size <= room:  # a file with holes can be longer than its disk
             try:
                 with os.fdopen(os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
@@ -652,25 +621,26 @@ def confine(limits, walls):
 
 
 def live(asker, ready, pipes, limits, walls):
-    """
-    A program's life in a process of its own: its view, its files, its descriptors, the walls, then the program. Only this process ever
-    reads the request: what a run was given stays out of the memory from which the next one is forked. Never returns.
-    """
+    """A program's life: its view, its files, the walls, then the program. Only this process ever reads what the run was given."""
     try:
         os.setsid()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         gc.enable()
         sys.modules["random"].seed()
-        private_disk(walls["disk"], limits, walls["namespaces"])
-        if walls["namespaces"]:
+        if walls["namespaces"]:  # the one place where a run can write, seen by nobody else; bare, a folder of the host's
+            size = f"size={limits['disk_mb']}m,nr_inodes={inodes_of(limits['disk_mb'])},mode=755"
+            mount("disk", walls["disk"], "tmpfs", NOSUID | NODEV, size)
             local_network(walls["settings"])
             prctl(PR_DUMPABLE, 1)
             Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, take this one
         else:
             os.environ.update(environment(walls["disk"]))
             if walls["landlock"]:
-                walls["ruleset"] = landlock_rules(shown_paths(), [walls["disk"]], DEVICES)
+                walls["ruleset"] = landlock_rules(walls["landlock"], shown_paths(), [walls["disk"]], DEVICES)
+        for name in ("work", "tmp", "shm"):
+            os.mkdir(f"{walls['disk']}/{name}")
+        os.chdir(f"{walls['disk']}/work")
         job = marshal.loads(read_frame(asker))
         write_files(job["files"])
         stdin = os.open("/dev/null", os.O_RDONLY)
@@ -755,8 +725,7 @@ class Tracer:
 
     def __init__(self, descriptor):
         self.descriptor, self.lines, self.steps, self.known, self.depth = descriptor, {}, [], {}, 0
-        with open("main.py", encoding="utf-8", errors="replace") as file:
-            self.source = file.read().split("\n")
+        self.source = Path("main.py").read_text("utf-8", "replace").split("\n")
 
     def step(self, text):
         if len(self.steps) < self.MOST:
@@ -1001,19 +970,18 @@ class Skipped(Exception):
     """A test that does not want to run. That is no pass."""
 
 
-class Raises:
-    """`with pytest.raises(ValueError, match="..."):`"""
-
-    def __init__(self, expected, match=None):
-        self.expected, self.match, self.value = expected, match, None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, value, trace):
-        assert kind is not None, f"{self.expected} was not raised"
-        self.value = value
-        return issubclass(kind, self.expected) and (self.match is None or re.search(self.match, str(value)) is not None)
+@contextlib.contextmanager
+def raises(expected, match=None):
+    """`with pytest.raises(ValueError, match="...") as told:`"""
+    told = types.SimpleNamespace(value=None)
+    try:
+        yield told
+    except expected as error:
+        told.value = error
+        if match is not None and not re.search(match, str(error)):
+            raise
+    else:
+        raise AssertionError(f"{expected} was not raised")
 
 
 class Approx:
@@ -1057,7 +1025,7 @@ def small_pytest():
         """pytest.param(1, 2, id="a name")"""
 
     module, skipping = types.ModuleType("pytest"), lambda *_, **__: lambda function: skip
-    module.raises, module.approx, module.skip, module.xfail, module.fixture = Raises, Approx, skip, skip, fixture
+    module.raises, module.approx, module.skip, module.xfail, module.fixture = raises, Approx, skip, skip, fixture
     module.param = lambda *values, **_: Param(values)
     skip_if = lambda condition=True, *_, **__: lambda function: skip if condition else function
     module.mark = types.SimpleNamespace(parametrize=parametrize, skip=skipping, skipif=skip_if, xfail=skipping)
@@ -1095,7 +1063,7 @@ def load_tests(path):
 def fixtures(function, homes, case, stack):
     """A test's arguments: its case, tmp_path, and what the fixtures in `homes` make; `stack` finishes those that yield."""
     made = dict(case)
-    for name in function.__code__.co_varnames[: function.__code__.co_argcount]:
+    for name in inspect.signature(function).parameters:
         maker = next((vars(home)[name] for home in homes if name in vars(home)), None)
         if name == "tmp_path":
             made[name] = Path(tempfile.mkdtemp())
@@ -1123,14 +1091,14 @@ def run_from_file(line, test_id):
         if result.testsRun != 1 or result.skipped or result.expectedFailures or result.unexpectedSuccesses:
             raise Skipped("skipped, or expected to fail")
         return
-    for case in getattr(getattr(holder, names[1]) if len(names) > 1 else holder, "cases", [{}]):
+    for case in getattr(functools.reduce(getattr, names, homes[0]), "cases", [{}]):
         with contextlib.ExitStack() as stack:
-            instance = holder() if len(names) > 1 else None
-            getattr(instance, "setup_method", lambda: None)()
-            function = getattr(instance, names[1]) if len(names) > 1 else holder
-            values = fixtures(function, homes, {"self": None, **case} if instance else case, stack)
-            values.pop("self", None)
-            made = function(**values)
+            function = holder
+            if len(names) > 1:
+                instance = holder()
+                getattr(instance, "setup_method", lambda: None)()
+                function = getattr(instance, names[1])
+            made = function(**fixtures(function, homes, case, stack))
             if inspect.iscoroutine(made):
                 importlib.import_module("asyncio").run(made)
             elif made is not None:
@@ -1184,10 +1152,7 @@ def below(pid):
 
 
 def usage_of(pid):
-    """
-    (CPU seconds, memory of its own in bytes) of a process; zeros where it has just ended. A socket's buffers are memory too: each
-    descriptor beyond the first few counts as a full one.
-    """
+    """(CPU seconds, memory of its own in bytes) of a process; a descriptor beyond the first few counts as a socket with full buffers."""
     try:
         buffers = max(0, os.stat(f"/proc/{pid}/fd").st_size - FREE_DESCRIPTORS) * BUFFER_BYTES  # 0 before Linux 6.2
         numbers = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
@@ -1281,8 +1246,8 @@ def buffer(size):
     return memoryview(mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANON))
 
 
-class Output:
-    """One of a program's two output pipes: the first kilobytes are kept, the rest is read and dropped."""
+class Inbox:
+    """What a program sends by one descriptor: the first bytes are kept, the rest is read and dropped."""
 
     def __init__(self, descriptor, most):
         self.descriptor, self.most, self.room, self.filled, self.cut = descriptor, most, buffer(most + (1 << 16)), 0, False
@@ -1295,30 +1260,20 @@ class Output:
         self.filled = min(self.filled + size, self.most)
         return size == 0
 
-    def blobs(self):
-        return [self.room[: self.filled]]
-
 
 class Talk:
     """
-    The warden's end of a channel to a program: one frame comes, the next question goes. It never blocks, for what is on the other
-    side must not stop the clock; and it understands nothing of what it carries.
-
-    questions   frames, sent one by one as answers come      wanted   how many frames make the conversation complete
-    ends_run    whether there is nothing to wait for after that
+    The warden's end of a channel to a program: a frame comes, the next of `questions` goes; `wanted` frames are all, and if it `ends_run`
+    nothing more is waited for. It never blocks, for that would stop the clock; it understands nothing of what it carries.
     """
 
     def __init__(self, channel, questions, wanted, ends_run):
         self.channel, self.questions, self.wanted, self.ends_run = channel, questions, wanted, ends_run
-        self.inbox, self.filled, self.scanned, self.answers, self.unsent = buffer(16 * ANSWER_BYTES), 0, 0, [], []
+        self.inbox, self.scanned, self.answers, self.unsent = Inbox(channel.fileno(), 16 * ANSWER_BYTES), 0, [], []
         self.descriptor = channel.fileno()
-        channel.setblocking(False)
 
     def complete(self):
         return len(self.answers) == self.wanted
-
-    def blobs(self):
-        return self.answers
 
     def write(self):
         try:
@@ -1332,28 +1287,27 @@ class Talk:
     def read(self):
         """Take what has come. True when the conversation is over: all is said, or it is broken, or the other side has gone."""
         try:
-            size = self.channel.recv_into(self.inbox[self.filled :])
+            over = self.inbox.read() or self.inbox.cut
         except ConnectionResetError:
-            size = 0
-        self.filled += size
-        while self.filled - self.scanned >= 4 and not self.complete():
-            (length,) = struct.unpack_from("!I", self.inbox, self.scanned)
-            if length > ANSWER_BYTES:
+            over = True
+        room = self.inbox.room[: self.inbox.filled]
+        while not self.complete() and len(room) >= self.scanned + 4:
+            start = self.scanned + 4
+            end = start + struct.unpack_from("!I", room, self.scanned)[0]
+            if end > start + ANSWER_BYTES:
                 return True
-            if self.filled < self.scanned + 4 + length:
+            if end > len(room):
                 break
-            self.answers.append(self.inbox[self.scanned + 4 : self.scanned + 4 + length])
-            self.scanned += 4 + length
+            self.answers.append(room[start:end])
             self.unsent += self.questions[len(self.answers) - 1 : len(self.answers)]
-        return size == 0 or self.complete()
+            self.scanned = end
+        return over or self.complete()
 
 
 def attend(tree, work, limits, outputs, talk, asker, wake):
     """
-    Watch a program until it ends, breaks a limit or has said all it was asked; then kill every process of the run and count.
-
-    work   descriptor of its work directory       outputs   of stdout and stderr       talk   Talk or None       wake   see warden()
-    asker  the socket of whoever wants this run; when it hangs up, nobody needs the answer
+    Watch a program until it ends, breaks a limit or has said all it was asked; then kill every process of the run and count. When
+    `asker`, the socket of whoever wants this run, hangs up, nobody needs the answer.
     """
     poll, readers = select.poll(), {reader.descriptor: reader for reader in (*outputs, talk) if reader}
     for descriptor in (wake, *readers):
@@ -1440,12 +1394,12 @@ def one_run(order, link, asker, told, ready, wake, walls):
             for question in questions:
                 read_into(asker, question)
             talk = Talk(near, questions, order["frames"], order["ends_run"])
-        outputs = [Output(descriptor, limits["output_kb"] * 1024) for descriptor in (out_r, err_r)]
+        outputs = [Inbox(descriptor, limits["output_kb"] * 1024) for descriptor in (out_r, err_r)]
         result = attend(tree, work, limits, outputs, talk, asker, wake)
     finally:
         tree.fell()
     near.close(), os.close(out_r), os.close(err_r)
-    blobs = [blob for source in (*outputs, talk) if source for blob in source.blobs()]
+    blobs = [output.room[: output.filled] for output in outputs] + (talk.answers if talk else [])
     asker.sendall(framed(json.dumps({**result, "blobs": len(blobs)}).encode()))
     for blob in blobs:
         asker.sendall(struct.pack("!I", len(blob)))
@@ -1483,8 +1437,6 @@ def send_tree(asker, work, limits):
         about = [[path, mode, len(data)] for path, (mode, data) in tree.items()]
         asker.sendall(framed(json.dumps(about).encode()) + framed(b"".join(data for _, data in tree.values())))
         os._exit(0)
-    except Exception as error:
-        asker.sendall(framed(json.dumps({"error": f"the files: {type(error).__name__}: {error}"}).encode()) + framed(b""))
     finally:
         os._exit(1)
 
@@ -1561,8 +1513,8 @@ def raise_walls(namespaces, uid, facts):
 def raise_filters(walls, facts):
     """Landlock and seccomp, as far as this kernel has them."""
     try:
-        walls["landlock"] = version = landlock_version()
-        walls["ruleset"] = landlock_rules(["/"], [BOX], ["/dev"]) if walls["namespaces"] else None
+        walls["landlock"] = version = syscall(SYS_LANDLOCK, None, 0, 1)
+        walls["ruleset"] = landlock_rules(version, ["/"], [BOX], ["/dev"]) if walls["namespaces"] else None
         facts["landlock"] = f"in force: version {version}" + ("" if version >= 6 else "; signals and abstract sockets need version 6")
     except OSError as error:
         facts["landlock"] = f"missing: {error.strerror}"
@@ -1726,21 +1678,22 @@ def keeper(control_fd, parent):
 # ---- our own side --------------------------------------------------------------------------------------------------------------
 
 
+AT_ONCE = 2 * (os.cpu_count() or 1)  # more runs would only wait for each other
+
+
 class Machinery:
     """The zygote of this process: started when it is first needed, replaced when it has died, gone when we go."""
 
-    lock = threading.Lock()
-    slots = threading.BoundedSemaphore(2 * (os.cpu_count() or 1))  # more runs at once would only wait for each other
-    current = None
+    lock, slots, current, hooked = threading.Lock(), threading.BoundedSemaphore(AT_ONCE), None, False
     BOOT = "import marshal, sys\nwith open(int(sys.argv[2]), 'rb') as file: code = file.read()\nexec(marshal.loads(code))"
 
     def __init__(self):
-        self.idle, self.owner, (self.control, far) = [], os.getpid(), socket.socketpair()
+        self.idle, (self.control, far) = [], socket.socketpair()
         keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some interpreters need it to start
         with far, tempfile.TemporaryFile() as code:
             code.write(marshal.dumps(__loader__.get_code(__name__)))  # compiled over there, it would leave 7 MB that every run forks
             code.seek(0)
-            numbers = [str(number) for number in (code.fileno(), far.fileno(), self.owner, int(PORTABLE))]
+            numbers = [str(number) for number in (code.fileno(), far.fileno(), os.getpid(), int(PORTABLE))]
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", self.BOOT, "--zygote", *numbers],
                 env={"PYTHONHASHSEED": "0", **keep}, pass_fds=[code.fileno(), far.fileno()], cwd="/", start_new_session=True,
@@ -1788,12 +1741,10 @@ class Machinery:
                     os.register_at_fork(after_in_child=cls.after_fork)
             return cls.current
 
-    hooked = False
-
     @classmethod
     def after_fork(cls):
         """A fork of this process starts a zygote of its own; the one it knows is its parent's."""
-        cls.lock, cls.slots, cls.current = threading.Lock(), threading.BoundedSemaphore(2 * (os.cpu_count() or 1)), None
+        cls.lock, cls.slots, cls.current = threading.Lock(), threading.BoundedSemaphore(AT_ONCE), None
 
     def replace(self):
         with self.lock:
@@ -1829,36 +1780,31 @@ class Flight:
             self.sock.sendall(b"".join([framed(text), framed(marshal.dumps(job)), *map(framed, questions)]))
 
     def land(self):
-        """Wait for the end: (result, blobs, tree). What breaks here is ours: the result is {"error": ...}."""
+        """Wait for the end: (Run, frames that the program sent, the files it left). What breaks here is ours: a sandbox error."""
         self.sock.settimeout(patience_of(asdict(self.limits)) + 70)
         try:
             result, tree = json.loads(read_frame(self.sock)), None
-            blobs = [read_frame(self.sock) for _ in range(result.get("blobs", 0))]
-            if self.tree and "error" not in result:
-                about, data, start = json.loads(read_frame(self.sock)), read_frame(self.sock), 0
-                if isinstance(about, dict):
-                    raise ValueError(about["error"])
-                tree = {}
+            if "error" in result:
+                raise OSError(result["error"])
+            blobs = [read_frame(self.sock) for _ in range(result["blobs"])]
+            if self.tree:
+                about, data, start, tree = json.loads(read_frame(self.sock)), read_frame(self.sock), 0, {}
                 for path, mode, size in about:
                     tree[path], start = (mode, data[start : start + size]), start + size
         except (OSError, ValueError) as error:
-            result, blobs, tree = {"error": f"the run was lost: {error}"}, [], None
+            self.sock.close()
             with contextlib.suppress(subprocess.TimeoutExpired):  # was it this place alone, or has the zygote died with all of them?
                 self.machinery.process.wait(0.5)
                 self.machinery.replace()
-        if "error" in result:
-            self.sock.close()
-        else:
-            self.machinery.idle.append(self.sock)
-        return result, blobs, tree
+            return Run("sandbox error", reason=f"the run was lost: {error}"), [], None
+        self.machinery.idle.append(self.sock)
+        return as_run(result, blobs), blobs[2:], tree
 
 
-def as_run(result, blobs, traced=False):
+def as_run(result, blobs):
     """A Run from what a warden reports."""
-    if "error" in result:
-        return Run("sandbox error", reason=result["error"])
     stdout, stderr = (text_of(blob) + f"\n[cut after {len(blob) // 1024} kB]" * cut for blob, cut in zip(blobs, result["cut"]))
-    code, trace, last = result["exit_code"], None, stderr.rstrip().rpartition("\n")[2]
+    code = result["exit_code"]
     if result["broken"]:
         status, reason = result["broken"]
     elif result["finished"] or code == 0:
@@ -1867,15 +1813,21 @@ def as_run(result, blobs, traced=False):
         status, reason = "timeout", "the CPU limit"
     elif code < 0:
         status, reason = "crashed", f"ended by signal {-code}"
+    elif stderr.rstrip().rpartition("\n")[2].startswith("MemoryError"):
+        status, reason = "memory", "MemoryError"
     else:
-        status, reason = ("memory", "MemoryError") if last.startswith("MemoryError") else ("failed", f"exit code {code}")
-    if traced and len(blobs) > 2:
-        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):  # it may be forged
-            told = json.loads(blobs[2])
-            lines = {int(line): int(times) for line, times in told["lines"].items()}
-            steps = [str(step) for step in told["steps"]]
-            trace = {"lines": lines, "steps": steps, "text": "\n".join(steps), "cut": bool(told["cut"])}
-    return Run(status, stdout, stderr, code, result["wall_s"], result["cpu_s"], result["peak_mb"], trace, reason, result["level"])
+        status, reason = "failed", f"exit code {code}"
+    used = {name: result[name] for name in ("wall_s", "cpu_s", "peak_mb", "level")}
+    return Run(status, stdout, stderr, code, reason=reason, **used)
+
+
+def trace_of(frames):
+    """What the Tracer sent, or what it should have sent: the program may have forged it, and then it is None."""
+    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
+        told = json.loads(frames[0])
+        lines = {int(line): int(times) for line, times in told["lines"].items()}
+        steps = [str(step) for step in told["steps"]]
+        return {"lines": lines, "steps": steps, "text": "\n".join(steps), "cut": bool(told["cut"])}
 
 
 def as_files(files):
@@ -1893,18 +1845,15 @@ def job_of(kind, files, **more):
 
 
 SQL = """
-import sqlite3, sys
-base = sqlite3.connect("main.db")
-statement = ""
-for line in open("main.sql", encoding="utf-8"):
+import sqlite3
+base, statement = sqlite3.connect("main.db"), ""
+for line in [*open("main.sql", encoding="utf-8"), "\\n;"]:
     statement += line
     if sqlite3.complete_statement(statement):
         for row in base.execute(statement):
             print("|".join("" if value is None else str(value) for value in row))
         statement = ""
-if statement.strip():
-    for row in base.execute(statement):
-        print("|".join("" if value is None else str(value) for value in row))
+base.execute(statement)
 base.commit()
 """
 LANGUAGES = {  # name: (file of the source, command that makes `main`, command that runs)
@@ -1917,41 +1866,34 @@ LANGUAGES = {  # name: (file of the source, command that makes `main`, command t
 }
 
 
-def prepare(source, language, files, limits):
-    """
-    A function from stdin to a job, and the Run of the compiler, or None where there is nothing to compile. What a compiler makes comes
-    back as bytes and lies in the work directory of each run.
-    """
+def run_each(source, stdins, files, limits, language, trace=False):
+    """-> (a Run for every input, each in a fresh process on a fresh disk; the compiler's Run where it failed, or None)."""
     if language not in LANGUAGES:
         raise ValueError(f"language {language!r}: it must be one of {', '.join(LANGUAGES)}")
     name, make, start = LANGUAGES[language]
     for tool in {command.split()[0] for command in (make, start) if command} - {"./main"}:
         if not shutil.which(tool):
             raise ValueError(f"language {language!r} needs {tool}, which is not on this machine")
-    files, made = {**as_files(files), **as_files({name: source, **({"main.py": SQL} if language == "sql" else {})})}, None
+    files = {**as_files(files), **as_files({name: source, **({"main.py": SQL} if language == "sql" else {})})}
     if make:
-        result, blobs, tree = Flight(job_of("command", files, argv=make.split()), limits, tree=True).land()
-        made = as_run(result, blobs)
-        files = {**files, **{path: entry for path, entry in (tree or {}).items() if path == "main"}}
-
-    def job(stdin):
-        stdin = stdin.encode("utf-8", "surrogatepass") if isinstance(stdin, str) else stdin
-        return job_of("command", files, stdin=stdin, argv=start.split()) if start else job_of("python", files, stdin=stdin)
-
-    return job, made
+        made, _, tree = Flight(job_of("command", files, argv=make.split()), limits, tree=True).land()
+        if made.status != "ok":
+            return [], made
+        files["main"] = tree["main"]
+    runs, trace = [], trace and language == "python"
+    job = job_of("command", files, argv=start.split()) if start else job_of("python", files, trace=trace)
+    for stdin in stdins:
+        job["stdin"] = stdin.encode("utf-8", "surrogatepass") if isinstance(stdin, str) else stdin
+        done, frames, _ = Flight(job, limits, frames=int(trace), ends_run=False).land()
+        runs.append(replace(done, trace=trace_of(frames)) if trace else done)
+    return runs, None
 
 
 def run(source, stdin="", files=None, limits=Limits(), language="python", trace=False) -> Run:
-    """
-    Run a program to its end. `files`: {relative path: text or bytes} that lie beside it. `trace`: also what each line of a Python
-    program did (lines with their counts, and steps as text).
-    """
+    """Run a program to its end. `files`: {relative path: text or bytes} beside it; `trace`: also tell what each Python line did."""
     with Machinery.slots:
-        job, made = prepare(source, language, files, limits)
-        if made is not None and made.status != "ok":
-            return made
-        traced = trace and language == "python"
-        return as_run(*Flight({**job(stdin), "trace": traced}, limits, frames=int(traced), ends_run=False).land()[:2], traced)
+        runs, made = run_each(source, [stdin], files, limits, language, trace)
+    return made or runs[0]
 
 
 def judge_call(call, nonce, answer):
@@ -1987,8 +1929,8 @@ def grade_calls(source, calls, limits):
         for nonce, call in zip(nonces, calls)
     ]
     job = job_of("serve", as_files({"main.py": source}), load=True)
-    result, blobs, _ = Flight(job, limits, questions=questions, frames=len(calls) + 1).land()
-    done, (loaded, *answers) = as_run(result, blobs), blobs[2:] or [b""]
+    done, frames, _ = Flight(job, limits, questions=questions, frames=len(calls) + 1).land()
+    loaded, *answers = frames or [b""]
     missing = f"no answer: {done.reason or 'the program ended'}"
     if not loaded.startswith(b'[null, "value"'):
         missing, answers = (f"the program {judge_call(calls[0], None, loaded)[1]}" if loaded else missing), []
@@ -1998,17 +1940,15 @@ def grade_calls(source, calls, limits):
 
 def grade_ios(source, ios, limits, language="python"):
     """A fresh process and a fresh disk for every input."""
-    job, made = prepare(source, language, None, limits)
-    if made is not None and made.status != "ok":
+    longest = max(len(io.stdout.encode("utf-8", "surrogatepass")) for io in ios)
+    room = replace(limits, output_kb=max(limits.output_kb, longest // 1024 + 1))
+    runs, made = run_each(source, [io.stdin for io in ios], None, room, language)
+    if made:
         return [(False, f"did not compile: {short(made.stderr)}")] * len(ios), [made]
-    lines = lambda text: [line.rstrip() for line in text.rstrip().split("\n")]
-    verdicts, runs = [], []
-    for io in ios:
-        room = replace(limits, output_kb=max(limits.output_kb, len(io.stdout.encode("utf-8", "surrogatepass")) // 1024 + 1))
-        done = as_run(*Flight(job(io.stdin), room).land()[:2])
+    lines, verdicts = lambda text: [line.rstrip() for line in text.rstrip().split("\n")], []
+    for io, done in zip(ios, runs):
         good = done.status == "ok" and lines(io.stdout) == lines(done.stdout)
         verdicts.append((good, "" if good else done.reason or f"printed {short(done.stdout)}, want {short(io.stdout)}"))
-        runs.append(done)
     return verdicts, runs
 
 
@@ -2019,28 +1959,19 @@ def grade_apart(program, tests, limits):
     with ours, theirs:
         candidate = Flight(job_of("serve", program, load=not tests["files"]), limits, link=theirs)
         tester = Flight({**job_of("test", {}), **tests}, patient, link=ours, frames=len(tests["tests"]))
-    result, blobs, _ = tester.land()
-    tested, done = as_run(result, blobs), as_run(*candidate.land()[:2])
-    verdicts = [(passed is True, str(message)) for passed, message in map(json.loads, blobs[2:])]
+    (tested, frames, _), (done, _, _) = tester.land(), candidate.land()
+    verdicts = [(passed is True, str(message)) for passed, message in map(json.loads, frames)]
     missing = f"no verdict: {done.reason or tested.reason or 'the tester ended'}"
     return verdicts + [(False, missing)] * (len(tests["tests"]) - len(verdicts)), [done, tested]
 
 
 def grade_checks(source, checks, limits):
     """All checks in one tester, against one process of the candidate's."""
-    for check in checks:
-        try:
-            parse(check.source)
-        except SyntaxError as error:
-            raise ValueError(f"Check: its source is not Python: {error}") from error
     return grade_apart(as_files({"main.py": source}), {"files": {}, "tests": [check.source for check in checks], "modules": []}, limits)
 
 
 def grade(source, tests, limits=Limits(), language="python") -> Grade:
-    """
-    What a program is worth, one bool a test. A program that ends early, crashes or breaks a limit fails every test that it has not
-    answered. The status "sandbox error" is our fault, not the program's: mask it.
-    """
+    """What a program is worth: what it has not answered has failed. The status "sandbox error" is our fault, not its: mask it."""
     outcomes, runs = [None] * len(tests), []
     if not tests or any(type(one) not in (Call, Io, Check) or language != "python" and type(one) is not Io for one in tests):
         raise ValueError("grade: tests must be a list of at least one Call, Io or Check (for other languages than Python: of Io)")
@@ -2067,7 +1998,7 @@ def as_grade(outcomes, runs, names=()):
 
 def grade_many(jobs, limits=Limits()):
     """[(source, tests)] -> [Grade], as many at once as this machine has room for."""
-    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(lambda job: grade(*job, limits), jobs))
 
 
@@ -2110,10 +2041,8 @@ def fits(tree, limits):
 
 class Workspace:
     """
-    A throw-away copy of a small repository, for an episode of many steps. Between two commands it is a dictionary on our side and
-    nothing else: no process, no descriptor, no folder. A command is a run that is given the files, and whose changes come back.
-
-    source   a folder, or {path: text or bytes}         commands   how many times exec() may be used
+    A throw-away copy of a repository (a folder, or {path: text or bytes}), for an episode of at most so many `commands`. Between two of
+    them it is a dictionary and nothing else: no process, no descriptor. A command is a run that gets the files; its changes come back.
     """
 
     def __init__(self, source, limits=Limits(), commands=1000):
@@ -2168,14 +2097,14 @@ class Workspace:
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         job = job_of("command", self.tree, argv=argv, stdin=stdin.encode("utf-8", "surrogatepass"))
         with Machinery.slots:
-            result, blobs, tree = Flight(job, limits or self.limits, tree=True).land()
+            done, _, tree = Flight(job, limits or self.limits, tree=True).land()
         if tree is not None:  # its links and paths came from inside: they stay inside
             old = {data: data for _, data in self.tree.values()}
             tree = {path: (mode, old.get(data, data)) for path, (mode, data) in tree.items() if contained("", path)}
             if not fits(tree, self.limits):
-                return replace(as_run(result, blobs), status="failed", reason="the files it left do not fit on the disk; they are gone")
+                return replace(done, status="failed", reason="the files it left do not fit on the disk; they are gone")
             self.tree = tree
-        return as_run(result, blobs)
+        return done
 
     def diff(self):
         """All changes as one patch that `git apply` takes. No git runs here: its hooks and filters would be the candidate's."""
@@ -2184,9 +2113,8 @@ class Workspace:
 
     def grade(self, test_files=None, limits=None) -> Grade:
         """
-        Run test files against the tree. The tests come from {path: text} or from the clean copy (a list of paths; None: all it has),
-        and run in an interpreter of their own that reaches the program's modules by remote calls only. A conftest.py, a plugin or an
-        ini file of the candidate's is not even there. Every test found in the text must report; what is skipped has not passed.
+        Run test files against the tree: {path: text}, or paths in the clean copy (None: all it has), in an interpreter that reaches the
+        program by remote calls only. Its conftest.py, plugins and ini files are not there; what has not run has not passed.
         """
         if isinstance(test_files, dict):
             given = as_files(test_files)
@@ -2329,7 +2257,8 @@ BOMBS = {  # name: (program, the status it must end with, "" for any but ok); wi
     "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", ""),
     "memory bomb of many processes": ("import os, time\nfor _ in range(8):\n    if not os.fork():\n        a = bytearray(40 << 20)\n"
                                       "        time.sleep(9)\ntime.sleep(9)", "memory"),
-    "many files": ("n = 0\nwhile True:\n    n += 1\n    open(f'f{n}', 'wb').write(bytes(1 << 19))", ""),
+    "many files in hidden folders": ("import os\nn = 0\nwhile True:\n    n += 1\n    os.makedirs(f'{n}/.git')\n"
+                                     "    open(f'{n}/.git/f', 'wb').write(bytes(1 << 19))", "failed"),
     "flood of output": ("import os\nwhile True: os.write(1, bytes(1 << 16)); os.write(2, bytes(1 << 16))", "timeout"),
     "daemons that ignore signals": ("import os, signal, time\nfor _ in range(9):\n    if not os.fork():\n        os.setsid()\n"
                                     "        if os.fork(): os._exit(0)\n        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
