@@ -10,10 +10,10 @@ How does raw text become training tokens?
     mix      exact shares of the categories, best-fit packed into rows of one context length
 
 Read build() first, it is the table of contents; then EDITS and RULES, train_bpe(), signature(), Mixture. Everything that compares
-code (near copies, renamed copies, benchmarks) looks at the same vectorised tokens, lex().
+code looks at the same vectorised tokens, lex().
 
 Source: IQuest-Coder-V1 report 3.1 and 3.2; thresholds of StarCoder, OpenCoder, Gopher and FineWeb, as marked. Where we differ: the
-corpus is by default what lies on this machine, and a bounded sample of it; the report's proxies are small here, and so are we.
+corpus is by default a bounded sample of what lies on this machine.
 
     python data.py                       # out/data from the running Python's library and packages, under a minute
     python data.py --source DIR REPO     # folders, git repositories, FILE.jsonl(.gz), FILE.warc(.gz), "cc:INDEX?url=PATTERN"
@@ -126,8 +126,7 @@ def walk(root, project_of, skip=()):
     """Entries of a folder; project_of(parts of the relative path) names the project."""
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if not SKIP_DIRECTORIES.fullmatch(f) and f not in skip]
-        for name in names:
-            place = os.path.join(folder, name)
+        for place in (os.path.join(folder, name) for name in names):
             path = os.path.relpath(place, root).replace(os.sep, "/")
             if (language := wanted(path)) and os.path.isfile(place) and not os.path.islink(place):
                 yield Entry(project_of(path.split("/")), path, language, os.path.getsize(place), place)
@@ -243,10 +242,7 @@ def draw_sample(entries, max_bytes):
 
 
 def held_out_projects(entries, share):
-    """
-    Which projects are held out: in the order of a hash, each that gives some language bytes it still lacks and takes more than twice
-    its share of none. So every language with several small projects is measured, and none loses its only large one.
-    """
+    """In the order of a hash, each project that gives some language bytes it still lacks and takes more than twice its share of none."""
     size = defaultdict(Counter)
     for entry in entries:
         size[entry.project][entry.language] += entry.size
@@ -314,10 +310,7 @@ def download(url, path):
 
 
 def crawl(query, folder, counts):
-    """
-    Files with the WARC records that a Common Crawl index finds: `INDEX?url=PATTERN`, for instance
-    https://index.commoncrawl.org/CC-MAIN-2026-40-index?url=docs.python.org/* . One byte range each, kept, so never fetched twice.
-    """
+    """Files with the WARC records that INDEX?url=PATTERN of Common Crawl finds: one byte range each, kept, so never fetched twice."""
     data_url = "https://data.commoncrawl.org/" if urllib.parse.urlsplit(query).hostname == "index.commoncrawl.org" else query
     for line in request(query + "&output=json").iter_lines():
         try:
@@ -357,18 +350,18 @@ def members(path):
 
 def warc_pages(path, counts):
     """(url, text) of the pages of a WARC or WET file. What cannot be read is counted under its reason and skipped."""
-    if not os.path.getsize(path):
-        return
-    with contextlib.ExitStack() as stack:
-        for stream in members(path) if str(path).endswith(".gz") else [stack.enter_context(open(path, "rb"))]:
+    with open(path, "rb") as file:
+        for stream in members(path) if str(path).endswith(".gz") and os.path.getsize(path) else [file]:
             if stream is None:
                 counts["gzip member broken"] += 1
             while stream and (line := stream.readline(65536)):
                 if line.startswith(b"WARC/"):
                     try:
                         yield page(*record(stream))
-                    except (ValueError, http.client.HTTPException) as error:
-                        counts[str(error) if isinstance(error, ValueError) else "headers not understood"] += 1
+                    except ValueError as error:
+                        counts[str(error)] += 1
+                    except http.client.HTTPException:
+                        counts["headers not understood"] += 1
 
 
 def record(stream):
@@ -423,10 +416,7 @@ def json_lines(path, counts):
 
 
 def spooled(source, folder, counts):
-    """
-    Entries of a stream. Its documents are first written, one JSON line each, to a local file under the build's folder: reading a
-    crawl twice would be rude, and a local file can be listed, sampled and read by several processes.
-    """
+    """Entries of a stream. Its documents first go to a local file, one JSON line each, which can be sampled and read by several processes."""
     name = f"{digest(source):016x}"
     spool, raw = folder / f"{name}.spool", folder / name
     if not spool.exists():
@@ -634,12 +624,10 @@ def clean(text, language="text"):
     """(text after EDITS, or None where a rule dropped it; the names of the edits and rules that fired)."""
     fired = []
     text = edit(text, language, fired)
-    numbers, kept = measure(text), True
-    for name, (languages, what, least, most) in RULES.items():
-        if language in languages and (least is not None and numbers[what] < least or most is not None and numbers[what] > most):
-            fired.append(name)
-            kept = False
-    return (text if kept else None), fired
+    numbers = measure(text)
+    broken = [name for name, (languages, what, least, most) in RULES.items() if language in languages
+              and (least is not None and numbers[what] < least or most is not None and numbers[what] > most)]
+    return (None if broken else text), fired + broken
 
 
 # ------------------------------------------------------------------------------------------------ syntax
@@ -651,10 +639,7 @@ BRACKETS[[ord(c) for c in "([{"]], BRACKETS[[ord(c) for c in ")]}"]] = 1, -1
 
 
 def parses(code, language):
-    """
-    Does a file have the syntax of its language? True for languages without a grammar. Too deep or too slow to parse is False; so is,
-    in C and C++ too, a fault that reaches the end: the mark of a file that was cut off.
-    """
+    """Does a file have the syntax of its language? True without a grammar; False where it is too deep, too slow, or cut off at its end."""
     if language not in fim.LANGUAGES:
         return True
     data, began = fim.to_bytes(code), time.monotonic()
@@ -708,7 +693,6 @@ def token_starts(raw):
 def lex(text):
     """
     Words and single signs of a text as numbers: (hash of each token (n,) uint64, its first byte (n,)).
-
     A word's hash is the polynomial sum BYTE[c_k] BASE^-k; all of them come from one weighted sum over the bytes, cut at the starts.
     """
     raw = np.frombuffer(fim.to_bytes(text), np.uint8)
@@ -727,8 +711,8 @@ KEYWORDS = np.unique(lex(" ".join(keyword.kwlist + """abstract boolean byte case
 
 def shapes(text, n):
     """
-    The shape of every window of n tokens: keywords and signs as they stand, a name or number only by how far back in the window it
-    stood before. Renaming changes no shape, moving a function changes few. (A parameterised match, Baker 1993.)
+    Every window of n tokens: keywords and signs as they stand, a name or number only by how far back in the window it stood before.
+    Renaming changes no shape, moving a function changes few. (A parameterised match, Baker 1993.)
     """
     token, first = lex(text)
     if len(token) < n:
@@ -945,10 +929,7 @@ class Decontaminator:
 # ------------------------------------------------------------------------------------------------ quality: an oracle, and proxies of it
 
 def code_rubric(text):
-    """
-    Readability, modularity, clarity, reusability of Python from what only a program sees, the syntax tree: ten shares in [0, 1]. The
-    score, 0 to 10, is their sum. None where the text does not parse.
-    """
+    """Readability, modularity, clarity, reusability of Python as ten shares, from the syntax tree; None where the text does not parse."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -1047,9 +1028,8 @@ class NgramScorer:
 
 def line_marks(text, width=16):
     """
-    A text as a proxy reads it, one row a line, (lines, width): indentation, length, then the first tokens: signs and keywords as they
-    stand, a name or number by its length and kind alone, each apart for the first place of a line, the second, and the others. 0 is
-    nothing. Quality shows in the layout; what single names mean, a few hundred documents cannot teach.
+    A text as a proxy reads it, one row a line, (lines, width): indentation, length, then the first tokens, apart for the first place of a
+    line, the second, and the others. Of a name or number only length and kind: what names mean, a few hundred documents cannot teach.
     """
     raw = np.frombuffer(fim.to_bytes("\n".join(first_lines(text))), np.uint8)
     at = token_starts(raw)
@@ -1073,8 +1053,7 @@ def line_marks(text, width=16):
 class Proxy:
     """
     A small transformer of model.py's blocks over lines: a line is the mean of its marks, every line attends to every other, and one
-    linear layer on the mean and the maximum of all lines says each of the oracle's shares; their sum is the score. Being asked for the
-    shares, not for the sum alone, is what lets it learn from a few hundred documents. It never sees the syntax tree, only the text.
+    linear layer on the mean and the maximum of all lines says each of the oracle's shares; their sum is the score.
     """
     def __init__(self, texts, goals, width=64, epochs=10, batch=32, crop=64):
         goals, state, rng = np.asarray(goals, float), torch.random.get_rng_state(), np.random.default_rng(0)
@@ -1341,8 +1320,7 @@ def public_names():
 def code_facts(count=500, teacher=None):
     """
     CodeSimpleQA-like questions from signatures: generated, filtered (objective), checked by introspection (look_up), and spread over
-    what can be asked: the embeddings of the questions are clustered and the clusters take turns. A teacher only rephrases, and its
-    wording is kept where, asked without the answer, it gives that answer.
+    what can be asked: the embeddings of the questions are clustered and the clusters take turns. A teacher only rephrases.
     """
     if count < 0:
         raise ValueError(f"{count} facts: ask for a positive number")
@@ -1367,7 +1345,7 @@ def code_facts(count=500, teacher=None):
 
 
 def rephrased(teacher, fact):
-    """The teacher's wording where it still has that one answer; else ours."""
+    """The teacher's wording where, asked without the answer, it gives that answer; else ours."""
     reply = teacher.ask(f"Rephrase this question, keeping its one answer. Reply with the question alone.\n{fact.question}")
     question = (reply or [""])[0].strip()
     answers = teacher.ask(f"{question}\nReply with the answer alone.", 2) if question else []
@@ -1558,9 +1536,8 @@ INDEX = np.dtype([("length", "<u4"), ("nbytes", "<u4"), ("language", "<u2"), ("p
 
 class TokenWriter:
     """
-    Writes one category of one split: NAME.tokens (all ids, end to end), NAME.index (length, bytes, language and project of each
-    document), NAME.loss (one byte a token, where a category masks some) and NAME.json, which comes last and says how long the others are.
-    cut=False: a document means something only as a whole (a FIM example, a dialogue), so it is never cut to fit a context.
+    Writes one category of one split: NAME.tokens (all ids), NAME.index (a row a document), NAME.loss (one byte a token, where some are
+    masked) and NAME.json, which comes last and says how long the others are. cut=False: a document is never cut to fit a context.
     """
     def __init__(self, folder, name, vocab_size, cut=True):
         self.path, self.dtype, self.cut = Path(folder) / name, np.dtype("<u2" if vocab_size <= 65536 else "<u4"), cut
@@ -1639,18 +1616,12 @@ class TokenFile:
 # ------------------------------------------------------------------------------------------------ packing and mixing
 
 def cut_pieces(length, context):
-    """
-    (start, tokens fed) of the pieces of a document of so many tokens. Every token but the first is a target exactly once: a piece
-    feeds tokens start .. start+n-1 and learns start+1 .. start+n.
-    """
+    """(start, n) of a document's pieces: each feeds tokens start .. start+n-1 and learns start+1 .. start+n."""
     return [(start, min(context, length - 1 - start)) for start in range(0, length - 1, context)]
 
 
 def best_fit(lengths, context, rows):
-    """
-    Fill rows: each opens with the oldest piece that waits (so none waits for ever), then takes the largest that still fits.
-    lengths in order of age -> a list of rows of indices.
-    """
+    """Rows of indices: each opens with the oldest piece that waits (so none waits for ever), then takes the largest that still fits."""
     waiting = sorted((length, -i) for i, length in enumerate(lengths))  # of equal lengths the older one stands last
     age, used, filled = iter(range(len(lengths))), [False] * len(lengths), []
     while len(filled) < rows and waiting:
@@ -1689,10 +1660,7 @@ def shifted(ids, in_loss, start, n):
 
 
 def pack(samples, context):
-    """
-    Samples (a list of ids, or a pair (ids, in_loss)) -> input_ids, targets, segment_ids, each (rows, context).
-    Best fit, longest first; a sample that fits is never cut, a longer one is cut into pieces.
-    """
+    """Samples (ids, or pairs (ids, in_loss)) -> input_ids, targets, segment_ids, each (rows, context). Only what fits no row is cut."""
     samples = (sample if isinstance(sample, tuple) else (sample, None) for sample in samples)
     pieces = [shifted(ids, in_loss, start, n) for ids, in_loss in samples for start, n in cut_pieces(len(ids), context)]
     pieces.sort(key=lambda piece: -len(piece[0]))
@@ -1702,9 +1670,8 @@ def pack(samples, context):
 
 class Mixture:
     """
-    Batches from several token files at exact shares of tokens. The next piece comes from the category that is furthest behind
-    its share; pieces wait in a pool from which best_fit fills the rows. An epoch of a category visits each piece once, in
-    an order that depends on the seed, the category and the epoch alone, so the state is a few numbers.
+    Batches from several token files at exact shares of tokens: the next piece comes from the category furthest behind its share, and
+    waits in a pool from which best_fit fills the rows. The order of an epoch depends on its number alone, so the state is small.
     """
     def __init__(self, files, shares, context, rows, seed=0):
         missing = [name for name in shares if name not in files]
@@ -1954,10 +1921,7 @@ def deduplicate(paths, near=0.7, alike=0.8):
 
 
 def best_code(docs, tokenizer, teacher, log, share=0.25, learn_from=1200):
-    """
-    The numbers of the documents of `quality`, the code that deserves to be annealed on: in each language the quarter scored highest by
-    the proxy, or by the n-grams where these were better. docs() -> an iterator of (number, document), asked for twice.
-    """
+    """The numbers of the code to anneal on: of each language the quarter that the better scorer puts first. docs() as for the tokenizer."""
     threads, scores = torch.get_num_threads(), defaultdict(list)
     torch.set_num_threads(1)  # so small a model waits for its threads longer than it computes, above all beside other work
     lessons = heapq.nsmallest(learn_from, (row for row in docs() if row[1].language == "python"), key=lambda row: digest(row[1].path))

@@ -829,7 +829,7 @@ def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_pat
     (["--max-mb", "-1"], "max_bytes=-1000000"), (["--git", "/nowhere"], "no such git repository"), (["--heldout", "2"], "heldout=2.0"),
     (["--source", "CORPUS", "--vocab-size", "100"], "vocab_size=100"),
     (["--source", "CORPUS", "--vocab-size", "60000", "--max-mb", "0.3"], "more than the corpus"),
-    (["--source", "missing.jsonl"], "no such file"),
+    (["--source", "missing.jsonl"], "no such file"), (["--facts", "-3"], "-3 facts"), (["--benchmark", "nowhere.jsonl"], "nowhere.jsonl"),
 ])
 def test_wrong_input_is_one_line_and_status_2(corpus, tmp_path, arguments, words):
     (tmp_path / "empty").mkdir()
