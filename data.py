@@ -416,7 +416,7 @@ def json_lines(path, counts):
 
 
 def spooled(source, folder, counts):
-    """Entries of a stream. Its documents first go to a local file, one JSON line each, which can be sampled and read by several processes."""
+    """Entries of a stream. Its documents first go to a local file, one JSON line each; several processes can sample and read it."""
     name = f"{digest(source):016x}"
     spool, raw = folder / f"{name}.spool", folder / name
     if not spool.exists():

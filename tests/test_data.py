@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -831,13 +832,15 @@ def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_pat
     (["--source", "CORPUS", "--vocab-size", "60000", "--max-mb", "0.3"], "more than the corpus"),
     (["--source", "missing.jsonl"], "no such file"), (["--facts", "-3"], "-3 facts"), (["--benchmark", "nowhere.jsonl"], "nowhere.jsonl"),
 ])
-def test_wrong_input_is_one_line_and_status_2(corpus, tmp_path, arguments, words):
+def test_wrong_input_is_one_line_and_status_2(corpus, tmp_path, monkeypatch, capsys, arguments, words):
     (tmp_path / "empty").mkdir()
     arguments = [{"EMPTY": str(tmp_path / "empty"), "CORPUS": str(corpus)}.get(a, a) for a in arguments]
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, data.__file__, *arguments, *out], capture_output=True, text=True)
-    last = done.stderr.strip().split("\n")
-    assert done.returncode == 2 and len(last) == 1 and last[0].startswith("data.py: ") and words in last[0]
+    monkeypatch.setattr(sys, "argv", [data.__file__, *arguments, *out])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(data.__file__, run_name="__main__")
+    last = capsys.readouterr().err.strip().split("\n")
+    assert end.value.code == 2 and len(last) == 1 and last[0].startswith("data.py: ") and words in last[0]
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
