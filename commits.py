@@ -22,14 +22,13 @@ with CommitPackFT's message rules and Seed-Coder's context (README, tree, BM25).
   - vendored, locked, generated, minified and binary files, links and submodules stay out of the patch; R_new is R_old patched
   - R_old's touched files are shown among the five that BM25 finds: a patch of files that nobody has seen teaches guessing
   - the at most 32 triplets of a repository are spread over the band (one more each 1/32 of it), not the first 32
-  - novelty compares sets of changed lines exactly: there are at most 32 patches to compare with, no MinHash is needed
-  - "index 1a2b..3c4d" lines are cut from the patch: git apply does not need them, and a model cannot know them
 
     python commits.py                  # a scripted project's history and its triplets, a few seconds
     python commits.py REPO [REPO ...]  # the same for local repositories or URLs that git can clone
     python commits.py --bench REPO     # commits/s with sources and diffs beside PyDriller's; seconds and memory for triplets
 """
 import argparse
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -48,7 +47,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -125,12 +124,9 @@ class Change(NamedTuple):
 
 def find_git_dir(path: str) -> Path:
     """The git directory of a work tree, a bare repository, or a linked work tree or submodule (whose `.git` is a file)."""
-    folder = Path(path)
-    for place in (folder / ".git", folder):
-        if place.is_file() and place.name == ".git":
-            text = place.read_text(errors="replace")
-            if text.startswith("gitdir:"):
-                place = folder / text[len("gitdir:"):].strip()
+    for place in (Path(path, ".git"), Path(path)):
+        if place.is_file() and (text := place.read_text(errors="replace")).startswith("gitdir:"):
+            place = Path(path, text[len("gitdir:"):].strip())
         if (place / "HEAD").is_file() and ((place / "objects").is_dir() or (place / "commondir").is_file()):
             return place.resolve()
     raise ValueError(f"{path}: not a git repository (no .git directory here); give the folder of a clone, a bare repository or a URL")
@@ -145,13 +141,9 @@ def clean_environment(room: str) -> dict:
 
 class Repository:
     """
-    The objects of a repository, read-only, and nothing else of it.
-
-    A temporary git directory with a config of our own, which borrows the object store for reading. Every git command but one runs there;
-    the one reads where HEAD points. The proof runs with LONELY set: it sees only the bytes that we put into the temporary store.
+    The objects of a repository, read-only, and nothing else of it: a temporary git directory with a config of our own borrows them for
+    reading. Every git command but one runs there; the one reads where HEAD points.
     """
-
-    LONELY = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": ""}
 
     def __init__(self, path: str):
         git_dir = find_git_dir(path)
@@ -168,22 +160,17 @@ class Repository:
             self.tip = self.git(*there, "--quiet", "--verify", "HEAD", ok=(0, 1)).decode().strip()
             if not self.tip:
                 raise ValueError(f"{path}: no commits yet (HEAD points to nothing)")
-            self._borrow(kind, os.path.join(git_dir, objects))
         except (ValueError, OSError):
             self.close()
             raise
-
-    def _borrow(self, kind: str, objects: str):
-        """Our git directory: written by hand, so that no template of the machine finds its way in."""
-        own = self.room / "git"
+        own = self.room / "git"  # written by hand, so that no template of the machine finds its way in
         (own / "objects").mkdir(parents=True)
         (own / "refs").mkdir()
         (own / "HEAD").write_text("ref: refs/heads/none\n")
         (own / "config").write_text("[core]\n\trepositoryformatversion = 1\n\tbare = true\n[extensions]\n"
                                     f"\tobjectformat = {kind}\n[diff]\n\trenameLimit = 400\n")
-        self.hash, borrowed = functools.partial(hashlib.new, kind), quote(os.fsencode(objects))
-        self.environment |= {"GIT_DIR": str(own), "GIT_LITERAL_PATHSPECS": "1",
-                             "GIT_ALTERNATE_OBJECT_DIRECTORIES": borrowed if borrowed[0] == '"' else f'"{borrowed}"'}
+        self.hash, borrowed = functools.partial(hashlib.new, kind), quote(os.fsencode(git_dir / objects)).strip('"')
+        self.environment |= {"GIT_DIR": str(own), "GIT_LITERAL_PATHSPECS": "1", "GIT_ALTERNATE_OBJECT_DIRECTORIES": f'"{borrowed}"'}
 
     def git(self, *args: str, stdin: bytes = b"", ok=(0,), **environment) -> bytes:
         """One git command in the clean environment -> its output; Refused, with git's first line, where it fails."""
@@ -249,17 +236,7 @@ def quote(path: bytes) -> str:
     return '"' + "".join(named.get(b) or (chr(b) if 32 <= b < 127 else f"\\{b:03o}") for b in path) + '"'
 
 
-def text_path(path: bytes) -> str:
-    return path.decode("utf-8", "surrogateescape")  # bytes that are not UTF-8 survive as lone surrogates, as in os.fsdecode
-
-
 # ------------------------------------------------------------------------------------- the chain and its steps
-
-
-class Step(NamedTuple):
-    """What one step of the chain brought: the messages of its commits, oldest first, and what it changed."""
-    messages: list[str]
-    changes: list[Change]
 
 
 def band(times: list[int], by_time: bool = False) -> list[int]:
@@ -294,38 +271,32 @@ class History:
             raise ValueError(f"{repo.path}: only {len(self.chain)} commits on the first-parent chain; a life needs at least {MIN_STEPS}")
         self._blocks = functools.lru_cache(maxsize=2)(self._read_block)
 
-    def step(self, i: int) -> Step:
-        """The step from c_{i-1} to c_i, i >= 1."""
+    def step(self, i: int) -> tuple[list[str], list[Change]]:
+        """What the step from c_{i-1} to c_i, i >= 1, brought: the messages of its commits, oldest first, and what it changed."""
         return self._blocks(i // self.BLOCK)[i % self.BLOCK]
 
-    def _read_block(self, block: int) -> list[Step]:
+    def _read_block(self, block: int) -> list[tuple[list[str], list[Change]]]:
+        """A step speaks with the messages of all the commits that it is the first to reach; a merge itself says nothing."""
         lo, hi = max(block * self.BLOCK, 1), min((block + 1) * self.BLOCK, len(self.chain))
         pairs = "".join(f"{self.chain[i]} {self.chain[i - 1]}\n" for i in range(lo, hi))
-        raw = dict(raw_changes(self.repo.git("diff-tree", "--stdin", "-r", "-z", "--raw", "--no-renames", stdin=pairs.encode())))
-        messages = self._messages(lo, hi)
-        steps = [Step(messages[i], raw.get(self.chain[i], [])) for i in range(lo, hi)]
-        return [Step([], [])] * (lo - block * self.BLOCK) + steps  # c_0 comes from nowhere
-
-    def _messages(self, lo: int, hi: int) -> dict[int, list[str]]:
-        """For each step, the messages of the commits that it is the first to reach; a merge itself says nothing."""
+        changes = dict(raw_changes(self.repo.git("diff-tree", "--stdin", "-r", "-z", "--raw", "--no-renames", stdin=pairs.encode())))
         span = f"{self.chain[lo - 1]}..{self.chain[hi - 1]}"
-        log = self.repo.git("log", "-z", "--topo-order", "--encoding=UTF-8", "--format=%H %P%n%B", span)
-        parents, said, order = {}, {}, {}
-        for entry in filter(None, log.decode("utf-8", "replace").split("\0")):
+        log = self.repo.git("log", "-z", "--topo-order", "--encoding=UTF-8", "--format=%H %P%n%B", span).decode("utf-8", "replace")
+        unreached = {}  # commit: (place in the log, parents, message)
+        for place, entry in enumerate(filter(None, log.split("\0"))):
             ids, _, body = entry.partition("\n")
-            commit, *parents_of = ids.split()
-            parents[commit], said[commit], order[commit] = parents_of, clean_message(body), len(order)
-        messages, seen = {}, set()
-        for i in range(lo, hi):
-            fresh, ahead = [], [self.chain[i]]
+            commit, *parents = ids.split()
+            unreached[commit] = place, parents, clean_message(body)
+        steps = [([], [])] * (lo - block * self.BLOCK)  # c_0 comes from nowhere
+        for tip in self.chain[lo:hi]:
+            fresh, ahead = [], [tip]
             while ahead:
-                commit = ahead.pop()
-                if commit in parents and commit not in seen:
-                    seen.add(commit)
-                    fresh.append(commit)
-                    ahead += parents[commit]
-            messages[i] = [said[c] for c in sorted(fresh, key=order.get, reverse=True) if len(parents[c]) < 2]
-        return messages
+                if (commit := ahead.pop()) in unreached:
+                    fresh.append(unreached.pop(commit))
+                    ahead += fresh[-1][1]
+            messages = [message for _, parents, message in sorted(fresh, reverse=True) if len(parents) < 2]
+            steps.append((messages, changes.get(tip, [])))
+        return steps
 
 
 def compose(net: dict[bytes, Change], changes: list[Change]) -> None:
@@ -340,22 +311,17 @@ def compose(net: dict[bytes, Change], changes: list[Change]) -> None:
             net[change.path] = Change(change.path, first.old_mode, first.old, change.new_mode, change.new)
 
 
-# ------------------------------------------------------------------------------------------- what a change is worth
+# ------------------------------------------------------------------------------- what a change is worth, and a stretch
 
 
 def edit_distance(a: list, b: list, limit: int) -> int | None:
     """
     The fewest lines to take out of a and put into it to get b: the - and + lines of `git diff --minimal`. None beyond the limit.
-
     Myers' greedy walk: reach[k] is the furthest x on diagonal k = x - y that d edits can come to. O((len + d) d).
     """
-    start = 0
-    while start < len(a) and start < len(b) and a[start] == b[start]:
-        start += 1
-    stop = 0
-    while stop < min(len(a), len(b)) - start and a[-1 - stop] == b[-1 - stop]:
-        stop += 1
-    a, b = a[start:len(a) - stop], b[start:len(b) - stop]
+    for _ in range(2):  # what both begin with, and, turned round, what both end with, costs nothing
+        same = len(os.path.commonprefix([a, b]))
+        a, b = a[same:][::-1], b[same:][::-1]
     if not a or not b:
         return len(a) + len(b) if len(a) + len(b) <= limit else None
     reach = {1: 0}
@@ -371,20 +337,14 @@ def edit_distance(a: list, b: list, limit: int) -> int | None:
     return None
 
 
-class Delta(NamedTuple):
-    """Two versions of a file compared: how many lines change (None: more than MAX_LINES), and which lines are only on one side."""
-    lines: int | None
-    removed: list[bytes]
-    added: list[bytes]
-
-
-def delta(old: bytes, new: bytes) -> Delta:
+def delta(old: bytes, new: bytes) -> tuple[int | None, list[bytes], list[bytes]]:
+    """How many lines change between two versions of a file (None: more than MAX_LINES), and the lines only in the old, only in the new."""
     a, b = io.BytesIO(old).readlines(), io.BytesIO(new).readlines()  # only "\n" ends a line: "\r" and a missing final newline belong to it
     removed, added = collections.Counter(a), collections.Counter(b)
     removed, added = list((removed - added).elements()), list((added - removed).elements())
     if len(removed) + len(added) > MAX_LINES:  # a lower bound of the distance
-        return Delta(None, [], [])
-    return Delta(edit_distance(a, b, MAX_LINES), removed, added)
+        return None, [], []
+    return edit_distance(a, b, MAX_LINES), removed, added
 
 
 @functools.cache
@@ -392,34 +352,19 @@ def parsers(extension: str) -> list:
     """The tree-sitter parsers that may read a file of this extension."""
     import tree_sitter
     names = [name.split(".") for name, extensions in GRAMMARS.items() if extension in extensions.split()]
-    languages = [getattr(import_module(f"tree_sitter_{package}"), function)() for package, function in names]
-    return [tree_sitter.Parser(tree_sitter.Language(language)) for language in languages]
+    return [tree_sitter.Parser(tree_sitter.Language(getattr(import_module(f"tree_sitter_{package}"), name)())) for package, name in names]
 
 
 def extension(path: bytes) -> str:
-    name = text_path(path).rpartition("/")[2]
-    return name.rpartition(".")[2].lower() if "." in name else ""
-
-
-def is_code(path: bytes) -> bool:
-    return extension(path) in CODE
+    return os.path.splitext(os.fsdecode(path))[1][1:].lower()
 
 
 def unfit_content(data: bytes) -> str:
     """Why a file's content keeps it out of a patch ("" if it does not)."""
-    if b"\0" in data[:8000]:
-        return "binary"
-    if GENERATED.search(data[:1000]):
-        return "generated"
-    if max(map(len, data.split(b"\n"))) > 1000:
-        return "minified"
-    if len(data) > MAX_BYTES:
-        return "file too large"
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    return ""
+    reasons = {"binary": b"\0" in data[:8000], "generated": GENERATED.search(data[:1000]),
+               "minified": max(map(len, data.split(b"\n"))) > 1000, "file too large": len(data) > MAX_BYTES,
+               "not UTF-8": data.decode("utf-8", "replace").encode() != data}
+    return next((reason for reason, found in reasons.items() if found), "")
 
 
 def clean_message(message: str) -> str:
@@ -429,10 +374,8 @@ def clean_message(message: str) -> str:
 
 def unfit_message(message: str) -> str:
     """Why a message keeps its step out ("" if it does not)."""
-    for reason, pattern in BAD_MESSAGES:
-        if pattern.search(message):
-            return reason
-    return "" if len(message.split()) >= 4 else "message under 4 words"
+    found = (reason for reason, pattern in BAD_MESSAGES if pattern.search(message))
+    return next(found, "" if len(message.split()) >= 4 else "message under 4 words")
 
 
 class Facts:
@@ -441,8 +384,10 @@ class Facts:
     def __init__(self, repo: Repository):
         self.repo, self.reasons, self.texts = repo, {}, {}  # blob -> why it is unfit, or ""; the last blobs that were read
         self.terms = functools.lru_cache(SHELF)(lambda mode, oid: terms(self.text(mode, oid)))
+        self.terms_of_path = functools.lru_cache(1 << 16)(terms)
         self.delta = functools.lru_cache(2048)(lambda *sides: delta(self.text(*sides[:2]), self.text(*sides[2:])))
-        self.parses = functools.cache(self._parses)
+        self.parses = functools.cache(lambda extension, mode, oid: mode == ABSENT or any(
+            not parser.parse(self.text(mode, oid)).root_node.has_error for parser in parsers(extension)))
         self.renames = functools.lru_cache(64)(self._renames)
 
     def load(self, sides) -> None:
@@ -463,9 +408,6 @@ class Facts:
         """Why one side of a change keeps it out of a patch ("" if it does not). Load it first."""
         return self.reasons[oid] if mode.startswith("100") else "" if mode == ABSENT else "link or submodule"
 
-    def _parses(self, extension: str, mode: str, oid: str) -> bool:
-        return mode == ABSENT or any(not p.parse(self.text(mode, oid)).root_node.has_error for p in parsers(extension))
-
     def _renames(self, changes: tuple[Change, ...]) -> dict[bytes, bytes]:
         """{new path: old path} among whole files that went and came, as git sees it in the patch."""
         old, new = write_trees(self.repo, changes)
@@ -483,10 +425,6 @@ class Candidate:
     lines: dict[bytes, int]                # changed lines by (new) path
     touched: frozenset                     # the changed lines themselves, stripped
 
-    @property
-    def total(self) -> int:
-        return sum(self.lines.values())
-
 
 def measure(changes: list[Change], facts: Facts) -> tuple[str, Candidate | None]:
     """A stretch's changes -> (why it is out, None) or ("", a candidate without its messages yet)."""
@@ -496,54 +434,48 @@ def measure(changes: list[Change], facts: Facts) -> tuple[str, Candidate | None]
     facts.load(side for c in changes for side in (c[1:3], c[3:5]))
     kept = []
     for change in changes:
-        reasons = {facts.unfit(change.old_mode, change.old), facts.unfit(change.new_mode, change.new)}
+        reasons = {facts.unfit(*change[1:3]), facts.unfit(*change[3:5])}
         for reason in ("file too large", "not UTF-8"):
             if reason in reasons and not IS_PROSE.search(change.path):
                 return reason, None
-        if reasons == {""}:
-            kept.append(change)
+        kept += [change] if reasons == {""} else []
     whole = tuple(c for c in kept if ABSENT in (c.old_mode, c.new_mode))
     renames = facts.renames(whole) if len({c.old_mode == ABSENT for c in whole}) == 2 else {}
     if len(kept) - len(renames) > MAX_FILES:
         return "more than 10 files", None
-    before = {c.path: (c.old_mode, c.old) for c in kept}
+    before = {c.path: c[1:3] for c in kept}
     lines, removed, added = {}, [], []
     for change in kept:
         if change.path in renames.values():
             continue
-        part = facts.delta(*before[renames.get(change.path, change.path)], change.new_mode, change.new)
-        if part.lines is None or sum(lines.values()) + part.lines > MAX_LINES:
+        n, gone, come = facts.delta(*before[renames.get(change.path, change.path)], *change[3:5])
+        if n is None or sum(lines.values()) + n > MAX_LINES:
             return "more than 400 lines", None
-        lines[change.path] = part.lines
-        removed, added = removed + part.removed, added + part.added
+        lines[change.path] = n
+        removed, added = removed + gone, added + come
     total = sum(lines.values())
     if total < MIN_LINES:
         return "under 5 lines", None
-    if sum(n for path, n in lines.items() if is_code(path)) < total / 2:
+    if sum(n for path, n in lines.items() if extension(path) in CODE) < total / 2:
         return "under half code", None
     squeeze = lambda side: collections.Counter(filter(None, (re.sub(rb"\s+", b"", line) for line in side)))
     if squeeze(removed) == squeeze(added):
         return "only whitespace or moves", None
-    touched = frozenset(filter(None, (line.strip() for line in removed + added)))
-    return "", Candidate(0, [], kept, [], lines, touched)
+    return "", Candidate(0, [], kept, [], lines, frozenset(filter(None, map(bytes.strip, removed + added))))
 
 
 def candidates(history: History, facts: Facts, s: int, counts: collections.Counter) -> Iterator[Candidate]:
-    """
-    Walk forward from c_s and give every end that passes the filters, except parsing, which is left for the winners.
-
-    A message that will not do ends the walk, since every longer stretch contains it.
-    """
+    """Walk forward from c_s to every end that passes the filters, except parsing, which is left for the winners."""
     net, messages, files_of_steps = {}, [], []
     for e in range(s + 1, min(s + HORIZON, len(history.chain) - 1) + 1):
-        step = history.step(e)
-        reason = next(filter(None, map(unfit_message, step.messages)), "") or ("more than 32 commits" if len(messages) > HORIZON else "")
+        said, changed = history.step(e)
+        reason = next(filter(None, map(unfit_message, said)), "") or ("more than 32 commits" if len(messages) > HORIZON else "")
         if reason:
             counts[reason] += 1
-            return
-        compose(net, step.changes)
-        messages += step.messages
-        files_of_steps.append(frozenset(c.path for c in step.changes if not NOT_SOURCE.search(c.path)))
+            return  # every longer stretch contains this message
+        compose(net, changed)
+        messages += said
+        files_of_steps.append(frozenset(c.path for c in changed if not NOT_SOURCE.search(c.path)))
         try:
             reason, found = measure(sorted(net.values()), facts) if messages else ("no message", None)
         except Refused:
@@ -555,41 +487,30 @@ def candidates(history: History, facts: Facts, s: int, counts: collections.Count
             yield found
 
 
-# ------------------------------------------------------------------------------------------------------ the score
-
-
 def size_score(lines: int) -> float:
     """1 from 20 to 120 changed lines, falling with the logarithm to 0 at the limits."""
-    if lines < 20:
-        return max(0.0, math.log(lines / MIN_LINES) / math.log(20 / MIN_LINES))
-    return min(1.0, math.log(MAX_LINES / lines) / math.log(MAX_LINES / 120))
-
-
-def words(text: str) -> set[str]:
-    """Identifiers of four letters or more, without those that any text contains."""
-    return {w for w in re.findall(r"[A-Za-z_]\w{3,}", text) if w.lower() not in COMMON}
+    rise, fall = math.log(lines / MIN_LINES) / math.log(20 / MIN_LINES), math.log(MAX_LINES / lines) / math.log(MAX_LINES / 120)
+    return max(0.0, min(1.0, rise, fall))
 
 
 def message_score(messages: list[str], touched: frozenset) -> float:
     """Half for starting with an imperative verb, half for naming something that stands on a changed line; mean over the messages."""
+    words = lambda text: {w for w in re.findall(r"[A-Za-z_]\w{3,}", text) if w.lower() not in COMMON}
     symbols = words(b"\n".join(touched).decode("utf-8", "replace"))
     starts = [re.match(r"\W*(?:[\w./-]+:\s+)?(\w+)", m) for m in messages]  # "parser: fix ..." starts with fix
     verbs = [bool(m) and m[1].lower() in IMPERATIVE for m in starts]
     return sum(0.5 * verb + 0.5 * bool(words(m) & symbols) for verb, m in zip(verbs, messages)) / len(messages)
 
 
-def jaccard(a: frozenset, b: frozenset) -> float:
-    return len(a & b) / (len(a | b) or 1)
-
-
 def score_parts(candidate: Candidate, taken: list[frozenset]) -> dict[str, float]:
     """The six parts of the score, each in [0, 1]."""
-    code = [path for path in candidate.lines if is_code(path)]
-    steps = candidate.files_of_steps
+    total, steps = sum(candidate.lines.values()), candidate.files_of_steps
+    code = [path for path in candidate.lines if extension(path) in CODE]
+    jaccard = lambda a, b: len(a & b) / (len(a | b) or 1)
     pairs = [jaccard(a, b) for i, a in enumerate(steps) for b in steps[:i]]
     return {
-        "size": size_score(candidate.total),
-        "code": sum(candidate.lines[path] for path in code) / candidate.total,
+        "size": size_score(total),
+        "code": sum(candidate.lines[path] for path in code) / total,
         "tests": float(len({bool(IS_TEST.search(path)) for path in code}) == 2),
         "message": message_score(candidate.messages, candidate.touched),
         "cohesion": sum(pairs) / len(pairs) if pairs else 1.0,
@@ -626,8 +547,8 @@ def write_trees(repo: Repository, changes) -> tuple[str, str]:
 
 
 def apply_patch(repo: Repository, tree: str, patch: bytes) -> str:
-    """`git apply` to a tree of our own store, in an index of its own -> the tree that comes out."""
-    index = {"GIT_INDEX_FILE": str(repo.room / "index")} | repo.LONELY
+    """`git apply` to a tree of our own store, in an index of its own, nothing borrowed -> the tree that comes out."""
+    index = {"GIT_INDEX_FILE": str(repo.room / "index"), "GIT_ALTERNATE_OBJECT_DIRECTORIES": ""}
     repo.git("read-tree", tree, **index)
     repo.git("apply", "--cached", "--whitespace=nowarn", "-", stdin=patch, **index)
     return repo.git("write-tree", "--missing-ok", **index).decode().strip()
@@ -635,14 +556,12 @@ def apply_patch(repo: Repository, tree: str, patch: bytes) -> str:
 
 def make_patch(repo: Repository, changes, old_texts: list[bytes]) -> bytes:
     """
-    The git patch of these changes, and its proof: `git apply` must turn a tree made of the old texts into the new tree.
-
-    A tree's id is the hash of every name, mode and content in it, so equal ids are equal bytes. The proof sees neither the
-    repository nor the new texts, and runs no program but git.
+    The git patch of these changes, and its proof: `git apply`, which sees neither the repository nor the new texts, turns a tree of
+    the old texts into the new tree. A tree's id is the hash of every name, mode and content in it, so equal ids are equal bytes.
     """
     old, new = write_trees(repo, changes)
     patch = repo.git("diff-tree", "-r", "-p", "-M", "--binary", "--full-index", "--minimal", "--no-ext-diff", "--no-textconv", old, new)
-    patch = re.sub(rb"(?m)^index [0-9a-f]+\.\.[0-9a-f]+( \d+)?\n(?!GIT binary patch)", b"", patch)  # only binary patches need it
+    patch = re.sub(rb"(?m)^index [0-9a-f]+\.\.[0-9a-f]+( \d+)?\n(?!GIT binary patch)", b"", patch)  # no model can know it
     for text in old_texts:
         repo.keep(text)
     if apply_patch(repo, old, patch) != new:
@@ -650,7 +569,7 @@ def make_patch(repo: Repository, changes, old_texts: list[bytes]) -> bytes:
     return patch
 
 
-# ------------------------------------------------------------------- the context: what a reader of R_old would look at
+# ------------------------------------------------- triplets, and their context: what a reader of R_old would look at
 
 
 class Context(NamedTuple):
@@ -672,9 +591,6 @@ def terms(text: bytes) -> collections.Counter:
         for part in CAMEL.findall(word):
             counts[part.lower()] += times
     return counts
-
-
-terms_of_path = functools.lru_cache(1 << 16)(terms)
 
 
 def bm25(documents: list[dict[bytes, int]], lengths: list[int], query: set[bytes], k1: float = 1.2, b: float = 0.75) -> list[float]:
@@ -699,28 +615,22 @@ def look_around(repo: Repository, facts: Facts, commit: str, messages: list[str]
     files.sort(key=lambda f: (f[0].count(b"/"), f[0]))
     heads = [f for f in files if re.fullmatch(rb"readme(\.\w+)?", f[0], re.I)]
     facts.load(f[1:] for f in heads)
-    heads = [f for f in heads if not facts.unfit(*f[1:])]
-    readme = "\n".join(facts.text(*heads[0][1:]).decode().split("\n")[:40])[:2000] if heads else ""
+    readme = next((facts.text(*f[1:]).decode() for f in heads if not facts.unfit(*f[1:])), "")
     query = {word for word in terms("\n".join(messages).encode()) if len(word) > 1 and word.decode() not in COMMON}
     sources = [f for f in files if f[1].startswith("100") and not NOT_SOURCE.search(f[0])]
-    if len(sources) > SHELF:  # in a large tree only the files whose paths fit best are opened
-        sources = sorted(sources, key=lambda f: -len(query & terms_of_path(f[0]).keys()))[:SHELF]
+    sources = sorted(sources, key=lambda f: -len(query & facts.terms_of_path(f[0]).keys()))[:SHELF]  # those whose paths fit best
     shelf, counts, lengths = [], [], []
-    for i in range(0, len(sources), SHELF // 8):
-        facts.load(f[1:] for f in sources[i:i + SHELF // 8])
-        for f in sources[i:i + SHELF // 8]:
-            if not facts.unfit(*f[1:]):
-                in_path, in_text = terms_of_path(f[0]), facts.terms(*f[1:])
-                shelf.append(f)
-                counts.append({w: in_path[w] + in_text[w] for w in query if w in in_path or w in in_text})
-                lengths.append(in_text.total())
-    scores = bm25(counts, lengths, query)
-    best = sorted((i for i in range(len(shelf)) if scores[i] > 0), key=lambda i: (-scores[i], shelf[i][0]))[:5]
-    fitting = [(quote(shelf[i][0]), facts.text(*shelf[i][1:]).decode()) for i in best]
-    return Context(readme, [quote(f[0]) for f in files[:2000]], fitting)
-
-
-# ------------------------------------------------------------------------------------------------------ triplets
+    for i, f in enumerate(sources):
+        if i % (SHELF // 8) == 0:
+            facts.load(f[1:] for f in sources[i:i + SHELF // 8])
+        if not facts.unfit(*f[1:]):
+            in_path, in_text = facts.terms_of_path(f[0]), facts.terms(*f[1:])
+            shelf.append(f)
+            counts.append({w: in_path[w] + in_text[w] for w in query if w in in_path or w in in_text})
+            lengths.append(in_text.total())
+    ranked = sorted((-score, f) for score, f in zip(bm25(counts, lengths, query), shelf) if score > 0)
+    fitting = [(quote(path), facts.text(*blob).decode()) for _, (path, *blob) in ranked[:5]]
+    return Context("\n".join(readme.split("\n")[:40])[:2000], [quote(f[0]) for f in files[:2000]], fitting)
 
 
 @dataclass(frozen=True)
@@ -741,10 +651,8 @@ class Triplet:
 def triplets(repo_dir: str, name: str | None = None, limit: int = LIMIT, by_time: bool = False,
              counts: collections.Counter | None = None) -> Iterator[Triplet]:
     """
-    The triplets of a local repository, in the order of its life; the same ones every time.
-
-    counts  is filled with what became of the starts and why stretches were turned down
-    ValueError where there is nothing to be had: no repository, no commits, a shallow clone, fewer than 20 steps, a broken chain.
+    The triplets of a local repository, in the order of its life; the same ones every time. `counts` is filled with what became of the
+    starts and why stretches were turned down. ValueError: no repository, no commits, a shallow clone, fewer than 20 steps, a broken chain.
     """
     counts = collections.Counter() if counts is None else counts
     name = name or Path(repo_dir).resolve().name.removesuffix(".git")
@@ -755,9 +663,7 @@ def triplets(repo_dir: str, name: str | None = None, limit: int = LIMIT, by_time
             if s < free or len(taken) > i * limit // len(starts) or len(taken) >= limit:  # the share of the limit that is open by now
                 continue
             counts["starts"] += 1
-            choice = choose(history, facts, s, taken, counts)
-            if choice is not None:
-                candidate, patch, parts = choice
+            for candidate, patch, parts in choose(history, facts, s, taken, counts):
                 try:
                     around = look_around(repo, facts, history.chain[s], candidate.messages)
                 except Refused:
@@ -765,28 +671,26 @@ def triplets(repo_dir: str, name: str | None = None, limit: int = LIMIT, by_time
                 taken.append(candidate.touched)
                 free = candidate.end + 1
                 counts["triplets"] += 1
-                yield Triplet(name, history.chain[s], history.chain[candidate.end], candidate.messages,
-                              {text_path(c.path): facts.text(c.old_mode, c.old) for c in candidate.changes if c.old_mode != ABSENT}, patch,
-                              {text_path(c.path): facts.text(c.new_mode, c.new) for c in candidate.changes if c.new_mode != ABSENT},
-                              score(parts), around, tuple(parts.items()))
+                old, new = ({os.fsdecode(c.path): facts.text(*c[k:k + 2]) for c in candidate.changes if c[k] != ABSENT} for k in (1, 3))
+                yield Triplet(name, history.chain[s], history.chain[candidate.end], candidate.messages, old, patch, new, score(parts),
+                              around, tuple(parts.items()))
 
 
-def choose(history: History, facts: Facts, s: int, taken: list[frozenset], counts: collections.Counter):
-    """The best end for this start that also parses and whose patch is proven -> (candidate, patch, parts of the score), or None."""
+def choose(history: History, facts: Facts, s: int, taken: list[frozenset], counts: collections.Counter) -> Iterator[tuple]:
+    """The best end for this start that also parses and whose patch is proven: one (candidate, patch, parts of the score), or none."""
     found = [(score_parts(c, taken), c) for c in candidates(history, facts, s, counts)]
     for parts, candidate in sorted(found, key=lambda f: (-score(f[0]), f[1].end)):
         if score(parts) < MIN_SCORE:
             counts["score under 0.45"] += 1
             break
-        sides = [(extension(c.path), *side) for c in candidate.changes if is_code(c.path) for side in (c[1:3], c[3:5])]
+        sides = [(extension(c.path), *side) for c in candidate.changes if extension(c.path) in CODE for side in (c[1:3], c[3:5])]
         try:
             if all(facts.parses(*side) for side in sides):
-                old_texts = [facts.text(c.old_mode, c.old) for c in candidate.changes]
-                return candidate, make_patch(history.repo, candidate.changes, old_texts), parts
+                yield candidate, make_patch(history.repo, candidate.changes, [facts.text(*c[1:3]) for c in candidate.changes]), parts
+                return
             counts["does not parse"] += 1
         except Refused:
             counts["refused by git"] += 1
-    return None
 
 
 # ------------------------------------------------------------------------------- the sample: what a model gets to read
@@ -813,22 +717,14 @@ def format_sample(sample: Sample, loss_on_context: bool = False) -> list[tuple[s
         <|repo_name|>NAME <|file_sep|>.git/description README's head <|file_sep|>.git/index TREE <|file_sep|>PATH FILE ...
         <|file_sep|>.git/COMMIT_EDITMSG MESSAGE <|file_sep|>.git/patch PATCH [<|file_sep|>PATH NEW FILE ...] <|im_end|>
     """
-    given = loss_on_context
-    parts = [("<|repo_name|>", True, given), (sample.repo + "\n", False, given)]
-
-    def segment(path: str, text: str, learn_name: bool, learn: bool):
-        parts.extend([("<|file_sep|>", True, learn_name), (path + "\n", False, learn_name), (text + "\n", False, learn)])
-
-    if sample.readme:
-        segment(DESCRIPTION, sample.readme, given, given)
-    if sample.tree:
-        segment(INDEX, "\n".join(sample.tree), given, given)
-    for path, text in sample.files:
-        segment(path, text, given, given)
-    segment(MESSAGE, sample.message, given, given)
-    segment(PATCH, sample.patch.removesuffix("\n"), given, True)  # a patch ends with the newline that every segment ends with
-    for path, text in sample.new_files:
-        segment(path, text, True, True)
+    given, parts = loss_on_context, [("<|repo_name|>", True, loss_on_context), (sample.repo + "\n", False, loss_on_context)]
+    segments = [(DESCRIPTION, sample.readme, given, given)] * bool(sample.readme)
+    segments += [(INDEX, "\n".join(sample.tree), given, given)] * bool(sample.tree)
+    segments += [(path, text, given, given) for path, text in (*sample.files, (MESSAGE, sample.message))]
+    segments += [(PATCH, sample.patch.removesuffix("\n"), given, True)]  # it ends with the newline that every segment ends with
+    segments += [(path, text, True, True) for path, text in sample.new_files]
+    for path, text, learn_name, learn in segments:
+        parts += [("<|file_sep|>", True, learn_name), (path + "\n", False, learn_name), (text + "\n", False, learn)]
     return parts + [("<|im_end|>", True, True)]
 
 
@@ -849,45 +745,15 @@ def parse_sample(parts: list[tuple[str, bool, bool]]) -> Sample:
         raise ValueError(f"not a commit sample: no {MESSAGE} or no {PATCH} segment")
     at = lambda name: body[named[name]][1] if name in named else ""
     files = [row for row in body[:named[MESSAGE]] if row[0] not in named]
-    return Sample(segments[0][1][:-1], at(DESCRIPTION), tuple(at(INDEX).split("\n")) if INDEX in named else (), tuple(files), at(MESSAGE),
+    return Sample(segments[0][1][:-1], at(DESCRIPTION), tuple(filter(None, at(INDEX).split("\n"))), tuple(files), at(MESSAGE),
                   at(PATCH) + "\n", tuple(body[named[PATCH] + 1:]))
 
 
 def first_lines(text: str, room: float, length: Callable[[str], int]) -> str:
     """As many whole lines from the top as fit into the room, without the last newline."""
-    lines, low = text.split("\n"), 0
-    high = len(lines)
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = length("\n".join(lines[:middle]) + "\n") <= room
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return "\n".join(lines[:low])
-
-
-def fit(triplet: Triplet, new_state: bool, budget: float, length: Callable[[str], int]) -> Sample:
-    """
-    The sample of at most `budget`. Message and patch always stay, whole, even where they alone are over the budget.
-
-    Then, as far as the room goes: the tree (up to a quarter of it), README (an eighth), R_old's touched files, the new files, and the
-    files that BM25 found. Files come whole or not at all, and stand by path: nothing but the message tells which ones change.
-    """
-    as_text = lambda files: [(quote(p.encode("utf-8", "surrogateescape")), data.decode()) for p, data in files.items()]
-    sample = Sample(triplet.repo, "", (), (), "\n\n".join(triplet.messages), triplet.patch.decode(), ())
-    room = budget - sum(1 if special else length(text) for text, special, _ in format_sample(sample))
-    cost = lambda path, text: 1 + length(path + "\n") + length(text + "\n")
-    tree = first_lines("\n".join(triplet.context.tree), room / 4 - cost(INDEX, ""), length) if triplet.context.tree else ""
-    readme = first_lines(triplet.context.readme, room / 8 - cost(DESCRIPTION, ""), length) if triplet.context.readme else ""
-    room -= (cost(INDEX, tree) if tree else 0) + (cost(DESCRIPTION, readme) if readme else 0)
-    files, new_files = [], []
-    touched = as_text(triplet.old_files)
-    after = as_text(triplet.new_files)
-    if new_state and (size := sum(cost(*row) for row in after)) <= room - sum(cost(*row) for row in touched):
-        new_files, room = after, room - size
-    for row in touched + [row for row in triplet.context.files if row not in touched]:
-        if cost(*row) <= room:
-            files, room = files + [row], room - cost(*row)
-    tree = tuple(tree.split("\n")) if tree else ()
-    return Sample(sample.repo, readme, tree, tuple(sorted(files)), sample.message, sample.patch, tuple(new_files))
+    lines = text.split("\n")
+    fitting = bisect.bisect_right(range(1, len(lines) + 1), room, key=lambda n: length("\n".join(lines[:n]) + "\n"))
+    return "\n".join(lines[:fitting])
 
 
 def triplet_parts(triplet: Triplet, new_state: bool | None = None, budget: float = math.inf, length: Callable[[str], int] = len,
@@ -896,87 +762,86 @@ def triplet_parts(triplet: Triplet, new_state: bool | None = None, budget: float
     A triplet as training text in parts (text, is a special token, counts in the loss).
 
     new_state  whether the new files follow the patch; by default in 30 % of the triplets, decided by the new commit's id
-    budget     in units of length(text), a special token counting 1; give length=lambda text: len(tokenizer.encode(text)) for tokens
+    budget     at most so many length(text), a special token counting 1; length=lambda text: len(tokenizer.encode(text)) for tokens
+
+    Message and patch always stay, whole, even where they alone are over the budget. Then, as far as the room goes: the tree (up to a
+    quarter of it), README (an eighth), R_old's touched files, the new files, and the files that BM25 found. Files come whole or not at
+    all, and stand by path: nothing but the message tells which ones change.
     """
-    if new_state is None:
-        new_state = int(triplet.new_commit[:8], 16) % 10 < 3
-    return format_sample(fit(triplet, new_state, budget, length), loss_on_context)
+    new_state = int(triplet.new_commit[:8], 16) % 10 < 3 if new_state is None else new_state
+    touched, after = ([(quote(os.fsencode(path)), data.decode()) for path, data in files.items()]
+                      for files in (triplet.old_files, triplet.new_files))
+    sample = Sample(triplet.repo, "", (), (), "\n\n".join(triplet.messages), triplet.patch.decode(), ())
+    room = budget - sum(1 if special else length(text) for text, special, _ in format_sample(sample))
+    cost = lambda path, text: 1 + length(path + "\n") + length(text + "\n")
+    tree = first_lines("\n".join(triplet.context.tree), room / 4 - cost(INDEX, ""), length)
+    readme = first_lines(triplet.context.readme, room / 8 - cost(DESCRIPTION, ""), length)
+    room -= (cost(INDEX, tree) if tree else 0) + (cost(DESCRIPTION, readme) if readme else 0)
+    files, new_files = [], []
+    if new_state and (size := sum(cost(*row) for row in after)) <= room - sum(cost(*row) for row in touched):
+        new_files, room = after, room - size
+    for row in touched + [row for row in triplet.context.files if row not in touched]:
+        if cost(*row) <= room:
+            files, room = files + [row], room - cost(*row)
+    return format_sample(replace(sample, readme=readme, tree=tuple(filter(None, tree.split("\n"))), files=tuple(sorted(files)),
+                                 new_files=tuple(new_files)), loss_on_context)
 
 
 # --------------------------------------------------------------------------------- metric: does a model see what comes
 
 
-def nats(model, rows: list[tuple[list[int], list[bool]]], batch: int = 8) -> list[float]:
-    """Rows of (ids, which of them count) -> -log p of the tokens that count, summed over each row. The first id is only given."""
+def nats(model, ids: list[int], counts: list[bool]) -> float:
+    """-log p of the tokens that count, summed. The first is only given."""
     import torch
-    device, total = next(model.parameters()).device, []
-    for i in range(0, len(rows), batch):
-        part = rows[i:i + batch]
-        T = max(len(ids) for ids, _ in part) - 1
-        inputs, targets = torch.zeros(len(part), T, dtype=torch.long), torch.full((len(part), T), -100)
-        for r, (ids, counts) in enumerate(part):
-            ids = torch.tensor(ids)
-            inputs[r, :len(ids) - 1] = ids[:-1]
-            targets[r, :len(ids) - 1] = ids[1:].where(torch.tensor(counts)[1:], -100)
-        loss = model.loss(inputs.to(device), targets.to(device), reduction="none")
-        total += loss.view(len(part), T).double().sum(1).tolist()
-    return total
+    ids = torch.tensor(ids, device=next(model.parameters()).device)
+    targets = ids[1:].where(torch.tensor(counts[1:], device=ids.device), -100)
+    return model.loss(ids[None, :-1], targets[None], reduction="none").double().sum().item()
 
 
 def rival_files(triplet: Triplet, shortlist: int) -> tuple[list[str], set[str]]:
     """The files of R_old to choose from, by path, and those among them that change; the others are drawn by the new commit's id."""
-    changed = {quote(path.encode("utf-8", "surrogateescape")) for path in triplet.old_files}
+    changed = {quote(os.fsencode(path)) for path in triplet.old_files}
     others = [path for path in triplet.context.tree if path not in changed]
     drawn = random.Random(triplet.new_commit).sample(others, max(0, min(len(others), shortlist - len(changed))))
     return sorted(changed | set(drawn)), changed
-
-
-def patch_bits(model, tokenizer, triplet: Triplet, context: int) -> float:
-    """Bits of the patch, given context and message; a patch beyond one row continues in further rows, seen from their own start."""
-    parts = triplet_parts(triplet, new_state=False, budget=context, length=lambda text: len(tokenizer.encode(text)))
-    ids, counts = tokenizer.encode_parts([(text, special, learn and not special) for text, special, learn in parts])
-    rows = [(ids[i:i + context + 1], counts[i:i + context + 1]) for i in range(0, len(ids) - 1, context)]
-    return sum(nats(model, rows)) / math.log(2)
-
-
-def guess_file(model, tokenizer, triplet: Triplet, files: list[str], context: int) -> str:
-    """Which file changes first: the most likely line "diff --git a/FILE b/FILE", given the message and these files as the tree."""
-    asked = Sample(triplet.repo, "", tuple(files), (), "\n\n".join(triplet.messages), "", ())
-    head = [(text, special, False) for text, special, _ in format_sample(asked)[:-2]]  # up to ".git/patch\n"
-    name = lambda side, path: f'"{side}/{path[1:]}' if path[0] == '"' else f"{side}/{path}"
-    rows = [tokenizer.encode_parts(head + [(f"diff --git {name('a', path)} {name('b', path)}\n", False, True)]) for path in files]
-    costs = nats(model, [(ids[-context - 1:], counts[-context - 1:]) for ids, counts in rows])
-    return files[costs.index(min(costs))]
 
 
 def evaluate(model, tokenizer, triplets: list[Triplet], context: int | None = None, shortlist: int = 16) -> dict[str, float]:
     """
     How well a model foresees changes; rows of the table of `train.py --eval`.
 
-    patch_bits_per_byte  of the patches, in rows of `context` tokens (at most 1024, if not said)
-    file_top1            share of the triplets where the file guessed from message and tree, among `shortlist` files of R_old, does change;
-                         file_chance is what guessing blindly gives. Triplets that only add files are left out of these two.
+    patch_bits_per_byte  of the patches, given context and message, in rows of `context` tokens, each seen from its own start
+    file_top1            share of the triplets (that not only add files) where the likeliest first line "diff --git a/FILE b/FILE", given
+                         message and a tree of `shortlist` files of R_old, is of a file that does change; file_chance: of a random file
     """
     import torch
     bits, size, right, chance = 0.0, 0, [], []
-    context = context or min(1024, model.config.max_position_embeddings)
-    training = model.training
+    context, training = context or min(1024, model.config.max_position_embeddings), model.training
+    side = lambda letter, path: f'"{letter}/{path[1:]}' if path[0] == '"' else f"{letter}/{path}"
     model.eval()
     with torch.no_grad():
         for triplet in triplets:
-            bits += patch_bits(model, tokenizer, triplet, context)
+            parts = triplet_parts(triplet, new_state=False, budget=context, length=lambda text: len(tokenizer.encode(text)))
+            ids, counts = tokenizer.encode_parts([(text, special, learn and not special) for text, special, learn in parts])
+            for i in range(0, len(ids) - 1, context):
+                bits += nats(model, ids[i:i + context + 1], counts[i:i + context + 1]) / math.log(2)
             size += len(triplet.patch)
             files, changed = rival_files(triplet, shortlist)
-            if changed and len(files) > len(changed):
-                right.append(guess_file(model, tokenizer, triplet, files, context) in changed)
-                chance.append(len(changed) / len(files))
+            if not changed or len(files) == len(changed):
+                continue
+            asked, costs = Sample(triplet.repo, "", tuple(files), (), "\n\n".join(triplet.messages), "", ()), []
+            head = [(text, special, False) for text, special, _ in format_sample(asked)[:-2]]  # up to ".git/patch\n"
+            for path in files:
+                ids, counts = tokenizer.encode_parts(head + [(f"diff --git {side('a', path)} {side('b', path)}\n", False, True)])
+                costs.append(nats(model, ids[-context - 1:], counts[-context - 1:]))
+            right.append(files[costs.index(min(costs))] in changed)
+            chance.append(len(changed) / len(files))
     model.train(training)
-    mean = lambda values: sum(values) / len(values) if values else math.nan
-    return {"patch_bits_per_byte": bits / size if size else math.nan, "file_top1": mean(right), "file_chance": mean(chance),
-            "triplets": len(triplets)}
+    return {"patch_bits_per_byte": bits / size if size else math.nan, "file_top1": statistics.fmean(right or [math.nan]),
+            "file_chance": statistics.fmean(chance or [math.nan]), "triplets": len(triplets)}
 
 
-# ----------------------------------------------------------------------- a scripted project, to look at and to experiment with
+# ------------------------------------------------------------------------------ a scripted project; bench, command line
 
 
 def scripted_history(folder: str, seed: int = 0, commits: int = 80) -> None:
@@ -1001,47 +866,43 @@ def scripted_history(folder: str, seed: int = 0, commits: int = 80) -> None:
         module = functions[name][0]
         own = [(n, factor) for n, (where, factor) in functions.items() if where == module]
         head = f"from shop.{module} import {', '.join(n for n, _ in own)}\n"
-        body = [f"def {n}(x):\n    factor = {factor}\n    return x * factor\n" for n, factor in own]
-        test = [f"def test_{n}():\n    assert {n}(2) == {2 * factor}\n    assert {n}(-1) == {-factor}\n" for n, factor in own]
-        call = [f"def report_{n}(rows):\n    return sum({n}(row) for row in rows)\n" for n, _ in own]
-        files = {f"shop/{module}.py": body, f"tests/test_{module}.py": [head] + test, f"shop/{module}_report.py": [head] + call}
-        stream.append(f"commit refs/heads/main\ncommitter Script <script@example.org> {1_600_000_000 + 3600 * i} +0000\n")
-        stream.append(f"data {len(message)}\n{message}\n")
-        stream += [f"M 100644 inline {path}\ndata {len(text)}\n{text}\n" for path, rows in files.items() for text in ["\n\n".join(rows)]]
+        forms = {f"shop/{module}.py": "def {0}(x):\n    factor = {1}\n    return x * factor\n",
+                 f"tests/test_{module}.py": "def test_{0}():\n    assert {0}(2) == {2}\n    assert {0}(-1) == {3}\n",
+                 f"shop/{module}_report.py": "def report_{0}(rows):\n    return sum({0}(row) for row in rows)\n"}
+        stream.append(f"commit refs/heads/main\ncommitter Script <script@example.org> {1_600_000_000 + 3600 * i} +0000\n"
+                      f"data {len(message)}\n{message}\n")
+        for path, form in forms.items():
+            text = "\n\n".join([head] * (path != f"shop/{module}.py") + [form.format(n, f, 2 * f, -f) for n, f in own])
+            stream.append(f"M 100644 inline {path}\ndata {len(text)}\n{text}\n")
     for command in (["init", "--bare", "--template=", "--initial-branch=main", folder], ["-C", folder, "fast-import"]):
         subprocess.run(["git", *command], input="".join(stream).encode(), check=True, capture_output=True, env=clean_environment(folder))
 
 
-# -------------------------------------------------------------------------------------------------- bench, command line
-
-
-def is_url(text: str) -> bool:
-    return not Path(text).exists() and re.match(r"\w+://|[\w.-]+@[\w.-]+:", text) is not None
-
-
-def clone(url: str, folder: str) -> str:
-    """A bare clone, by git's own transports only (no ext::, no prompt, no template). The user's configuration holds: proxies, keys."""
+def local(repo: str, folder: str) -> str:
+    """The path itself; of a URL a bare clone, with the user's proxies and keys, by git's own transports: no ext::, prompt or template."""
+    if Path(repo).exists() or not re.match(r"\w+://|[\w.-]+@[\w.-]+:", repo):
+        return repo
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     environment |= {"GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTOCOL": "https:http:git:ssh:file"}
-    done = subprocess.run(["git", "clone", "--quiet", "--bare", "--single-branch", "--no-tags", "--template=", "--", url, folder],
+    folder = os.path.join(folder, Path(repo).name)
+    done = subprocess.run(["git", "clone", "--quiet", "--bare", "--single-branch", "--no-tags", "--template=", "--", repo, folder],
                           capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise ValueError(f"{url}: git clone: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+        raise ValueError(f"{repo}: git clone: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
     return folder
 
 
 def read_everything(repo: Repository, commits: list[str]) -> Iterator[tuple[str, list[tuple[Change, bytes, bytes]], bytes]]:
     """What PyDriller's traversal gives, for the bench: each commit's id and message, changed files with old and new text, diff."""
     border = os.urandom(8).hex()  # before and after a message: nothing that a history contains
-    form = f"--format={border}%H%n%B{border}"
-    command = ["log", "--stdin", "--no-walk=unsorted", "-z", "--raw", "-p", "--no-abbrev", "--no-renames", form]
-    blocks = ["\n".join(commits[i:i + 300]).encode() for i in range(0, len(commits), 300)]
+    command = ["log", "--stdin", "--no-walk=unsorted", "-z", "--raw", "-p", "--no-abbrev", "--no-renames",
+               f"--format={border}%H%n%B{border}"]
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:  # git log writes the next block while we read this one
-        logs = collections.deque([ahead.submit(repo.git, *command, stdin=blocks[0])])
-        for block in blocks[1:] + [None]:
-            if block:
-                logs.append(ahead.submit(repo.git, *command, stdin=block))
-            _, *pieces = logs.popleft().result().split(border.encode())
+        read = lambda i: ahead.submit(repo.git, *command, stdin="\n".join(commits[i:i + 300]).encode()) if i < len(commits) else None
+        log = read(0)
+        for i in range(300, len(commits) + 300, 300):
+            log, done = read(i), log.result()
+            _, *pieces = done.split(border.encode())
             for message, entry in zip(pieces[::2], pieces[1::2]):
                 raw, _, diff = entry.lstrip(b"\0\n").partition(b"\0\0")
                 changes = next(raw_changes(b"commit\0" + raw + b"\0"))[1]
@@ -1050,48 +911,41 @@ def read_everything(repo: Repository, commits: list[str]) -> Iterator[tuple[str,
                 yield message.decode("utf-8", "replace"), [(c, texts.get(c.old, b""), texts.get(c.new, b"")) for c in changes], diff
 
 
-def bench(path: str, rounds: int = 3, slice_of: int = 150) -> None:
-    """By turns: the same commits with sources and diffs through us and through PyDriller; then all triplets, with time and memory."""
-    try:
-        import pydriller
-    except ImportError:
-        pydriller = None
+def bench(path: str) -> None:
+    """By turns: all commits with sources and diffs through us, 150 of them through PyDriller; then all triplets, with time and memory."""
     with contextlib.closing(Repository(path)) as repo:
         commits = repo.git("rev-list", "--no-merges", "--reverse", repo.tip).decode().split()
-        print(f"{path}: {len(commits)} commits that are no merges; messages, old and new texts, diffs")
-        ours, theirs = [], []
-        for k in range(rounds):
-            began, read = time.perf_counter(), sum(1 for _ in read_everything(repo, commits))
-            ours.append(read / (time.perf_counter() - began))
-            line = f"round {k + 1} | ours {ours[-1]:8,.0f} commits/s"
-            if pydriller:
-                some = commits[len(commits) * k // rounds:][:slice_of]
-                began = time.perf_counter()
+        print(f"{path}: {len(commits)} commits that are no merges; messages, old and new texts, diffs; commits/s")
+        ratios, trouble = [], ""
+        for third in range(3):
+            began = time.perf_counter()
+            ours = sum(1 for _ in read_everything(repo, commits)) / (time.perf_counter() - began)
+            try:
+                import pydriller
+                some, began = commits[len(commits) * third // 3:][:150], time.perf_counter()
                 for commit in pydriller.Repository(path, only_commits=some).traverse_commits():
                     for file in commit.modified_files:
                         file.source_code, file.source_code_before, file.diff  # noqa: B018  the properties do the work
-                theirs.append(len(some) / (time.perf_counter() - began))
-                line += f" | PyDriller {theirs[-1]:8,.0f} (on {len(some)} of them)"
-            print(line)
-    began, counts = time.perf_counter(), collections.Counter()
-    found = sum(1 for _ in triplets(path, counts=counts))
-    seconds = time.perf_counter() - began
+                theirs = len(some) / (time.perf_counter() - began)
+            except Exception as error:  # it is not installed, or stumbles over this folder in a way of its own; our figures stand
+                theirs, trouble = math.nan, f"{type(error).__name__} {error}".split("\n")[0]
+            ratios.append(ours / theirs)
+            print(f"reading  | ours {ours:8,.0f} | PyDriller {theirs:8,.0f}")
+    print(f"PyDriller could not read it: {trouble}" if trouble else f"medians  | reading {statistics.median(ratios):.1f} x PyDriller")
+    began = time.perf_counter()
+    found, seconds = sum(1 for _ in triplets(path)), time.perf_counter() - began
     memory = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(f"triplets | {found} in {seconds:.1f} s | {len(commits) / seconds:,.0f} commits/s of the history"
           f" | peak {memory[0]:.0f} MB, git {memory[1]:.0f} MB")
-    if theirs:
-        ours, theirs = statistics.median(ours), statistics.median(theirs)
-        print(f"medians  | reading {ours / theirs:.1f} x PyDriller | triplets {len(commits) / seconds / theirs:.1f} x")
 
 
-def show(triplet: Triplet, lines: int) -> None:
+def show(triplet: Triplet, lines: int = 24) -> None:
     """One triplet, readably: which stretch, what was said, the head of the patch."""
-    parts = " ".join(f"{name} {value:.2f}" for name, value in triplet.parts)
-    print(f"\n=== {triplet.repo} {triplet.old_commit[:10]} -> {triplet.new_commit[:10]} | score {triplet.score:.2f} | {parts}")
-    print("\n".join("  " + message.split("\n")[0] for message in triplet.messages))
-    patch = triplet.patch.decode("utf-8", "replace").splitlines()
-    more = [f"... {len(patch) - lines} more lines"] if len(patch) > lines else []
-    print("\n".join("    " + row for row in patch[:lines] + more))
+    print(f"\n=== {triplet.repo} {triplet.old_commit[:10]} -> {triplet.new_commit[:10]} | score {triplet.score:.2f} |",
+          *(f"{name} {value:.2f}" for name, value in triplet.parts))
+    print("\n".join("  " + message.split("\n")[0] for message in triplet.messages) + "\n")
+    patch = triplet.patch.decode().splitlines()
+    print("\n".join("    " + row for row in patch[:lines] + [f"... {len(patch) - lines} more lines"] * (len(patch) > lines)))
 
 
 def main(argv=None) -> int:
@@ -1103,12 +957,11 @@ def main(argv=None) -> int:
     parser.add_argument("repos", nargs="*", metavar="REPO", help="local repositories (work tree or bare), or URLs that git can clone")
     parser.add_argument("--limit", type=int, default=LIMIT, help="triplets of one repository, at most")
     parser.add_argument("--by-time", action="store_true", help="measure the 40-80 percent in time and not in commits")
-    parser.add_argument("--lines", type=int, default=24, help="lines of each patch to print")
     parser.add_argument("--bench", action="store_true", help="time reading against PyDriller, and the triplets")
     args = parser.parse_args(argv)
-    if min(args.limit, args.lines) < 1:
-        raise ValueError(f"--limit {args.limit} --lines {args.lines}: give positive numbers")
-    skipped = 0
+    if args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: give a positive number")
+    read = 0
     with tempfile.TemporaryDirectory(prefix="commits-") as room:
         if not args.repos:
             args.repos = [os.path.join(room, "shop.git")]
@@ -1116,24 +969,22 @@ def main(argv=None) -> int:
         for i, repo in enumerate(args.repos):
             counts = collections.Counter()
             try:
-                path = clone(repo, os.path.join(room, str(i))) if is_url(repo) else repo
+                path = local(repo, os.path.join(room, str(i)))
                 if args.bench:
                     bench(path)
-                    continue
-                for triplet in triplets(path, name=Path(repo).name.removesuffix(".git") if is_url(repo) else None, limit=args.limit,
-                                        by_time=args.by_time, counts=counts):
-                    show(triplet, args.lines)
+                else:
+                    for triplet in triplets(path, limit=args.limit, by_time=args.by_time, counts=counts):
+                        show(triplet)
+                    print(f"\n{repo}: {counts.pop('triplets', 0)} triplets from {counts.pop('starts', 0)} starts; stretches turned down: "
+                          + (", ".join(f"{reason} {n}" for reason, n in counts.most_common()) or "none"))
+                read += 1
             except BrokenPipeError:
                 raise
             except (ValueError, OSError) as error:
-                skipped += 1
                 print(f"commits.py: {error}", file=sys.stderr)
-                continue
-            print(f"\n{repo}: {counts.pop('triplets', 0)} triplets from {counts.pop('starts', 0)} starts; stretches turned down: "
-                  + (", ".join(f"{reason} {n}" for reason, n in counts.most_common()) or "none"))
-    if skipped and len(args.repos) > 1:
-        print(f"commits.py: {skipped} of {len(args.repos)} repositories skipped", file=sys.stderr)
-    return 2 if skipped == len(args.repos) else 0
+    if read < len(args.repos) > 1:
+        print(f"commits.py: {len(args.repos) - read} of {len(args.repos)} repositories skipped", file=sys.stderr)
+    return 0 if read else 2
 
 
 if __name__ == "__main__":

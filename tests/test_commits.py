@@ -144,7 +144,7 @@ def test_composed_steps_are_what_git_says_lies_between_any_two_commits(tmp_path)
         for (s, e), expected in zip(pairs, truth):
             net = {}
             for i in range(s + 1, e + 1):
-                commits.compose(net, history.step(i).changes)
+                commits.compose(net, history.step(i)[1])
             assert sorted(net.values()) == sorted(expected)
 
 
@@ -155,14 +155,14 @@ def test_patches_of_random_edits_are_proven_and_say_as_many_lines_as_we_count(tm
         for s in range(0, 48, 6):
             net = {}
             for e in range(s + 1, s + 3):
-                commits.compose(net, history.step(e).changes)
+                commits.compose(net, history.step(e)[1])
             if net:
                 patch = proven(repo, sorted(net.values()))
                 old, new = commits.write_trees(repo, net.values())
                 assert commits.apply_patch(repo, old, patch) == new
                 stat = repo.git("diff-tree", "-r", "-z", "--numstat", "--minimal", "--no-renames", old, new).split(b"\0")[:-1]
                 counted = {path: int(a) + int(b) for a, b, path in (row.split(b"\t", 2) for row in stat)}
-                assert {c.path: facts.delta(*c[1:]).lines for c in net.values()} == counted
+                assert {c.path: facts.delta(*c[1:])[0] for c in net.values()} == counted
 
 
 @settings(max_examples=200, deadline=None)
@@ -210,7 +210,7 @@ def test_a_patch_with_every_hard_kind_of_change_gives_the_new_tree_to_the_bit(tm
     repo_dir = build(tmp_path / "r", plain_steps(20) + [("Set the scene for it", before), ("Change everything at once now", after)])
     with contextlib.closing(commits.Repository(repo_dir)) as repo:
         history = commits.History(repo)
-        changes = history.step(21).changes
+        changes = history.step(21)[1]
         assert {c.path for c in changes} == set(after)
         patch = proven(repo, changes)
         assert b"rename from moved.py\nrename to deep/er/moved.py" in patch and b"old mode 100644\nnew mode 100755" in patch
@@ -239,7 +239,7 @@ def test_the_proof_fails_when_a_single_byte_of_the_patch_is_wrong(tmp_path, monk
     repo_dir = build(tmp_path / "r", plain_steps(22))
     true_apply = commits.apply_patch
     with contextlib.closing(commits.Repository(repo_dir)) as repo:
-        changes = commits.History(repo).step(21).changes
+        changes = commits.History(repo).step(21)[1]
         for wrong in (lambda p: p.replace(b"+    total_21", b"+    total_22", 1), lambda p: p.replace(b"-    return", b"-    Return", 1),
                       lambda p: p[:-1], lambda p: p[:len(p) // 2]):
             monkeypatch.setattr(commits, "apply_patch", lambda repo, tree, patch, wrong=wrong: true_apply(repo, tree, wrong(patch)))
@@ -726,6 +726,14 @@ def test_the_scripted_project_is_shown_without_arguments_and_bad_input_ends_with
         done = command(*bad, cwd=tmp_path)
         assert done.returncode == 2 and "commits.py" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_bench_prints_our_figures_where_the_peer_cannot_read_the_folder(tmp_path):
+    repo = build(tmp_path / "mirror.git", plain_steps(24))
+    git(repo, "config", "diff.renameLimit", "many")  # git, and so the peer, refuses to compare; we read the objects alone
+    done = command("--bench", repo)
+    assert done.returncode == 0 and done.stdout.count("reading  | ours") == 3 and "triplets | 5 in" in done.stdout
+    assert "PyDriller could not read it: " in done.stdout and "Traceback" not in done.stdout + done.stderr
 
 
 def test_reading_everything_gives_gits_own_messages_texts_and_diffs(tmp_path):
