@@ -774,6 +774,8 @@ class Files(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module):
         exec(compile(FILES[module.__name__ + ".py"], module.__name__ + ".py", "exec"), module.__dict__)
 sys.meta_path.insert(0, Files())
+for path in FILES:
+    sys.modules.pop(path[:-3], None)  # this program itself runs as "main"
 def call(path, function, args):
     return getattr(importlib.import_module(path[:-3]), function)(*args)
 """
