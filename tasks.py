@@ -20,7 +20,7 @@ Departure: the report's tasks come from the web and from frontier models; ours a
 
     python tasks.py              # one task of every family, with its verification
     python tasks.py --check 200  # on 200 seeds a family: the solution verifies, an empty and a wrong answer do not
-    python tasks.py --bench      # verified tasks a minute, mutants killed by chosen and by random tests, chance by family
+    python tasks.py --bench      # verified tasks a minute, mutants killed by chosen and by random tests
 """
 import argparse
 import ast
@@ -30,6 +30,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -84,10 +85,8 @@ def split_of(keys) -> str:
 
 def generate(family: str, difficulty: int, seed: int, split: str = "train") -> Task:
     """
-    The task of this family, level and seed: the same on every call.
-
-    A family's generator first yields its keys, and builds the (dearer) rest only when asked again, so that a template of the other
-    split costs little. It ends early where chance made a task that is no good (a constant answer, say); then comes the next attempt.
+    The task of this family, level and seed: the same on every call. A family's generator first yields its keys, and builds the (dearer)
+    rest only when asked again; it ends early where chance made a task that is no good (a constant answer, say).
     """
     if family not in FAMILIES or difficulty not in LEVELS or split not in ("train", "test"):
         raise ValueError(f"no task for family={family!r}, difficulty={difficulty!r}, split={split!r}: "
@@ -107,9 +106,8 @@ def final_answer(text: str) -> str:
 
 def verify(task: Task, answer: str) -> float:
     """
-    How much of the answer is right, in [0, 1]: the share of tests passed for programs, 0 or 1 elsewhere.
-
-    Raises RuntimeError when our own machinery broke: that says nothing about the answer, and must not be paid as 0.
+    How much of the answer is right, in [0, 1]: the share of tests passed for programs, 0 or 1 elsewhere. RuntimeError when our own
+    machinery broke: that says nothing about the answer, and must not be paid as 0.
     """
     answer = final_answer(answer)
     return float(FAMILIES[task.family].verify(task, answer)) if answer else 0.0
@@ -218,10 +216,8 @@ def kill_table(source: str, name: str, inputs, trees) -> np.ndarray:
 
 def select_tests(source: str, name: str, inputs, n: int = 20) -> tuple[list[int], list]:
     """
-    The n inputs (their indices) that kill the most mutants, and the trees of all mutants that any input kills.
-
-    Greedy: a test is worth the weights of the mutants it kills, and a mutant's weight falls to a tenth with every kill; so first
-    every mutant dies once, then those that few tests catch die again.
+    The n inputs (their indices) that kill the most mutants, and the trees of all mutants that any input kills. Greedy: a mutant's
+    weight falls to a tenth with every kill; so first every mutant dies once, then those that few tests catch die again.
     """
     trees = [tree for _, tree in mutants(source)]
     kills = kill_table(source, name, inputs, trees)
@@ -407,6 +403,7 @@ def verify_crux(task, answer):
 
 WHO, WHAT = ("Ann", "Bob", "Eve", "Max", "Zoe"), ("pens", "cups", "eggs", "keys", "nuts", "maps")
 GAIN, LOSE = ("finds", "buys", "gets"), ("loses", "sells", "eats")
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def formula(text: str):
@@ -423,9 +420,8 @@ def formula(text: str):
                 return -read(a)
             case ast.BinOp(left=a, op=ast.Pow(), right=ast.Constant(value=int(n))) if 0 <= n < 10:  # 9**9**9 would never end
                 return read(a) ** n
-            case ast.BinOp(left=a, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div() as op, right=b):
-                a, b = read(a), read(b)
-                return {"Add": a + b, "Sub": a - b, "Mult": a * b}[type(op).__name__] if not isinstance(op, ast.Div) else a / b
+            case ast.BinOp(left=a, op=op, right=b) if type(op) in ARITHMETIC:
+                return ARITHMETIC[type(op)](read(a), read(b))
         raise ValueError(f"{type(node).__name__} is not allowed in a formula")
 
     try:
@@ -567,9 +563,8 @@ def database(table: str, seed: int, name: str) -> sqlite3.Connection:
 
 def rows_of(query: str, databases, ordered: bool) -> list:
     """
-    What a query that nobody trusts gives on each database: rows in order, or sorted where the order is free; None where it fails.
-
-    The databases let it read and call functions, nothing else; lengths and steps are bounded, so it can neither fill memory nor run on.
+    What a query that nobody trusts gives on each database: rows in order, or sorted where the order is free; None where it fails. It may
+    read and call functions, nothing else; lengths and steps are bounded, so it can neither fill memory nor run on.
     """
     found = []
     for db in databases:
@@ -616,16 +611,6 @@ def verify_sql(task, answer):
 # ---- edit: search/replace blocks and unified diffs -------------------------------------------------------------------
 
 
-def locate(text: list[str], block: list[str], hint: int | None = None) -> int:
-    """The one line index where `block` stands in `text`; `hint` (a diff's line number) decides between several."""
-    places = [i for i in range(len(text) - len(block) + 1) if text[i:i + len(block)] == block]
-    if hint in places:
-        return hint
-    if len(places) != 1 or not block:
-        raise ValueError(f"{len(places)} places match the lines to replace; there must be exactly one")
-    return places[0]
-
-
 def apply_edit(text: str, answer: str) -> str:
     """The text after the answer's search/replace blocks or unified diff; ValueError where one does not fit."""
     now, answer = text.splitlines(), "\n".join(line for line in answer.splitlines() if not line.startswith("```"))
@@ -640,9 +625,12 @@ def apply_edit(text: str, answer: str) -> str:
         raise ValueError("the answer holds neither a search/replace block nor a diff hunk")
     shift = 0
     for old, new, hint in edits:
-        hint = None if hint is None else hint + shift
-        at = hint if not old and hint is not None and 0 <= hint <= len(now) else locate(now, old, hint)
-        now[at:at + len(old)] = new
+        places = [i for i in range(len(now) - len(old) + 1) if now[i:i + len(old)] == old]
+        if hint is not None and hint + shift in places:  # a diff's line number decides between several
+            places = [hint + shift]
+        elif len(places) != 1 or not old:
+            raise ValueError(f"{len(places)} places match the lines to replace; there must be exactly one")
+        now[places[0]:places[0] + len(old)] = new
         shift += len(new) - len(old)
     return "\n".join(now) + "\n" * text.endswith("\n")
 
@@ -783,9 +771,8 @@ def call(path, function, args):
 
 def use_tool(files: dict, call: str) -> tuple[dict, str]:
     """
-    One view, search or edit call on {path: text}: (the files after it, what the agent sees).
-
-    edit replaces one line and keeps its indentation, so TEXT is written without. A call that cannot be obeyed changes nothing.
+    One view, search or edit call on {path: text}: (the files after it, what the agent sees). An edit replaces one line and keeps its
+    indentation, so TEXT is written without. A call that cannot be obeyed changes nothing.
     """
     tool, _, rest = call.strip().partition(" ")
     path, _, more = rest.partition(" ")
@@ -946,11 +933,7 @@ VALUES = {"item": WHAT, "count": range(2, 10), "room": ("hall", "attic", "cellar
 
 
 def run_calls(domain: str, state: dict, text: str) -> tuple[dict, list]:
-    """
-    The state after the calls, one JSON object a line, and what each gave back. ValueError where a call is not well-typed.
-
-    An argument "$2" stands for what call 2 gave back.
-    """
+    """The state after the calls, one JSON object a line, and what each gave back, "$2" in a later one. ValueError: not well-typed."""
     state, results = dict(state), []
     for line in filter(str.strip, text.splitlines()):
         call = json.loads(line)
@@ -1088,9 +1071,7 @@ ACTS = {"input": ("enter {1} as {0}", "type {0} {1}"), "checkbox": ("tick {0}", 
 class Screen(HTMLParser):
     """
     A small application of HTML pages {path: html}, and the state that actions change: the open page, the fields' values, what was saved.
-
-    <input> takes text, <input type=checkbox> toggles, <a href> opens a page, <button id=save> stores the values of its page and any
-    other button empties them.
+    <a href> opens a page, <button id=save> stores the values of its page and any other button empties them.
     """
     def __init__(self, pages: dict):
         super().__init__()
@@ -1189,10 +1170,8 @@ FAMILIES = {
 
 def chance(family: str, difficulty: int = 1, n: int = 100, split: str = "test") -> float:
     """
-    The random-answer baseline: the share of tasks solved by an answer that has the right form and knows nothing else.
-
-    It is the answer of another random task of the family and level, fitted to the form (its value put into this task's assertion, its
-    query asked of this task's table). For swe it is one of the k candidate fixes: what an agent gets that edits before it tests.
+    The random-answer baseline: the share of tasks solved by another task's answer, fitted to the form (its query asked of this task's
+    table). For swe it is one of the k candidate fixes: what an agent gets that edits before it tests.
     """
     tasks = [generate(family, difficulty, seed, split) for seed in range(n)]
     return sum(verify(task, FAMILIES[family].guess(task, tasks[i - 1 - i % 7])) == 1.0 for i, task in enumerate(tasks)) / n
@@ -1364,8 +1343,7 @@ class Contamination:
 
     For the last two a frame is no evidence: what three evaluation texts share, or three training tasks of a family.
     """
-    def __init__(self, evaluation_texts: dict, n: int = 13, share: float = 0.5, threshold: float = 0.4):
-        self.n, self.share, self.threshold = n, share, threshold
+    def __init__(self, evaluation_texts: dict):
         texts = {text: name for name, many in evaluation_texts.items() for text in many}
         self.names = list(texts.values())
         common, known = generator_language()
@@ -1374,12 +1352,12 @@ class Contamination:
         for i, own in enumerate(map(symbols, texts)):
             for kind, form in (("text", own), ("renamed", self.nameless(own))):
                 self.starts.setdefault((kind, *form[:6]), []).append((form, i))
-        grams, shingles = ([pieces(text, length) - self.frame for text in texts] for length in (n, 5))
+        grams, shingles = ([pieces(text, n) - self.frame for text in texts] for n in (13, 5))
         self.sizes, self.holders = list(map(len, grams)), {}
         for i, own in enumerate(grams):
             for piece in own:
                 self.holders.setdefault(piece, []).append(i)
-        self.signatures = np.array([minhash(own if len(own) > n else {0}) for own in shingles])
+        self.signatures = np.array([minhash(own if len(own) > 13 else {0}) for own in shingles])
 
     def nameless(self, own: list[str]) -> list[str]:
         return ["_" if word in NAMES or word.isidentifier() and word not in self.known else word for word in own]
@@ -1398,13 +1376,13 @@ class Contamination:
         strange = any(word.isidentifier() and word not in self.known and word not in NAMES for word in own)
         if found := self.held("text", own) or (self.held("renamed", self.nameless(own)) if strange else ""):
             return found
-        held = Counter(i for piece in pieces(text, self.n) for i in self.holders.get(piece, ()))
+        held = Counter(i for piece in pieces(text, 13) for i in self.holders.get(piece, ()))
         for i, count in held.items():
-            if count >= max(self.n, self.share * self.sizes[i]):
-                return f"{self.n}-grams of {self.names[i]}"
-        if self.names and len(own := pieces(text, 5) - self.frame) > self.n:
+            if count >= max(13, self.sizes[i] / 2):
+                return f"13-grams of {self.names[i]}"
+        if self.names and len(own := pieces(text, 5) - self.frame) > 13:
             alike = (self.signatures == minhash(own)).mean(1)
-            return f"near {self.names[int(alike.argmax())]}" if alike.max() >= self.threshold else ""
+            return f"near {self.names[int(alike.argmax())]}" if alike.max() >= 0.4 else ""
         return ""
 
 
@@ -1431,8 +1409,7 @@ def refusal(task: Task, answer: str, contaminated: Contamination) -> str:
 def admit(samples, contaminated: Contamination | None = None, refusals=None) -> tuple[list, Counter]:
     """
     The samples (task, answer) that may be learned from, each once, and the table {reason: how many were refused}, "admitted" among them.
-
-    contaminated  knows the evaluation; our own, if none is given. refusals: what refusal() said, where it was asked before.
+    contaminated: our own evaluation, if none is given. refusals: what refusal() said, where it was asked before.
     """
     samples, contaminated = list(samples), contaminated or own_evaluation()
     kept, seen, table = [], set(), Counter()
@@ -1456,8 +1433,7 @@ class BudgetSpent(Exception):
 class Teacher:
     """
     An OpenAI-compatible endpoint. Every answer is kept on disk, so a run that is stopped asks nothing twice; the budget counts the
-    tokens of all answers in the cache, earlier runs' too. 429, 5xx and lost connections are tried again, after 1, 2, 4, ... seconds
-    or as long as the server says. The key comes from the environment, OPENAI_API_KEY.
+    tokens of all answers in the cache. What may pass is tried again, after 1, 2, 4, ... seconds or as long as the server says.
     """
     def __init__(self, url: str, model: str, cache, budget: int = 1_000_000, retries: int = 6, wait_s: float = 1.0, timeout_s: float = 120):
         self.url, self.model, self.cache, self.budget = url.rstrip("/"), model, Path(cache), budget
@@ -1522,8 +1498,7 @@ def from_teacher(teacher: Teacher):
 def write_samples(tasks, author, path, n: int = 1, contaminated: Contamination | None = None) -> Counter:
     """
     Rejection: ask the author for n answers to each task, keep what the gate admits as JSON lines in `path`; the table of verdicts.
-
-    Resumable: the file gets one line a task, with its admitted answers, and tasks that have their line are not asked again.
+    The file gets one line a task, with its admitted answers; a task that has its line is not asked again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1568,10 +1543,8 @@ def debate(question: str, answer: str, judges, weights=None) -> tuple[float, lis
 
 def calibrate(judges, labelled) -> list[float]:
     """
-    Each judge's weight from labelled pairs (question, better answer, worse answer): the log odds of ranking a pair rightly.
-
-    log(p / (1 - p)) is the best weight of an independent voter; p is smoothed by one right and one wrong. A judge at or below chance
-    gets 0: it is not asked to be wrong the other way round.
+    Each judge's weight from labelled pairs (question, better answer, worse answer): the log odds of ranking a pair rightly, the best
+    weight of an independent voter; p is smoothed by one right and one wrong. A judge at or below chance gets 0, not a negative weight.
     """
     weights = []
     for judge in judges:
@@ -1627,16 +1600,15 @@ def kill_rates(n: int) -> tuple[float, float]:
 
 
 def bench(pool, families, processes: int) -> None:
-    """Speed on all processes, what the choice of tests is worth, and the random-answer baseline of every family."""
+    """Speed on all processes, and what the choice of tests is worth."""
     list(pool.map(made, families, [range(2)] * len(families)))  # warm: sympy, the sandbox
-    seconds, luck = {}, pool.map(chance, families)
-    print(f"{'family':<12} {'tasks/min':>10} {'chance, level 1':>16}")
-    for family, lucky in zip(families, list(luck)):
+    begun = time.perf_counter()
+    for family in families:
         start = time.perf_counter()
         assert sum(pool.map(made, [family] * processes, [range(k, 60, processes) for k in range(processes)])) == 60
-        seconds[family] = time.perf_counter() - start
-        print(f"{family:<12} {3600 / seconds[family]:>10.0f} {lucky:>16.2f}")
-    print(f"verified tasks a minute, all families alike: {3600 * len(families) / sum(seconds.values()):.0f} on {processes} processes")
+        print(f"{family:<12} {3600 / (time.perf_counter() - start):6.0f} tasks a minute")
+    speed = 3600 * len(families) / (time.perf_counter() - begun)
+    print(f"verified tasks a minute, all families alike: {speed:.0f} on {processes} processes")
     print("mutants killed by 20 tests: chosen {:.1%}, random {:.1%}".format(*kill_rates(100)))
 
 
@@ -1649,7 +1621,7 @@ def main(argv=None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="which task (default 0)")
     parser.add_argument("--split", default="train", choices=("train", "test"), help="templates to learn, or held-out ones (default train)")
     parser.add_argument("--check", type=int, metavar="N", help="on N seeds a family: solutions verify, empty and wrong answers do not")
-    parser.add_argument("--bench", action="store_true", help="verified tasks a minute, mutants killed by chosen tests, chance by family")
+    parser.add_argument("--bench", action="store_true", help="verified tasks a minute, mutants killed by chosen tests")
     parser.add_argument("--processes", type=int, default=2, help="for --check and --bench (default 2)")
     parser.add_argument("--write", metavar="FILE", help="write verified samples of N seeds a family as JSON lines (see --n)")
     parser.add_argument("--n", type=int, default=100, help="seeds a family for --write (default 100)")
