@@ -805,7 +805,8 @@ def serve(job, _):
     args, kwargs] gets [nonce, "value", tree] or [nonce, "raised", type names, message]. All this runs in the candidate's own process.
     It can forge any frame, and has won no more than the right to give an answer.
     """
-    channel, main = socket.socket(fileno=3), fresh_main("main.py", "main")  # imported, not started: no `if __name__ == "__main__":`
+    channel = socket.socket(fileno=3)
+    main = fresh_main("main.py", "<program>")  # imported, not started; under a name that no module of a repository's can have
     objects = Objects(main)
     nonce, keep, work = None, False, functools.partial(execute, "main.py", main) if job["load"] else lambda: None
     while True:

@@ -609,6 +609,13 @@ def test_helpers_that_lie_beside_the_tests_are_the_tests_own():
         assert place.grade().passed == [True]
 
 
+def test_a_module_called_main_is_the_program_s_own():
+    with Workspace({"main.py": "def f(x):\n    return x + 1\n"}, SMALL) as place:
+        assert place.grade({"test_a.py": "from main import f\ndef test_f(): assert f(1) == 2\n"}).passed == [True]
+    bundle = "import sys\nassert 'main' not in sys.modules\nopen('main.py', 'w').write('x = 3')\nimport main\ndef f(): return main.x\n"
+    assert grade(bundle, [Call("f", [], 3)], SMALL).reasons == [""]
+
+
 def test_what_honest_test_files_use_works():
     files = {
         "p/__init__.py": "", "p/m.py": "import sys\nclass P:\n    def __init__(self, x): self.x = x\n    def __repr__(self): return f'P({self.x})'\ndef main(): sys.exit(2)\ndef read(): return open('data.ini').read()\n", "data.ini": "q",
