@@ -1670,8 +1670,9 @@ def pack(samples, context):
 
 class Mixture:
     """
-    Batches from several token files at exact shares of tokens: the next piece comes from the category furthest behind its share, and
-    waits in a pool from which best_fit fills the rows. The order of an epoch depends on its number alone, so the state is small.
+    Batches from several token files at exact shares of tokens: who is furthest behind its share sends the next piece to a pool, and opens
+    the next row that best_fit fills from it. Shares may change on the way. The order of an epoch depends on its number alone, so the
+    state is small.
     """
     def __init__(self, files, shares, context, rows, seed=0):
         missing = [name for name in shares if name not in files]
@@ -1683,7 +1684,7 @@ class Mixture:
         self.files, self.context, self.rows, self.seed = files, context, rows, seed
         self.pieces = {name: self._pieces(files[name]) for name in self.names}
         self.epoch, self.cursor, self.order = dict.fromkeys(self.names, 0), dict.fromkeys(self.names, 0), {}
-        self.drawn, self.given = dict.fromkeys(self.names, 0), dict.fromkeys(self.names, 0)
+        self.drawn, self.given, self.due = (dict.fromkeys(self.names, 0) for _ in range(3))   # tokens in the pool, in rows, asked for
         self.pool = []                                     # (category, document, start, tokens), oldest first
 
     def _pieces(self, file):
@@ -1710,10 +1711,11 @@ class Mixture:
     def next(self):
         """(input_ids, targets, segment_ids), each int64 (rows, context)."""
         waiting = sum(piece[3] for piece in self.pool)
-        while waiting < (self.rows + 16) * self.context:   # 16 rows' worth to choose from
-            total = sum(self.drawn.values())
-            self._draw(max(self.names, key=lambda name: self.shares[name] * (total + self.context) - self.drawn[name]))
+        while waiting < (self.rows + 4) * self.context:   # 4 rows' worth to choose from
+            ahead = waiting + self.context
+            self._draw(max(self.names, key=lambda name: self.due[name] + self.shares[name] * ahead - self.drawn[name]))
             waiting += self.pool[-1][3]
+        self.pool.sort(key=lambda piece: self.given[piece[0]] - self.due[piece[0]])  # of one category still the oldest first
         filled = best_fit([piece[3] for piece in self.pool], self.context, self.rows)
         rows = []
         for row in filled:
@@ -1722,6 +1724,8 @@ class Mixture:
                 rows[-1].append(shifted(self.files[name].ids(document), self.files[name].in_loss(document), start, n))
                 self.given[name] += n
         used = {i for row in filled for i in row}
+        for name in self.names:
+            self.due[name] += self.shares[name] * sum(self.pool[i][3] for i in used)
         self.pool = [piece for i, piece in enumerate(self.pool) if i not in used]
         return lay_out(rows, self.context)
 
@@ -1731,13 +1735,14 @@ class Mixture:
         return {name: count / total for name, count in self.given.items()}
 
     def state(self):
-        return {"epoch": dict(self.epoch), "cursor": dict(self.cursor), "drawn": dict(self.drawn), "given": dict(self.given),
-                "pool": [list(piece) for piece in self.pool]}
+        counts = {name: dict(getattr(self, name)) for name in ("epoch", "cursor", "drawn", "given", "due")}
+        return counts | {"pool": [list(piece) for piece in self.pool]}
 
     def load_state(self, state):
         if set(state["epoch"]) != set(self.names):
             raise ValueError(f"mixture state of {sorted(state['epoch'])} does not belong to a mixture of {sorted(self.names)}")
-        self.epoch, self.cursor, self.drawn, self.given = (dict(state[key]) for key in ("epoch", "cursor", "drawn", "given"))
+        for name in ("epoch", "cursor", "drawn", "given", "due"):
+            setattr(self, name, dict(state[name]))
         self.pool, self.order = [tuple(piece) for piece in state["pool"]], {}
 
 

@@ -35,6 +35,7 @@ import math
 import os
 import socket
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -90,8 +91,8 @@ STAGES = {
         Stage("anneal", "pretrain", 0, 0.15, peak=0.5, end=0.05, hold=0.1, mixture={"quality": 0.5, "code": 0.5}),
         Stage("mid1", "anneal", 1, 0.075, peak=0.3, end=0.03, hold=0.1, mixture=MID1),
         Stage("mid2", "mid1", 2, 0.075, peak=0.3, end=0.03, hold=0.1, mixture=MID2, rope_theta=500_000.0),
-        Stage("sft_instruct", "mid2", 1, 0.6, peak=0.4, end=0.02, hold=0.3, mixture=REPLAY, sft="instruct"),
-        Stage("sft_thinking", "mid2", 1, 0.6, peak=0.4, end=0.02, hold=0.3, mixture=REPLAY, sft="thinking"),
+        Stage("sft_instruct", "mid2", 1, 0.64, peak=1.4, end=0.07, hold=0.3, mixture=REPLAY, sft="instruct"),
+        Stage("sft_thinking", "mid2", 1, 0.64, peak=1.4, end=0.07, hold=0.3, mixture=REPLAY, sft="thinking"),
     )
 }
 
@@ -108,7 +109,7 @@ class Preset:
 
 
 PRESETS = {
-    "nano": Preset((512, 1024, 4096), 0.45e6, 1024, 3e-3, 8192, 24, "minutes on two CPU cores"),
+    "nano": Preset((512, 1024, 4096), 0.55e6, 1024, 3e-3, 8192, 24, "minutes on two CPU cores"),
     "small": Preset((2048, 8192, 32768), 1.5e9, 262_144, 1.5e-3, 32768, 0, "an hour or two on one GPU"),
     "node": Preset((4096, 32768, 131072), 20e9, 1_048_576, 1e-3, 65536, 0, "days on eight GPUs"),
     "7b": Preset((8192, 32768, 131072), 12.6e12, 8_388_608, 3e-4, 76800, 0, "the report's run"),
@@ -869,7 +870,9 @@ class Curriculum:
             weights = level_weights([self.rates.get(f"{family}/{level}", 0.0) for level in (1, 2, 3, 4)])
             weights = [weights[level - 1] for level in levels]
             files[family] = Samples(family, self.samples(family, levels, weights, min(pool, 400), self.seed + phase, perturbed))
+        owed = {n: self.mixture.due[n] - self.mixture.given[n] for n in self.base | self.replay} if self.mixture else {}
         self.mixture = data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase)
+        self.mixture.due.update(owed)  # what a category lacks at the end of a phase it gets in the next
         if self.world.main:
             print(f"{self.stage.name}: samples so far: " + ", ".join(f"{n} {what}" for what, n in self.gate.most_common() if n), flush=True)
 
@@ -887,13 +890,13 @@ class Curriculum:
 
     @torch.no_grad()
     def reweigh(self):
-        """Held-out loss by family, then one move of the shares; the quota starts afresh, so that the past is not made up for."""
+        """Held-out loss by family, then one move of the shares."""
         for family, samples in self.heldout.items():
             ids, targets, segments = map(torch.from_numpy, data.pack(samples, self.context))
             loss = self.model.loss(ids.to(self.world.device), targets.to(self.world.device), segments.to(self.world.device))
             self.history[family].append(float(loss))
         self.weights = adjust(self.weights, self.base, self.history)
-        self.mixture.shares, self.mixture.drawn = self.shares(), dict.fromkeys(self.mixture.drawn, 0)
+        self.mixture.shares = self.shares()
 
     def realised(self):
         total = max(1, sum(self.given.values()))
@@ -1009,6 +1012,54 @@ def token_files(folder: Path) -> dict:
     return {path.stem: data.TokenFile(folder, path.stem) for path in sorted(folder.glob("*.tokens"))}
 
 
+def stage_data(stage, cfg, model, tokenizer, context, rows, steps, world):
+    """(mixture, shares, absent shares) of a stage: fixed shares of the data folder, or the curriculum of fine-tuning and its replay."""
+    files = token_files(Path(cfg.out) / "data" / "train")
+    if stage.sft:
+        replay = {name: files[name] for name in stage.mixture if name in files}
+        kept = {name: stage.mixture[name] for name in replay}
+        mixture = Curriculum(model, tokenizer, stage, replay, kept, context, rows, steps, cfg.seed, world)
+        return mixture, mixture.shares(), {name: share for name, share in stage.mixture.items() if name not in files}
+    shares, absent = share_out(stage.mixture, files)
+    seed = cfg.seed + list(STAGES).index(stage.name)
+    return data.Mixture({n: files[n] for n in shares}, shares, context, rows, seed=seed), shares, absent
+
+
+def take_snapshot(path, model, optimizer, mixture, step, seconds, world):
+    """Everything that restore_snapshot() needs, written whole or not at all; all ranks send their shards, rank 0 writes."""
+    state = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict(), "mixture": mixture.state()}
+    state["model"] = whole_state.get_model_state_dict(model, options=WHOLE)
+    if world.main:
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def restore_snapshot(path, model, optimizer, mixture):
+    """(steps done, seconds spent) of a stage that was stopped; weights, optimizer and data stand as they stood then."""
+    saved = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    whole_state.set_model_state_dict(model, saved["model"], options=WHOLE)
+    optimizer.load_state_dict(saved["optimizer"])
+    mixture.load_state(saved["mixture"])
+    return saved["step"], saved["seconds"]
+
+
+def announce(name, model, shares, absent, shape, first):
+    """Say what a stage is about to do; shape: (rows, context, steps)."""
+    rows, context, steps = shape
+    parts = ", ".join(f"{n} {100 * s:.1f}%" for n, s in shares.items())
+    missing = "; absent: " + ", ".join(f"{n} {100 * s:.1f}%" for n, s in absent.items()) if absent else ""
+    size, rest = parameter_count(model.config)[0] / 1e6, f" from step {first}" if first else ""
+    print(f"{name}: {size:.2f}M parameters, rows of {context} tokens, {rows * context} tokens a step, {steps} steps{rest}")
+    print(f"{name}: {parts}{missing}", flush=True)
+
+
+def progress(name, record, steps) -> str:
+    """A log record as a line."""
+    done, eta = record["step"], (steps - record["step"]) * record["seconds"] / record["step"]
+    line = f"{name} {done:5d}/{steps} | loss {record['loss']:.3f} | lr {record['lr']:.1e} | grad {record['grad_norm']:.2f}"
+    line += f" | {record['tokens_per_s'] / 1e3:.2f}k tok/s | MFU {100 * record['mfu']:.0f}%"
+    return f"{line} | eta {eta // 60:.0f}m{eta % 60:02.0f}s"
+
+
 def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     """
     Train one stage and leave its checkpoint in out/<stage>/; returns that folder.
@@ -1020,7 +1071,7 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     preset, folder = PRESETS[cfg.preset], Path(cfg.out) / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = data.Tokenizer.load(Path(cfg.out) / "data" / "tokenizer")
-    context = preset.contexts[stage.context]
+    context, peak = preset.contexts[stage.context], cfg.lr or preset.lr
     rows = max(1, round((cfg.batch_tokens or preset.batch_tokens) / context))
     steps = max(2, round(stage.tokens * preset.tokens * cfg.scale / (rows * context)))
     micro_rows = max(1, (cfg.micro_batch_tokens or (4096 if world.device.type == "cpu" else 32768)) // context)
@@ -1031,38 +1082,18 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     model.config.rope_theta = stage.rope_theta or model.config.rope_theta
     model.train()
     loss_fn = loss_function(model, world)
-    peak = cfg.lr or preset.lr
     optimizer = Optimizer(model, cfg.optimizer, cfg.weight_decay)
-    files = token_files(Path(cfg.out) / "data" / "train")
-    seed = cfg.seed + list(STAGES).index(stage.name)
-    if stage.sft:
-        shares = {name: share for name, share in stage.mixture.items() if name in files}
-        absent = {name: share for name, share in stage.mixture.items() if name not in files}
-        replay = {name: files[name] for name in shares}
-        mixture = Curriculum(model, tokenizer, stage, replay, shares, context, rows, steps, cfg.seed, world)
-        shares = mixture.shares()
-    else:
-        shares, absent = share_out(stage.mixture, files)
-        mixture = data.Mixture({n: files[n] for n in shares}, shares, context, rows, seed=seed)
-
+    mixture, shares, absent = stage_data(stage, cfg, model, tokenizer, context, rows, steps, world)
     first, seconds, snapshot = 0, 0.0, folder / "state.pt"
     if cfg.resume and snapshot.exists():
-        saved = torch.load(snapshot, map_location="cpu", weights_only=False, mmap=True)
-        whole_state.set_model_state_dict(model, saved["model"], options=WHOLE)
-        optimizer.load_state_dict(saved["optimizer"])
-        mixture.load_state(saved["mixture"])
-        first, seconds = saved["step"], saved["seconds"]
-    flops_token = flops_per_token(model.config, context)
-    ceiling = device_peak(world.device, world.dtype)
+        first, seconds = restore_snapshot(snapshot, model, optimizer, mixture)
     if world.main:
-        parts = ", ".join(f"{n} {100 * s:.1f}%" for n, s in shares.items())
-        missing = "; absent: " + ", ".join(f"{n} {100 * s:.1f}%" for n, s in absent.items()) if absent else ""
-        size, rest = parameter_count(model.config)[0] / 1e6, f" from step {first}" if first else ""
-        print(f"{stage.name}: {size:.2f}M parameters, rows of {context} tokens, {rows * context} tokens a step, {steps} steps{rest}")
-        print(f"{stage.name}: {parts}{missing}", flush=True)
+        announce(stage.name, model, shares, absent, (rows, context, steps), first)
     checked = cfg.check == "on" or cfg.check == "auto" and world.size > 1 or cfg.inject
     guard = Guard(model, optimizer, world, cfg.recheck_every, Inject.parse(cfg.inject) if cfg.inject else None) if checked else None
     log = Log(folder / "log.jsonl", world, keep=first)
+    full_speed = device_peak(world.device, world.dtype) * world.size / flops_per_token(model.config, context)  # tokens a second
+
     for step in range(first, steps):
         start = time.perf_counter()
         lr = peak * learning_rate(step, steps, stage.peak, stage.end, stage.hold)
@@ -1078,18 +1109,11 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
             raise FloatingPointError(f"{stage.name}, step {step}: the loss is {loss}; the last snapshot is {snapshot}")
         took = time.perf_counter() - start
         seconds += took
-        speed = rows * context / took
-        eta = (steps - step - 1) * seconds / (step + 1 - min(first, 0))
         record = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": (step + 1) * rows * context}
-        record |= {"tokens_per_s": speed, "mfu": speed * flops_token / ceiling / world.size, "seconds": seconds}
-        line = f"{stage.name} {step + 1:5d}/{steps} | loss {loss:.3f} | lr {lr:.1e} | grad {norm:.2f} | {speed / 1e3:.2f}k tok/s"
-        line += f" | MFU {100 * record['mfu']:.0f}% | eta {eta // 60:.0f}m{eta % 60:02.0f}s"
-        log(record, line, last=step == steps - 1)
+        record |= {"tokens_per_s": rows * context / took, "mfu": rows * context / took / full_speed, "seconds": seconds}
+        log(record, progress(stage.name, record, steps), last=step == steps - 1)
         if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
-            weights = whole_state.get_model_state_dict(model, options=WHOLE)  # all ranks send their shards, rank 0 writes
-            state = {"step": step + 1, "seconds": seconds, "model": weights, "optimizer": optimizer.state_dict()}
-            if world.main:
-                write_atomically(snapshot, lambda path, state=state | {"mixture": mixture.state()}: torch.save(state, path))
+            take_snapshot(snapshot, model, optimizer, mixture, step + 1, seconds, world)
     finish_stage(model, tokenizer, folder, mixture, shares, log, cfg, world)
     return folder
 
@@ -1368,6 +1392,21 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
         ring_plan(config, preset.contexts[-1], 8)
 
 
+def bench(cfg: TrainConfig, world: World) -> None:
+    """Muon beside AdamW: a quarter of pre-training each, same weights, data and rate; tokens/s, MFU, and held-out bits per byte."""
+    print(f"matrix product {device_peak(world.device, world.dtype) / 1e9:.0f} GFLOP/s, {world.dtype}, batches of the preset {cfg.preset}")
+    rows = []
+    for kind in ("muon", "adamw"):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "data").symlink_to((Path(cfg.out) / "data").resolve())
+            run = dataclasses.replace(cfg, out=folder, optimizer=kind, scale=0.25 * cfg.scale)
+            log = (train_stage(STAGES["pretrain"], run, world) / "log.jsonl").read_text().splitlines()
+        *steps, last = map(json.loads, log)
+        speed, mfu = (float(np.median([step[name] for step in steps])) for name in ("tokens_per_s", "mfu"))
+        rows.append(f"{kind:>6}: {speed:6.0f} tokens/s, MFU {100 * mfu:.0f}%, python {last['bits_per_byte']['python']:.3f} bits per byte")
+    print("\n".join(rows))
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -1389,11 +1428,12 @@ def arguments(argv):
     parser.add_argument("--git", default="", metavar="REPO", help="with --eval: also how well the commits of this repository are foreseen")
     parser.add_argument("--tasks", type=int, default=8, help="with --eval: problems a family and level, and holes a level")
     parser.add_argument("--samples", type=int, default=8, help="with --eval: answers a problem; pass@1 and pass@SAMPLES are printed")
+    parser.add_argument("--bench", action="store_true", help="Muon beside AdamW on a quarter of pre-training (needs OUT/data), and leave")
     parser.add_argument("--plot", action="store_true", help="draw the chain's curves to OUT/chain.png and leave (needs matplotlib)")
     parser.add_argument("--dry-run", action="store_true", help="print what the preset needs of memory, time and traffic, and leave")
     parser.add_argument("--ranks", type=int, default=0, help="with --dry-run: processes to plan for; 0: 1, 8 or 64, by size")
     given = vars(parser.parse_args(argv))
-    extra = {name: given.pop(name) for name in ("eval", "plot", "dry_run", "ranks", "git", "tasks", "samples")}
+    extra = {name: given.pop(name) for name in ("eval", "bench", "plot", "dry_run", "ranks", "git", "tasks", "samples")}
     return TrainConfig(**given), extra
 
 
@@ -1409,6 +1449,8 @@ def main(argv=None):
         for what, which, value in evaluation_table(Path(extra["eval"]), cfg, world, extra["git"], extra["tasks"], extra["samples"]):
             print(f"{what:<22} {which:<34} {value:8.4f}", flush=True)
         return None
+    if extra["bench"]:
+        return bench(cfg, world)
     if world.main:
         print(f"train.py: {json.dumps(dataclasses.asdict(cfg))}\n{world.device}, {world.dtype}, {world.size} process(es)")
     try:
