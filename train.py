@@ -831,6 +831,7 @@ class Curriculum:
         self.base = {family: 1 / len(tasks.FAMILIES) for family in tasks.FAMILIES}
         self.step, self.phase, self.weights, self.rates, self.history = 0, -1, dict(self.base), {}, {f: [] for f in self.base}
         self.given, self.phase_given, self.gate = defaultdict(int), {}, Counter()
+        self.mixture = None
         self.heldout = {family: self.samples(family, (1, 2), (1, 1), 6, seed + 99, False) for family in self.base}
 
     @property
