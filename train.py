@@ -870,7 +870,7 @@ class Curriculum:
         for family in self.base:
             weights = level_weights([self.rates.get(f"{family}/{level}", 0.0) for level in (1, 2, 3, 4)])
             weights = [weights[level - 1] for level in levels]
-            files[family] = Samples(family, self.samples(family, levels, weights, min(pool, 400), self.seed + phase, perturbed))
+            files[family] = Samples(family, self.samples(family, levels, weights, min(pool, 250), self.seed + phase, perturbed))
         owed = {n: self.mixture.due[n] - self.mixture.given[n] for n in self.base | self.replay} if self.mixture else {}
         self.mixture = data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase)
         self.mixture.due.update(owed)  # what a category lacks at the end of a phase it gets in the next
