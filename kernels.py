@@ -714,10 +714,10 @@ def check_attention(q, **keys):
     for name, x in {"q": q, **keys}.items():
         require(x.shape[2] * x.stride(2) < 2**31, f"{name}: T times its stride is {x.shape[2] * x.stride(2)}, which must stay below 2^31")
     require(triton is not None, "q: this kernel needs Triton, which is not installed; call loop_attention.loop_attention_reference instead")
-    require(q.is_cuda or (q.device.type == "cpu" and INTERPRETED),
+    require(q.is_cuda or q.is_meta or (q.device.type == "cpu" and INTERPRETED),
             f"q is on {q.device}: the kernel needs a CUDA device (or CPU tensors and TRITON_INTERPRET=1, set before Triton is imported); "
             "loop_attention.loop_attention works on any device")
-    require(q.is_cuda or q.dtype != torch.bfloat16, "q: Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there")
+    require(q.device.type != "cpu" or q.dtype != torch.bfloat16, "q: Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there")
 
 
 def check_gate(q, gate_weight, gate_bias):

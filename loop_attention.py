@@ -127,7 +127,7 @@ def attend_window(q, k, v, window, starts):
 def causal_attention(q, k, v, segment_ids=None):
     """Plain causal attention inside segments (pass 1): q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D)."""
     starts = None if segment_ids is None else document_starts(segment_ids)
-    if q.is_cuda:
+    if q.is_cuda or q.is_meta:                                                   # meta: a plan for the GPU (train.py --dry-run)
         from kernels import flash_partial
         return flash_partial(q, k, v, starts=None if starts is None else starts.int(), dtype=q.dtype)[0]
     return attend_documents(q, k, v, starts)
@@ -135,7 +135,7 @@ def causal_attention(q, k, v, segment_ids=None):
 
 def loop_attention(q, k_global, v_global, k_local, v_local, gate_weight, gate_bias, window, segment_ids=None):
     """The same value as loop_attention_reference() with memory that grows with T, not its square. On a GPU it is one kernel."""
-    if q.is_cuda:
+    if q.is_cuda or q.is_meta:                                                   # meta: a plan for the GPU (train.py --dry-run)
         from kernels import fused_gated_attention
         return fused_gated_attention(q, k_global, v_global, k_local, v_local, gate_weight, gate_bias, window, segment_ids)
     starts = None if segment_ids is None else document_starts(segment_ids)

@@ -400,22 +400,33 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name_and_another_number_of_
 # ------------------------------------------------------------------------------------------------ dry run
 
 
-def test_the_memory_of_the_dry_run_is_what_autograd_keeps_in_a_real_run():
-    config = model.LoopCoderConfig(**model.shape(64, 160, 3, 4, 2, 300, 512))
-    real, kept = model.LoopCoder(config), {}
-    real.compute_dtype = torch.bfloat16
-    own = {p.data_ptr() for p in real.parameters()}
+REAL_RUN = """
+import torch, kernels, model
+model.causal_attention = lambda q, k, v, segment_ids: kernels.flash_partial(q, k, v, dtype=q.dtype)[0]  # as on a GPU
+model.loop_attention = kernels.fused_gated_attention
+torch.set_num_threads(1)
+real, kept = model.LoopCoder(model.LoopCoderConfig(**model.shape(64, 160, 3, 4, 2, 300, 128))), {}
+real.compute_dtype = torch.float16  # as many bytes as bfloat16, which the interpreter does not multiply
+own = {p.data_ptr() for p in real.parameters()}
 
-    def keep(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
+def keep(x):
+    kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+    return x
 
-    ids = torch.zeros(1, 512, dtype=torch.int64)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = real.loss(ids, ids, reduction="sum")
-    assert loss.isfinite()
-    expected = sum(storage.nbytes() for at, storage in kept.items() if at not in own)
-    assert train.kept_bytes(config, 512, torch.float32) == pytest.approx(expected, rel=0.001)
+ids = torch.zeros(1, 128, dtype=torch.int64)
+with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    loss = real.loss(ids, ids, reduction="sum")
+assert loss.isfinite()
+print(sum(storage.nbytes() for at, storage in kept.items() if at not in own))
+"""
+
+
+def test_the_memory_of_the_dry_run_is_what_autograd_keeps_in_a_real_run_with_the_kernels():
+    run = subprocess.run([sys.executable, "-c", REAL_RUN], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    config = model.LoopCoderConfig(**model.shape(64, 160, 3, 4, 2, 300, 128))
+    assert train.kept_bytes(config, 128, torch.float32) == pytest.approx(int(run.stdout), rel=0.001)
+
 
 
 def test_a_dry_run_of_the_large_presets_says_what_they_need(capsys):
