@@ -717,7 +717,8 @@ def check_attention(q, **keys):
     require(q.is_cuda or q.is_meta or (q.device.type == "cpu" and INTERPRETED),
             f"q is on {q.device}: the kernel needs a CUDA device (or CPU tensors and TRITON_INTERPRET=1, set before Triton is imported); "
             "loop_attention.loop_attention works on any device")
-    require(q.device.type != "cpu" or q.dtype != torch.bfloat16, "q: Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there")
+    require(q.device.type != "cpu" or q.dtype != torch.bfloat16,
+            "q: Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there")
 
 
 def check_gate(q, gate_weight, gate_bias):

@@ -422,7 +422,8 @@ print(sum(storage.nbytes() for at, storage in kept.items() if at not in own))
 
 
 def test_the_memory_of_the_dry_run_is_what_autograd_keeps_in_a_real_run_with_the_kernels():
-    run = subprocess.run([sys.executable, "-c", REAL_RUN], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", REAL_RUN], cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     config = model.LoopCoderConfig(**model.shape(64, 160, 3, 4, 2, 300, 128))
     assert train.kept_bytes(config, 128, torch.float32) == pytest.approx(int(run.stdout), rel=0.001)
