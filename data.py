@@ -349,7 +349,7 @@ def members(path):
 
 
 def warc_pages(path, counts):
-    """(url, text) of the pages of a WARC or WET file. What cannot be read is counted under its reason and skipped."""
+    """Documents of a WARC or WET file. What cannot be read is counted under its reason and skipped."""
     with open(path, "rb") as file:
         for stream in members(path) if str(path).endswith(".gz") and os.path.getsize(path) else [file]:
             if stream is None:
@@ -377,8 +377,8 @@ def record(stream):
 
 
 def page(head, block):
-    """(url, text) of a record: a `conversion` (WET) is text, a `response` is HTML or text behind its HTTP headers."""
-    kind, url, body, content = head["WARC-Type"], head["WARC-Target-URI"], block, "text/plain"
+    """The document of a record: a `conversion` (WET) is text, a `response` is HTML or text behind its HTTP headers."""
+    kind, url, body, content = head["WARC-Type"], head["WARC-Target-URI"] or "", block, "text/plain"
     if kind == "response":
         stream = io.BytesIO(block)
         status = stream.readline()
@@ -392,7 +392,8 @@ def page(head, block):
             raise ValueError("record with a wrong digest")
     if (text := decode(body)) is None:
         raise ValueError("record is binary")
-    return url, html_text(text) if content.startswith("text/html") else text
+    text = html_text(text) if content.startswith("text/html") else text
+    return Document(text, "text", urllib.parse.urlsplit(url).hostname or "unknown site", url)
 
 
 def json_lines(path, counts):
@@ -417,13 +418,12 @@ def json_lines(path, counts):
 
 def spooled(source, folder, counts):
     """Entries of a stream. Its documents first go to a local file, one JSON line each; several processes can sample and read it."""
-    name = f"{digest(source):016x}"
-    spool, raw = folder / f"{name}.spool", folder / name
+    raw = folder / f"{digest(source):016x}"
+    spool, skipped, offset = raw.with_suffix(".spool"), Counter(), 0
     if not spool.exists():
         raw.mkdir(parents=True, exist_ok=True)
-        site = lambda url: urllib.parse.urlsplit(url or "").hostname or "unknown site"
         if source.startswith("cc:"):
-            files = crawl(source[3:], raw, counts)
+            files = crawl(source[3:], raw, skipped)
         elif re.match("https?://", source):
             files = [download(source, raw / os.path.basename(urllib.parse.urlsplit(source).path))]
         elif Path(source).is_file():
@@ -432,13 +432,11 @@ def spooled(source, folder, counts):
             raise ValueError(f"source {source}: there is no such file")
         with open(f"{spool}.tmp", "w") as out:
             for path in files:
-                pages = (Document(text, "text", site(url), url or "") for url, text in warc_pages(path, counts))
-                for doc in json_lines(path, counts) if ".jsonl" in path.name else pages:
+                for doc in json_lines(path, skipped) if ".jsonl" in path.name else warc_pages(path, skipped):
                     out.write(json.dumps(doc) + "\n")
-        write_atomic(f"{spool}.counts", counts)
+        write_atomic(f"{spool}.counts", skipped)
         os.replace(f"{spool}.tmp", spool)
-    counts.update(json.loads(Path(f"{spool}.counts").read_text()) if not counts else {})
-    offset = 0
+    counts.update(json.loads(Path(f"{spool}.counts").read_text()))
     with open(spool, "rb") as lines:
         for line in lines:
             text, language, project, path = json.loads(line)
@@ -546,14 +544,13 @@ FENCED = re.compile(r"(^(`{3,}).*?^\2[ \t]*$)", re.M | re.S)
 
 def edit(text, language, fired):
     """Apply EDITS; in text, fenced code stays as it is, byte for byte. Names that changed something are appended to `fired`."""
-    if language in TEXT and "```" in text:
-        pieces = FENCED.split(text)  # prose, block, fence, prose, block, fence, ..., prose
-        return "".join(piece if i % 3 == 1 else edit(piece, language + " ", fired) for i, piece in enumerate(pieces) if i % 3 != 2)
-    for name, (languages, possible, pattern, replacement) in EDITS.items():
-        if language.strip() in languages and possible(text):
-            text, times = pattern.subn(replacement, text)
-            fired += [name] if times and name not in fired else []
-    return text
+    pieces = FENCED.split(text) if language in TEXT else [text]  # prose, block, fence, prose, block, fence, ..., prose
+    for i in range(0, len(pieces), 3):
+        for name, (languages, possible, pattern, replacement) in EDITS.items():
+            if language in languages and possible(pieces[i]):
+                pieces[i], times = pattern.subn(replacement, pieces[i])
+                fired += [name] if times and name not in fired else []
+    return "".join(piece for i, piece in enumerate(pieces) if i % 3 != 2)
 
 
 CLASSES = np.zeros((256, 4), np.int64)  # byte -> (alphabetic, digit, white space, any); bytes of other scripts count as letters
@@ -1456,12 +1453,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """texts: strings, or the Counter of count_words()."""
         wanted = vocab_size - 256 - len(SPECIAL)
         if wanted < 0:
             raise ValueError(f"vocab_size={vocab_size} is below {256 + len(SPECIAL)}: 256 bytes and {len(SPECIAL)} special tokens")
-        counts = texts if isinstance(texts, Counter) else count_words(texts)
-        tokens, merges = [bytes([b]) for b in range(256)], train_bpe(counts, wanted)
+        tokens, merges = [bytes([b]) for b in range(256)], train_bpe(count_words(texts), wanted)
         if len(merges) < wanted:
             raise ValueError(f"vocab_size={vocab_size} is more than the corpus can fill: it gives {256 + len(merges) + len(SPECIAL)}; "
                              f"ask for less, or give more text")
@@ -1481,11 +1476,8 @@ class Tokenizer:
             in_loss += [counts] * len(new)
         return ids, in_loss
 
-    def decode_bytes(self, ids):
-        return self.encoding.decode_bytes([int(i) for i in ids])
-
     def decode(self, ids):
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+        return self.encoding.decode_bytes([int(i) for i in ids]).decode("utf-8", "replace")
 
     def save(self, folder):
         """tokenizer.json and tokenizer_config.json, which `tokenizers` and `transformers` read too."""

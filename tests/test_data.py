@@ -592,7 +592,7 @@ def test_a_plain_wet_file_is_text_by_site(tmp_path):
     head = f"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: https://a.org/b\r\nContent-Length: {len(block)}\r\n\r\n".encode()
     (tmp_path / "x.wet").write_bytes((head + block + b"\r\n\r\n") * 2 + b"WARC/1.0\r\nContent-Length: 99\r\n\r\nshort")
     counts = Counter()
-    assert list(data.warc_pages(tmp_path / "x.wet", counts)) == [("https://a.org/b", block.decode())] * 2
+    assert list(data.warc_pages(tmp_path / "x.wet", counts)) == [data.Document(block.decode(), "text", "a.org", "https://a.org/b")] * 2
     assert counts == {"record cut short": 1}
 
 
