@@ -1666,7 +1666,7 @@ class Mixture:
     the next row that best_fit fills from it. Shares may change on the way. The order of an epoch depends on its number alone, so the
     state is small.
     """
-    def __init__(self, files, shares, context, rows, seed=0):
+    def __init__(self, files, shares, context, rows, seed=0, piece=None):
         missing = [name for name in shares if name not in files]
         total = sum(shares.values())
         if missing or not total > 0 or min(shares.values()) < 0:
@@ -1674,6 +1674,7 @@ class Mixture:
         self.names = [name for name in shares if shares[name] > 0]
         self.shares = {name: shares[name] / total for name in self.names}
         self.files, self.context, self.rows, self.seed = files, context, rows, seed
+        self.piece = piece or context                      # tokens of a document that go into one row at most
         self.pieces = {name: self._pieces(files[name]) for name in self.names}
         self.epoch, self.cursor, self.order = dict.fromkeys(self.names, 0), dict.fromkeys(self.names, 0), {}
         self.drawn, self.given, self.due = (dict.fromkeys(self.names, 0) for _ in range(3))   # tokens in the pool, in rows, asked for
@@ -1682,7 +1683,7 @@ class Mixture:
     def _pieces(self, file):
         """All (document, start, tokens) of a category at this context length."""
         rows = [(i, start, n) for i, length in enumerate(file.lengths.tolist()) if file.cut or length - 1 <= self.context
-                for start, n in cut_pieces(length, self.context)]
+                for start, n in cut_pieces(length, self.piece if file.cut else self.context)]
         if not rows:
             raise ValueError(f"category {file.name}: no document fits the context of {self.context} tokens, and it must not cut them; "
                              f"leave it out or use a longer context")

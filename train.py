@@ -710,7 +710,7 @@ def corrupt(x, fault, element, bit, run=64) -> bool:
 # ---------------------------------------------------------------------------------------------- supervised fine-tuning
 
 # (share of the steps, levels, perturbed): format and basics; knowledge, sampled by measured difficulty; frontier and adversarial.
-PHASES = ((0.2, (1,), False), (0.5, (1, 2, 3), False), (0.3, (1, 2, 3, 4), True))
+PHASES = ((0.3, (1,), False), (0.5, (1, 2, 3), False), (0.2, (1, 2, 3, 4), True))
 
 
 class Samples:
@@ -872,7 +872,8 @@ class Curriculum:
             weights = [weights[level - 1] for level in levels]
             files[family] = Samples(family, self.samples(family, levels, weights, min(pool, 250), self.seed + phase, perturbed))
         owed = {n: self.mixture.due[n] - self.mixture.given[n] for n in self.base | self.replay} if self.mixture else {}
-        self.mixture = data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase)
+        piece = self.context // 4  # what is replayed shares its row with samples: no step forgets them for a document
+        self.mixture = data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase, piece=piece)
         self.mixture.due.update(owed)  # what a category lacks at the end of a phase it gets in the next
         if self.world.main:
             print(f"{self.stage.name}: samples so far: " + ", ".join(f"{n} {what}" for what, n in self.gate.most_common() if n), flush=True)
