@@ -809,19 +809,19 @@ def adjust(weights: dict, base: dict, history: dict) -> dict:
 
 def level_weights(rates: list) -> list:
     """
-    How often each level of a family is drawn, from its pass rates p, the easiest level first: p (1 - p) + p' / 10 + 1/50, p' that of the
+    How often each level of a family is drawn, from its pass rates p, the easiest level first: p (1 - p) + p' / 10 + 1/200, p' that of the
     level before (1 before the first). What is half known teaches most, then what stands on something known; nothing is left out.
     """
-    return [p * (1 - p) + below / 10 + 0.02 for p, below in zip(rates, [1.0, *rates])]
+    return [p * (1 - p) + below / 10 + 0.005 for p, below in zip(rates, [1.0, *rates])]
 
 
 class Curriculum:
     """
     The data of a fine-tuning stage, with the face of data.Mixture: three phases by *measured* difficulty, replay, dynamic shares.
 
-    Phase 1 shows every family at level 1. Then the model is asked: its pass rate p by family and level (8 answers a task) sets how
-    often a level is drawn in phases 2 and 3 (level_weights). Every few steps the held-out loss by family moves the families' shares
-    (adjust). All of it depends on the seed and on the recorded rates alone.
+    Phase 1 shows every family at level 1. Before phases 2 and 3 the model is asked: its pass rate p by family and level (4 answers a
+    task) sets how often a level is drawn (level_weights), and phase 3 perturbs what is solved. Every few steps the held-out loss by
+    family moves the families' shares (adjust). All of it depends on the seed and on the recorded rates alone.
     """
 
     def __init__(self, model, tokenizer, stage, replay, shares, context, rows, steps, seed, world):
@@ -831,7 +831,7 @@ class Curriculum:
         self.base = {family: 1 / len(tasks.FAMILIES) for family in tasks.FAMILIES}
         self.step, self.phase, self.weights, self.rates, self.history = 0, -1, dict(self.base), {}, {f: [] for f in self.base}
         self.given, self.phase_given, self.gate = defaultdict(int), {}, Counter()
-        self.mixture = None
+        self.mixture, self.measured = None, 0  # measured: the phase before which the pass rates were taken last
         self.heldout = {family: self.samples(family, (1, 2), (1, 1), 6, seed + 99, False) for family in self.base}
 
     @property
@@ -856,13 +856,14 @@ class Curriculum:
         """Make the samples of a phase and the mixture that deals them."""
         share, levels, perturbed = PHASES[phase]
         pool = 4 + int(share * self.steps * self.rows * self.context / len(self.base) / 60)  # samples of 60 tokens: each about once
-        if phase == 1 and not self.rates:
+        if phase > self.measured:
             self.model.eval()
             cells = [(family, level) for family in self.base for level in (1, 2, 3, 4)]
             model = whole_copy(self.model, self.world)
-            found = solve_rates(model, self.tokenizer, cells, 1, 8, split="train", thinking=self.thinking, seed=self.seed)
+            found = solve_rates(model, self.tokenizer, cells, 1, 4, split="train", thinking=self.thinking, seed=self.seed + phase)
             self.rates = {f"{family}/{level}": sum(c for c, _ in row) / sum(n for _, n in row) for (family, level), row in found.items()}
             self.model.train()
+            self.measured = phase
             easy = {family: self.rates.get(f"{family}/1", 0.0) for family in self.base}
             found = ", ".join(f"{family} {100 * p:.0f}%" for family, p in easy.items())
             print(f"{self.stage.name}: measured pass rates at level 1: {found}", flush=True)
@@ -870,7 +871,8 @@ class Curriculum:
         for family in self.base:
             weights = level_weights([self.rates.get(f"{family}/{level}", 0.0) for level in (1, 2, 3, 4)])
             weights = [weights[level - 1] for level in levels]
-            files[family] = Samples(family, self.samples(family, levels, weights, min(pool, 250), self.seed + phase, perturbed))
+            harder = perturbed and self.rates.get(f"{family}/1", 0.0) >= 0.5  # what is solved is asked in other words
+            files[family] = Samples(family, self.samples(family, levels, weights, min(pool, 250), self.seed + phase, harder))
         owed = {n: self.mixture.due[n] - self.mixture.given[n] for n in self.base | self.replay} if self.mixture else {}
         piece = self.context // 4  # what is replayed shares its row with samples: no step forgets them for a document
         self.mixture = data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase, piece=piece)
@@ -905,12 +907,12 @@ class Curriculum:
         return {name: count / total for name, count in self.given.items()}
 
     def state(self):
-        kept = ("step", "phase", "weights", "rates", "history", "phase_given")
+        kept = ("step", "phase", "weights", "rates", "measured", "history", "phase_given")
         return {name: getattr(self, name) for name in kept} | {"given": dict(self.given), "gate": dict(self.gate),
                                                                "mixture": self.mixture.state()}
 
     def load_state(self, state):
-        for name in ("step", "weights", "rates", "history", "phase_given"):
+        for name in ("step", "weights", "rates", "measured", "history", "phase_given"):
             setattr(self, name, state[name])
         self.given = defaultdict(int, state["given"])
         self.enter(state["phase"])
