@@ -754,18 +754,12 @@ def verify_edit(task, answer):
 
 MODULES = ("core", "util", "shop", "text", "data", "base")
 SWE_TOOLS = "Tools: view FILE, search WORD, edit FILE LINE TEXT, test, submit."
-BUNDLE = """import importlib.abc, importlib.util, sys
-FILES = {files!r}
-class Files(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path=None, target=None):
-        return importlib.util.spec_from_loader(name, self) if name + ".py" in FILES else None
-    def exec_module(self, module):
-        exec(compile(FILES[module.__name__ + ".py"], module.__name__ + ".py", "exec"), module.__dict__)
-sys.meta_path.insert(0, Files())
-for path in FILES:
-    sys.modules.pop(path[:-3], None)  # this program itself runs as "main"
+BUNDLE = """import sys, types
+for path, text in {files!r}.items():
+    module = sys.modules[path[:-3]] = types.ModuleType(path[:-3])  # "main" too, as which this program itself runs
+    exec(compile(text, path, "exec"), module.__dict__)
 def call(path, function, args):
-    return getattr(importlib.import_module(path[:-3]), function)(*args)
+    return getattr(sys.modules[path[:-3]], function)(*args)
 """
 
 
@@ -800,7 +794,8 @@ def failure_line(name: str, args, got: str, want) -> str:
 
 
 def outcomes(files: dict, calls) -> list[bool]:
-    """Whether each call (path, function, arguments, value) passes on these files; the repository travels as one program."""
+    """Whether each call (path, function, arguments, value) passes; the files travel as one program, main.py, which imports, the last."""
+    files = dict(sorted(files.items(), key=lambda file: file[0] == "main.py"))
     return graded(BUNDLE.format(files=files), [Call("call", [path, name, list(args)], want) for path, name, args, want in calls])
 
 
@@ -1233,11 +1228,7 @@ def trajectory_parts(task: Task, detour: bool = False) -> list[tuple[str, bool, 
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """
-    The chance that at least one of k samples is right, estimated without bias from c right ones among n >= k:
-
-        1 - C(n - c, k) / C(n, k)      averaged over problems by the caller. Source: the Codex paper.
-    """
+    """The chance that one of k samples is right, without bias from c right ones among n >= k: 1 - C(n - c, k) / C(n, k) (Codex paper)."""
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass_at_k(n={n}, c={c}, k={k}): need 0 <= c <= n and 1 <= k <= n; draw at least k samples a problem")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
@@ -1479,7 +1470,7 @@ class Teacher:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """All of the text or nothing: written under another name, then renamed."""
+    """All of the text or nothing."""
     draft = path.with_name(path.name + ".part")
     draft.write_text(text)
     os.replace(draft, path)
@@ -1527,10 +1518,9 @@ def scored(reply: str) -> float | None:
 
 def debate(question: str, answer: str, judges, weights=None) -> tuple[float, list]:
     """
-    How good is an answer that no program can judge? (value in [0, 1], the replies of both rounds)
-
-    judges are functions text -> text. First each scores alone; then each reads all reviews, unnamed, and may change its mind. The
-    final scores s in [-1, 1] are added with the judges' weights, which are log odds of being right: value = sigmoid(sum w s).
+    How good is an answer that no program can judge? (value in [0, 1], the replies of both rounds) Judges are functions text -> text:
+    first each scores alone; then each reads all reviews, unnamed, and may change its mind. The final scores s in [-1, 1] are added
+    with the judges' weights, which are log odds of being right: value = sigmoid(sum w s).
     """
     brief = f"Question:\n{question}\n\nAnswer:\n{answer}\n\nGive one line `score: N` with N from 0 (useless) to 10, then a sentence why."
     first = [judge(brief) for judge in judges]
