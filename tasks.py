@@ -756,7 +756,7 @@ MODULES = ("core", "util", "shop", "text", "data", "base")
 SWE_TOOLS = "Tools: view FILE, search WORD, edit FILE LINE TEXT, test, submit."
 BUNDLE = """import sys, types
 for path, text in {files!r}.items():
-    module = sys.modules[path[:-3]] = types.ModuleType(path[:-3])  # "main" too, as which this program itself runs
+    module = sys.modules[path[:-3]] = types.ModuleType(path[:-3])
     exec(compile(text, path, "exec"), module.__dict__)
 def call(path, function, args):
     return getattr(sys.modules[path[:-3]], function)(*args)
