@@ -1390,7 +1390,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"rl.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1473,7 +1473,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except SilentError as error:
