@@ -65,6 +65,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Limits:
+    """What one run may use; seconds, MB (2^20 bytes), KB (2^10)."""
+
     wall_s: float = 10.0  # the clock stops while the program waits for a busy CPU, so that a loaded machine changes no verdict
     cpu_s: float = 5.0  # of the whole tree, killed orphans included
     memory_mb: int = 512  # of the whole tree, its files included
@@ -265,6 +267,7 @@ def text_of(data):
 
 
 def read_frame(sock, most=1 << 30):
+    """One frame, 4 bytes of length and then the bytes; ValueError where it claims more than `most`."""
     sizes = bytearray(4)
     read_into(sock, memoryview(sizes))
     (size,) = struct.unpack("!I", sizes)

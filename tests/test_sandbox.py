@@ -923,13 +923,13 @@ def test_the_numbers_of_the_system_calls_are_the_kernel_s_own():
 
 
 def test_verdicts_are_the_same_beside_busy_loops():
-    programs = [(f"def f(x):\n    s = 0\n    for i in range({1000 * n}): s += i\n    return s + {n % 3 == 0}", [Call("f", [0], sum(range(1000 * n)))]) for n in range(30)]
+    programs = [(f"def f(x):\n    s = 0\n    for i in range({1000 * n}): s += i\n    return s + {n % 3 == 0}", [Call("f", [0], sum(range(1000 * n)))]) for n in range(200)]
     idle = [graded.passed for graded in grade_many(programs)]
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
     busy = [graded.passed for graded in grade_many(programs)]
     for loop in loops:
         loop.kill(), loop.wait()
-    assert idle == busy == [[n % 3 != 0] for n in range(30)]
+    assert idle == busy == [[n % 3 != 0] for n in range(200)]
 
 
 RUNS = int(os.environ.get("SANDBOX_RUNS", 300))  # 100,000 is the long version
