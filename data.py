@@ -24,6 +24,8 @@ import argparse
 import ast
 import base64
 import bisect
+import collections
+import concurrent.futures
 import contextlib
 import functools
 import gzip
@@ -43,6 +45,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -405,7 +408,7 @@ def json_lines(path, counts):
                 try:
                     row = json.loads(line)
                     text, name = first(row, "text", "content", "code"), first(row, "path", "max_stars_repo_path", "url") or str(number)
-                except (ValueError, AttributeError):
+                except (ValueError, AttributeError, RecursionError):
                     counts["JSON line not understood"] += 1
                     continue
                 language = first(row, "language", "lang").lower()
@@ -501,6 +504,9 @@ class Page(HTMLParser):
         elif tag in self.BLOCK and self.pre is None:
             self.end_line()
 
+    def parse_marked_section(self, i, report=1):
+        return self.parse_bogus_comment(i)  # <![...]> is a comment to a browser; the library stops at one that it does not know
+
     def handle_data(self, data):
         if not self.silent:
             (self.line if self.pre is None else self.pre).append(data)
@@ -563,27 +569,28 @@ STRINGS = re.compile(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'')
 HEX = re.compile(r"\b(?:0[xX][0-9a-fA-F]+|(?=[a-fA-F]*\d)[0-9a-fA-F]{8,})\b")
 
 
-def measure(text):
-    """The numbers that the rules bound: sizes, shares of characters, shares of lines."""
+def measure(text, prose=True):
+    """The numbers that the rules bound: sizes, shares of characters, shares of lines; some are asked for in prose alone."""
     alphabet, digits, space, size = (np.bincount(np.frombuffer(fim.to_bytes(text), np.uint8), minlength=256) @ CLASSES).tolist()
     lines, words = text.split("\n"), text.split()
-    filled = [line.strip() for line in lines if line.strip()]
+    filled = list(filter(None, map(str.strip, lines)))
     kinds = Counter(match.lastgroup for match in LINE_KINDS.finditer(text))
     size, n, w = max(size, 1), max(len(filled), 1), max(len(words), 1)
-    grams = [words[i:i + 3] for i in range(0, len(words) - 2, 3)] if len(words) < 20_000 else []
+    phrases = list(zip(words[::3], words[1::3], words[2::3])) if len(words) < 20_000 else []
     return {
         "chars": len(text), "lines": len(lines), "words": len(words),
         "longest line": max(map(len, lines)), "mean line": len(text) / len(lines),
         "alphabet": alphabet / size, "alphanumeric": (alphabet + digits) / size, "digits": digits / size, "space": space / size,
-        "repeated lines": 1 - len(set(filled)) / n, "repeated phrases": 1 - len(set(map(tuple, grams))) / max(len(grams), 1),
+        "repeated lines": 1 - len(set(filled)) / n,
         "hex words": len(HEX.findall(text)) / w, "strings": sum(map(len, STRINGS.findall(text))) / max(len(text), 1),
-        "generated": len(GENERATED.findall(text[:600])), "mean word": sum(map(len, words)) / w,
-        "symbols": (text.count("#") + text.count("…") + text.count("...")) / w,
-        "sentences": sum(line[-1] in ".!?\"'”:;)" for line in filled) / n,
-        "short lines": sum(len(line) <= 30 for line in filled) / n,
-        "ellipses": sum(line.endswith(("...", "…")) for line in filled) / n,
+        "generated": len(GENERATED.findall(text[:600])),
         **{kind: kinds[kind] / n for kind in ("passes", "imports", "asserts", "prints", "comments", "bullets")},
-    }
+    } | ({} if not prose else {
+        "mean word": sum(map(len, words)) / w, "symbols": (text.count("#") + text.count("…") + text.count("...")) / w,
+        "sentences": sum(line[-1] in ".!?\"'”:;)" for line in filled) / n, "short lines": sum(len(line) <= 30 for line in filled) / n,
+        "ellipses": sum(line.endswith(("...", "…")) for line in filled) / n,
+        "repeated phrases": 1 - len(set(phrases)) / max(len(phrases), 1),
+    })
 
 
 RULES = {  # name: (languages, what is measured, least, most). Sources: s StarCoder, o OpenCoder, d DeepSeek-Coder, g Gopher, f FineWeb
@@ -621,7 +628,7 @@ def clean(text, language="text"):
     """(text after EDITS, or None where a rule dropped it; the names of the edits and rules that fired)."""
     fired = []
     text = edit(text, language, fired)
-    numbers = measure(text)
+    numbers = measure(text, language in TEXT)
     broken = [name for name, (languages, what, least, most) in RULES.items() if language in languages
               and (least is not None and numbers[what] < least or most is not None and numbers[what] > most)]
     return (None if broken else text), fired + broken
@@ -706,24 +713,22 @@ KEYWORDS = np.unique(lex(" ".join(keyword.kwlist + """abstract boolean byte case
     typename union unsigned use using var virtual void volatile""".split()))[0])
 
 
-def shapes(text, n):
+def shapes(text, *sizes):
     """
-    Every window of n tokens: keywords and signs as they stand, a name or number only by how far back in the window it stood before.
-    Renaming changes no shape, moving a function changes few. (A parameterised match, Baker 1993.)
+    Every window of so many tokens: keywords and signs as they stand, a name or number only by how far back in the window it stood
+    before. Renaming changes no shape, moving a function changes few. (A parameterised match, Baker 1993.)
     """
     token, first = lex(text)
-    if len(token) < n:
-        return token[:0]
     order = np.argsort(token, kind="stable")
-    back = np.full(len(token), len(token))
+    back, h, found = np.full(len(token), len(token)), np.zeros(len(token), U64), [token[:0]]
     same = np.flatnonzero(token[order[1:]] == token[order[:-1]]) + 1
     back[order[same]] = order[same] - order[same - 1]
     free = (KIND.take(first) == 1) & (KEYWORDS.take(np.searchsorted(KEYWORDS, token), mode="clip") != token)
-    m, h = len(token) - n + 1, U64(0)
-    for j in range(n):
-        near = np.where(back[j:j + m] <= j, back[j:j + m], 0).astype(U64)
-        h = h * BASE + np.where(free[j:j + m], near, token[j:j + m])
-    return mix(h)
+    for j in range(min(max(sizes), len(token))):  # h: the windows of j + 1 tokens, one for each place where they fit
+        near = np.where(back[j:] <= j, back[j:], 0).astype(U64)
+        h = h[:len(token) - j] * BASE + np.where(free[j:], near, token[j:])
+        found += [mix(h)] * (j + 1 in sizes)
+    return np.concatenate(found)
 
 
 def distinct(h):
@@ -747,7 +752,7 @@ def shingles(text):
 
 def normal(text):
     """What exact duplicates agree in: the lines, without blank ones and trailing white space."""
-    return "\n".join(line.rstrip() for line in text.split("\n") if line.strip())
+    return "\n".join(filter(None, map(str.rstrip, text.split("\n"))))
 
 
 def exact_duplicates(docs):
@@ -814,18 +819,15 @@ def survivors(pairs, rank):
     return list(map(root, parent))
 
 
-def near_pairs(signatures, threshold, read):
-    """Pairs of a Jaccard of at least `threshold`: MinHash finds the candidates, their sets decide. read({i, ...}) -> {i: shingles}."""
-    pairs = meetings(signatures, *bands(threshold)).tolist()
-    sets = read(set(itertools.chain(*pairs)))
-    return [(i, j) for i, j in pairs if jaccard(sets[i], sets[j]) >= threshold]
+def near_pairs(signatures, sets, threshold):
+    """Pairs of a Jaccard of at least `threshold`: MinHash finds the candidates, the sets of shingles themselves decide."""
+    return [(i, j) for i, j in meetings(signatures, *bands(threshold)).tolist() if jaccard(sets[i], sets[j]) >= threshold]
 
 
 def near_duplicates(docs, threshold=0.7):
     """Texts whose 5-grams of tokens are that alike. Groups are transitive; the longest text of each stays, whatever their order."""
-    sets, rank = [shingles(text) for text in docs], [(-len(text), text) for text in docs]
-    signatures = np.array([signature(s) for s in sets], U32).reshape(len(docs), -1)
-    return survivors(near_pairs(signatures, threshold, lambda _: sets), rank)
+    sets, rank = list(map(shingles, docs)), [(-len(text), text) for text in docs]
+    return survivors(near_pairs(np.array(list(map(signature, sets)), U32).reshape(len(docs), -1), sets, threshold), rank)
 
 
 EMBEDDING, SHAPE_SHARE = 256, 0.7
@@ -860,7 +862,7 @@ def embed(texts, model=None, tokenizer=None, teacher=None, length=512):
         for row, text in zip(rows, texts):
             text = re.sub(r"(?:#|//).*", "", text)  # a copy that was renamed was commented anew, too
             token, first = lex(text)
-            row[:EMBEDDING] = project(np.concatenate([shapes(text, 4), shapes(text, 10)]), SHAPE_SHARE, 1)
+            row[:EMBEDDING] = project(shapes(text, 4, 10), SHAPE_SHARE, 1)
             row[EMBEDDING:] = project(token[KIND.take(first) == 1], 1 - SHAPE_SHARE, 2)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
 
@@ -1045,6 +1047,16 @@ def line_marks(text, width=16):
     marks[:, 0] = 1 + 3 * PLACE + np.minimum(at[np.searchsorted(at, begins)] - begins, 31)
     marks[:, 1] = 33 + 3 * PLACE + np.minimum(np.diff(begins, append=len(raw)) // 8, 15)
     return marks
+
+
+@contextlib.contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Proxy:
@@ -1746,8 +1758,8 @@ def plain_parts(text):
 
 
 def file_samples(docs, tokenizer, context, rng):
-    """A quarter of the files by themselves, half of them with a hole; at most `context` tokens, each second one a quarter of that."""
-    docs = [doc for doc in docs if doc.language in CODE and digest(doc.project, doc.path) % 4 == 0]
+    """A fifth of the files, half of them with a hole; at most `context` tokens, each second one a quarter of that."""
+    docs = [doc for doc in docs if doc.language in CODE and digest(doc.project, doc.path) % 5 == 0]
     length = lambda text: len(tokenizer.encode(text))
     for i, (doc, level) in enumerate(zip(docs, fim.plan(len(docs), rng))):
         limit = context // (4 if i % 2 else 1) - fim.FILE_SPECIALS - 2  # pieces of a text may measure a token more than the whole
@@ -1759,13 +1771,13 @@ def file_samples(docs, tokenizer, context, rng):
                 yield doc.language, doc.project, fim.file_parts(fim.trim(split, limit, length))
 
 
-PER_PROJECT = 6  # whole contexts, and as many files with a hole, that one project gives
+PER_PROJECT = 6  # whole contexts, and as many files with a hole, that the part of a project in one shard gives
 
 
 def repo_samples(docs, tokenizer, context, rng):
     """A project's files in dependency order, what is imported before its users; and files with a hole behind similar snippets."""
     length = lambda text: len(tokenizer.encode(text))
-    for project, group in itertools.groupby(docs, key=lambda doc: doc.project):  # shards are sorted by project, so this streams
+    for project, group in itertools.groupby(docs, key=lambda doc: doc.project):  # they come sorted
         files = {doc.path: doc for doc in group if doc.language in CODE}
         if len(files) < 2:
             continue
@@ -1801,29 +1813,42 @@ def split_of(repository, default, paths, held_out):
     return default if known.isdisjoint(held_out) else "heldout"
 
 
-def commit_samples(repositories, split, held_out, tokenizer, context):
-    """Triplets of git histories: message and patch whole, the context around them cut to fit. Patches too long for it are left out."""
+def commit_samples(repository, default, held_out, tokenizer, context):
+    """Triplets of a git history: message and patch whole, the context around them cut to fit. Patches too long for it are left out."""
     length = lambda text: len(tokenizer.encode(text))
-    for repository, default in repositories.items():
-        for i, triplet in enumerate(commits.triplets(repository)):
-            if split_of(repository, default, {*triplet.old_files, *triplet.new_files}, held_out) == split:
-                parts = commits.triplet_parts(triplet, budget=context // (4 if i % 2 else 1), length=length)
-                yield "diff", Path(repository).resolve().name, parts
+    for i, triplet in enumerate(commits.triplets(repository)):
+        parts = commits.triplet_parts(triplet, budget=context // (4 if i % 2 else 1), length=length)
+        split = split_of(repository, default, {*triplet.old_files, *triplet.new_files}, held_out)
+        yield split, "commit", "diff", Path(repository).resolve().name, parts
 
 
 AGENT_FAMILIES = ("terminal", "tools", "web", "gui", "swe")
+FAMILIES = {"reasoning": tuple(name for name in tasks.FAMILIES if name not in AGENT_FAMILIES), "agent": AGENT_FAMILIES}
 
 
-def task_samples(families, split, rng):
-    """Verified tasks without end, family by family, easy levels more often; agent families as whole episodes, observations not learned."""
-    for seed in itertools.count():
-        family = families[seed % len(families)]
+def task_samples(split, name, seeds):
+    """Verified tasks, family by family, easy levels more often; agent families as whole episodes, observations not learned."""
+    for seed in seeds:
+        family, rng = FAMILIES[name][seed % len(FAMILIES[name])], random.Random(f"{split} {name} {seed}")
         with contextlib.suppress(ValueError):  # chance made a template that has no answer: the next seed has one
             task = tasks.generate(family, rng.choice((1, 1, 2, 2, 3)), seed, "train" if split == "train" else "test")
-            if family in AGENT_FAMILIES and task.turns:
-                yield family, "", tasks.trajectory_parts(task, detour=bool(task.detour) and seed % 3 == 0)
-            else:
-                yield family, "", tasks.task_parts(task, thinking=True)
+            episode = name == "agent" and task.turns
+            parts = tasks.trajectory_parts(task, bool(task.detour) and seed % 3 == 0) if episode else tasks.task_parts(task, thinking=True)
+            yield split, name, family, "", parts
+
+
+def fact_samples():
+    for fact in code_facts():
+        yield "train", "text", "facts", "", plain_parts(f"Question: {fact.question}\nAnswer: {fact.answer}\n")
+
+
+def shard_samples(path, fates, tokenizer, context):
+    """All that a cleaned shard gives to both splits: its documents, files with a hole, parts of projects; fates: the split of each."""
+    for split in ("train", "heldout"):
+        docs, rng = list(documents({path: fates}, split)), random.Random(f"{split} {Path(path).name}")
+        yield from ((split, "text" if doc.language in TEXT else "code", doc.language, doc.project, plain_parts(doc.text)) for doc in docs)
+        yield from ((split, "file", *sample) for sample in file_samples(docs, tokenizer, context, rng))
+        yield from ((split, "repo", *sample) for sample in repo_samples(docs, tokenizer, context, rng))
 
 
 # ------------------------------------------------------------------------------------------------ the whole way
@@ -1836,20 +1861,23 @@ def read_benchmarks(paths):
     texts = defaultdict(list)
     for path in map(Path, paths):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", errors="replace") as file:
-            rows = (json.loads(line).values() for line in file if line.strip()) if ".jsonl" in path.name else [[file.read()]]
-            texts[path.name.split(".")[0]] += [text for row in rows for text in row if isinstance(text, str) and len(text) > 40]
+            try:
+                rows = [json.loads(line).values() for line in file if line.strip()] if ".jsonl" in path.name else [[file.read()]]
+            except (ValueError, AttributeError, EOFError, zlib.error) as error:
+                raise ValueError(f"{path}: not JSON lines of objects ({error}); mend it, what is not read would not be kept out") from error
+        texts[path.name.split(".")[0]] += [text for row in rows for text in row if isinstance(text, str) and len(text) > 40]
     return texts
 
 
 def clean_shard(job):
     """
-    Read, decode, edit, judge and fingerprint one shard. Leaves PATH.npz (what deduplication compares) and PATH (documents and drops),
-    which comes last, so that a killed build finds whole shards or none.
+    Read, decode, edit, judge and fingerprint one shard. Leaves PATH.npz and PATH.npy (what deduplication compares), PATH.documents, and
+    PATH (what each document is called, and the drops), which comes last, so that a killed build finds whole shards or none.
     """
     entries, path, decontaminator = job
     if Path(path).exists():
         return
-    found, drops, prints = [], defaultdict(list), defaultdict(list)
+    found, drops, prints, sets = [], defaultdict(list), defaultdict(list), [np.empty(0, U32)]
     for entry, raw in zip(entries, read_all(entries)):
         language, shown, fired = entry.language, decode(raw), ["binary"]
         text = shown
@@ -1866,99 +1894,87 @@ def clean_shard(job):
             drops[rule].append((entry.project, entry.path, len(raw), (shown or "")[:300] if len(drops[rule]) < 3 else ""))
         if text is not None:
             found.append((text, language, entry.project, entry.path))
-            shingle_set = shingles(text)
-            row = U64(digest(normal(text))), len(text), len(shingle_set), signature(shingle_set), embed([text])[0].astype(np.float16)
+            sets.append(shingles(text))
+            row = U64(digest(normal(text))), len(text), len(sets[-1]), signature(sets[-1]), embed([text])[0].astype(np.float16)
             for name, value in zip(("exact", "size", "varied", "signature", "vector"), row):
                 prints[name].append(value)
-    with open(f"{path}.npz.tmp", "wb") as out:
-        np.savez(out, **{name: np.array(rows) for name, rows in prints.items()})
-    os.replace(f"{path}.npz.tmp", f"{path}.npz")
-    write_atomic(path, {"documents": found, "drops": drops})
+    np.savez(f"{path}.npz", **{name: np.array(rows) for name, rows in prints.items()})
+    np.save(f"{path}.npy", np.concatenate(sets))
+    write_atomic(f"{path}.documents", found)
+    write_atomic(path, {"about": [(project, name, len(fim.to_bytes(text))) for text, _, project, name in found], "drops": drops})
 
 
-def documents(paths):
-    """The documents of cleaned shards, one shard in memory at a time."""
-    for path in paths:
-        yield from itertools.starmap(Document, json.loads(Path(path).read_text())["documents"])
+def documents(fates, split):
+    """The documents of a split, one shard in memory at a time. fates: {path of a shard: the split of each document, None for a copy}."""
+    for path, where in fates.items():
+        rows = json.loads(Path(f"{path}.documents").read_text())
+        yield from (Document(*row) for row, fate in zip(rows, where) if fate == split)
+
+
+WORK = []  # in a process of parallel(): its work, found in memory, for it was forked; so it may be a closure that holds a model
+
+
+def begin(work):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children
+    WORK.append(work)
+
+
+def inherited(job):
+    return WORK[-1](job)
 
 
 def parallel(work, jobs, workers):
-    """Yields work(job) for each job, in order, from so many processes."""
-    if min(workers, len(jobs)) <= 1:
+    """Yields work(job) for each job, in order, from so many processes. Few jobs are under way at a time: there may be endlessly many."""
+    if workers == 1:
         yield from map(work, jobs)
         return
-    with multiprocessing.get_context("fork").Pool(min(workers, len(jobs))) as pool:
-        yield from pool.imap(work, jobs)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), begin, (work,))
+    under_way = collections.deque()
+    try:
+        for job in jobs:
+            under_way.append(pool.submit(inherited, job))
+            if len(under_way) > 2 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except concurrent.futures.BrokenExecutor as error:
+        raise OSError("a process was killed, perhaps for want of memory; the same command with --workers 1 goes on") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def deduplicate(paths, near=0.7, alike=0.8):
     """
     {rule: [(number of a document that goes, number of the one kept)]}: exact copies, then near ones, then renamed ones, each among what
-    is left. In memory are the fingerprints, and the shingles of the candidates; the rank (longest first) does not know the input order.
+    is left. In memory are the fingerprints; the shingles stay on disk. The rank (longest first) does not know the input order.
     """
     parts, gone, first = [np.load(f"{path}.npz") for path in paths], {}, {}
     column = lambda name: np.concatenate([part[name] for part in parts if name in part])  # a shard may have lost all its documents
     exact, order = column("exact"), np.lexsort((column("exact"), -column("size")))
-    rank = np.argsort(order)
+    rank, sets = np.argsort(order), []
+    for path, part in zip(paths, parts):
+        stored = np.load(f"{path}.npy", mmap_mode="r")
+        sets += np.split(np.asarray(stored), np.cumsum(part["varied"])[:-1]) if "varied" in part else []
 
     def keep(rule, numbers, kept):
         gone[rule] = [(i, k) for i, k in zip(numbers.tolist(), kept.tolist()) if i != k]
         return np.setdiff1d(numbers, [i for i, _ in gone[rule]])
 
-    def read(places):
-        wanted = {int(left[k]): k for k in places}
-        return {wanted[i]: shingles(doc.text) for i, doc in enumerate(documents(paths)) if i in wanted}
-
     for i in order.tolist():
         first.setdefault(exact[i], i)
     left = keep("exact duplicate", np.arange(len(exact)), np.array([first[key] for key in exact]))
-    left = keep("near duplicate", left, left[survivors(near_pairs(column("signature")[left], near, read), rank[left].tolist())])
+    pairs = near_pairs(column("signature")[left], [sets[i] for i in left], near)
+    left = keep("near duplicate", left, left[survivors(pairs, rank[left].tolist())])
     rich = left[column("varied")[left] >= 100]  # a short table of constants has the shape of any other
     keep("renamed duplicate", rich, rich[embedding_duplicates(column("vector")[rich], alike)])
     return gone
 
 
-def best_code(docs, tokenizer, teacher, log, share=0.25, learn_from=1200):
-    """The numbers of the code to anneal on: of each language the quarter that the better scorer puts first. docs() as for the tokenizer."""
-    threads, scores = torch.get_num_threads(), defaultdict(list)
-    torch.set_num_threads(1)  # so small a model waits for its threads longer than it computes, above all beside other work
-    lessons = heapq.nsmallest(learn_from, (row for row in docs() if row[1].language == "python"), key=lambda row: digest(row[1].path))
-    scorer = quality_table([doc for _, doc in lessons], tokenizer, teacher, ("code",), log=log).get("code")
-    rows = (row for row in docs() if row[1].language in CODE)
-    while batch := list(itertools.islice(rows, 256)):
-        found = scorer([doc.text for _, doc in batch]) if scorer else np.zeros(len(batch))
-        for (number, doc), score in zip(batch, found):
-            scores[doc.language].append((-score, digest(doc.path), number))
-    torch.set_num_threads(threads)
-    return {number for rows in scores.values() for _, _, number in sorted(rows)[:math.ceil(share * len(rows))]}
-
-
-SHARES = {"reasoning": 0.05, "agent": 0.03, "file": 0.2, "repo": 0.2}  # at most so many tokens for each token of code
-REASONING_FAMILIES = tuple(name for name in tasks.FAMILIES if name not in AGENT_FAMILIES)
-
-
-def write_category(job):
-    """One category of one split, from the cleaned shards or from its generator; -> its summary, None where there is nothing."""
-    out, split, name, most, paths, numbers, repositories, held_out, context = job
-    tokenizer, rng = Tokenizer.load(out / "tokenizer"), random.Random(f"{split} {name}")
-    docs = (doc for i, doc in enumerate(documents(paths)) if i in numbers)
-    plain = lambda docs: ((doc.language, doc.project, plain_parts(doc.text)) for doc in docs)
-    facts = (Document(f"Question: {fact.question}\nAnswer: {fact.answer}\n", "facts", "", "")
-             for fact in (code_facts() if name == "text" and split == "train" else ()))
-    samples = {
-        "code": plain(doc for doc in docs if doc.language not in TEXT), "quality": plain(docs),
-        "text": plain(itertools.chain((doc for doc in docs if doc.language in TEXT), facts)),
-        "file": file_samples(docs, tokenizer, context, rng), "repo": repo_samples(docs, tokenizer, context, rng),
-        "commit": commit_samples(repositories, split, held_out, tokenizer, context),
-        "reasoning": task_samples(REASONING_FAMILIES, split, rng), "agent": task_samples(AGENT_FAMILIES, split, rng),
-    }[name]
-    writer = TokenWriter(out / split, name, tokenizer.vocab_size, cut=name in ("code", "text", "quality"))
-    for language, project, parts in samples:
-        ids, in_loss = tokenizer.encode_parts(parts)
-        if writer.tokens + len(ids) > most:
-            break
-        writer.add(ids, sum(len(fim.to_bytes(text)) for text, special, _ in parts if not special), language, in_loss, project)
-    return writer.close()
+def code_scorer(docs, tokenizer, teacher, log, learn_from=1200):
+    """The better of proxy and n-grams, taught on a sample of the Python documents; where they are too few, chance."""
+    lessons = heapq.nsmallest(learn_from, (doc for doc in docs if doc.language == "python"), key=lambda doc: digest(doc.path))
+    chance = lambda texts: [digest(text) / 2**64 for text in texts]
+    return quality_table(lessons, tokenizer, teacher, ("code",), log=log).get("code", chance)
 
 
 def clean_all(out, sample, held_out, benchmarks, workers):
@@ -1991,29 +2007,27 @@ def drop_table(paths, counts):
     return dict(sorted(table.items()))
 
 
-BPE_BYTES = 16_000_000  # of training text are enough: more does not move the compression of held-out text by 1 %
+BPE_BYTES = 16_000_000  # of training text are enough for BPE; `--bench tokenizer` prints what twice as much would save
 
 
-def split_documents(paths, held_out, drops):
-    """{split: the numbers of its documents}; copies are in neither, and are entered into the drop table."""
-    about = [(doc.project, f"{doc.project}: {doc.path}", len(fim.to_bytes(doc.text))) for doc in documents(paths)]
-    if not about:
+def decide(paths, held_out, drops):
+    """{shard: the split of each of its documents}; None for copies, which are entered into the drop table. And the bytes to train on."""
+    about = [json.loads(Path(path).read_text())["about"] for path in paths]
+    rows = list(itertools.chain(*about))
+    if not rows:
         raise ValueError(f"no document of the sources passed the rules ({', '.join(drops)}); give other sources")
-    left = set(range(len(about)))
-    for rule, rows in deduplicate(paths).items():
-        drops[rule] = {"documents": len(rows), "bytes": sum(about[i][2] for i, _ in rows),
-                       "examples": [[about[i][1], f"kept: {about[k][1]}"] for i, k in rows[:3]]}
-        left -= {i for i, _ in rows}
-    held = {i for i in left if about[i][0] in held_out}
-    if not held or held == left:
-        raise ValueError(f"cleaning left nothing {'to train on' if held else 'held out'}; give more sources")
-    return {"train": left - held, "heldout": held}
-
-
-def train_tokenizer(docs, vocab_size):
-    """On a sample of the documents of about BPE_BYTES. docs() -> an iterator of (number, document), asked for twice."""
-    portion = 1000 * BPE_BYTES / sum(len(fim.to_bytes(doc.text)) for _, doc in docs())
-    return Tokenizer.train((doc.text for _, doc in docs() if digest(doc.path) % 1000 < portion), vocab_size)
+    fates = ["heldout" if project in held_out else "train" for project, _, _ in rows]
+    name = lambda i: "{}: {}".format(*rows[i])
+    for rule, gone in deduplicate(paths).items():
+        drops[rule] = {"documents": len(gone), "bytes": sum(rows[i][2] for i, _ in gone),
+                       "examples": [[name(i), f"kept: {name(k)}"] for i, k in gone[:3]]}
+        for i, _ in gone:
+            fates[i] = None
+    size = {split: sum(row[2] for row, fate in zip(rows, fates) if fate == split) for split in ("train", "heldout")}
+    if not all(size.values()):
+        raise ValueError(f"cleaning left nothing {'held out' if size['train'] else 'to train on'}; give more sources")
+    fates = iter(fates)
+    return {path: list(itertools.islice(fates, len(part))) for path, part in zip(paths, about)}, size["train"]
 
 
 def histories(sources, git):
@@ -2024,16 +2038,67 @@ def histories(sources, git):
     return rows | dict.fromkeys(filter(None, map(repository_of, sources)), "train")
 
 
-def write_splits(out, numbers, best, paths, repositories, held_out, context, workers):
-    """All categories of both splits -> {split: {category: summary}}. How much there is of most depends on how much code there is."""
+CATEGORIES = ("code", "text", "quality", "file", "repo", "commit", "reasoning", "agent")
+SHARES = {"file": 0.2, "repo": 0.2, "reasoning": 0.05, "agent": 0.03}  # at most so many tokens for each token of code so far
+MOST_TASKS = 1_000_000  # tokens of a category of generated tasks: there is no end to them
+BEST = 0.25             # of each language, the share of code that the scorer puts first: the set to anneal on
+
+
+def write_splits(out, fates, scorer, tokenizer, repositories, held_out, context, workers):
+    """
+    All categories of both splits -> {split: {category: summary}}. The processes make and tokenise samples, this one writes them in the
+    order of the jobs, so that every number of processes leaves the same bytes.
+    """
+    writers = {(split, name): TokenWriter(out / split, name, tokenizer.vocab_size, cut=name in ("code", "text", "quality"))
+               for split in ("train", "heldout") for name in CATEGORIES}
+    makers = {"shard": lambda path: shard_samples(path, fates[path], tokenizer, context), "facts": fact_samples, "tasks": task_samples,
+              "commits": lambda repository, default: commit_samples(repository, default, held_out, tokenizer, context)}
+
+    def make(job):
+        rows, code = [], []
+        for split, name, language, project, parts in makers[job[0]](*job[1:]):
+            ids, in_loss = tokenizer.encode_parts(parts)
+            nbytes = sum(len(fim.to_bytes(text)) for text, special, _ in parts if not special)
+            rows.append((split, name, np.array(ids, np.uint32), nbytes, language, None if all(in_loss) else in_loss, project))
+            code += [parts[1][0]] * ((split, name) == ("train", "code"))
+        return rows, scorer(code) if code else []
+
+    def write(rows):
+        """Add what there is room for, and say whether that was all."""
+        whole = True
+        for split, name, ids, *rest in rows:
+            room = SHARES[name] * writers[split, "code"].tokens if name in SHARES else math.inf
+            if writers[split, name].tokens + len(ids) <= min(room, MOST_TASKS if name in FAMILIES else room):
+                writers[split, name].add(ids, *rest)
+            else:
+                whole = False
+        return whole
+
+    scores = []
+    jobs = [*(("shard", path) for path in fates), ("facts",), *(("commits", *row) for row in repositories.items())]
+    for rows, found in parallel(make, jobs, workers):
+        write(rows)
+        scores += list(found)
+    for split, name in itertools.product(("train", "heldout"), FAMILIES):
+        seeds = (("tasks", split, name, range(at, at + 16)) for at in itertools.count(0, 16))
+        for rows, _ in parallel(make, seeds, workers):
+            if not write(rows):
+                break
     splits = {"train": {}, "heldout": {}}
-    for names in (("code", "text"), ("quality", "repo", "reasoning", "file", "agent", "commit")):
-        jobs = [(out, split, name, SHARES[name] * splits[split].get("code", {}).get("tokens", 0) if name in SHARES else math.inf,
-                 paths, best if name == "quality" else numbers[split], repositories, held_out, context)
-                for split in splits for name in names if (split, name) != ("heldout", "quality")]
-        for job, summary in zip(jobs, parallel(write_category, jobs, workers)):
-            splits[job[1]].update({job[2]: summary} if summary else {})
+    for (split, name), writer in writers.items():
+        if (split, name) == ("train", "quality") and scores:
+            copy_best(TokenFile(out / "train", "code"), np.array(scores), writer)
+        splits[split].update({name: summary} if (summary := writer.close()) else {})
     return splits
+
+
+def copy_best(code, scores, writer):
+    """The documents of BEST: they are tokenised already."""
+    of_language = defaultdict(list)
+    for i in np.argsort(-scores, kind="stable").tolist():
+        of_language[code.language(i)].append(i)
+    for i in sorted(i for name, row in of_language.items() if name in CODE for i in row[:math.ceil(BEST * len(row))]):
+        writer.add(code.ids(i), int(code.nbytes[i]), code.language(i), None, code.project(i))
 
 
 def check_options(bounds, git):
@@ -2069,17 +2134,17 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
 
     paths = clean_all(out, sample, held_out, texts, workers)
     drops = drop_table(paths, counts)
-    numbers = split_documents(paths, held_out, drops)
+    fates, size = decide(paths, held_out, drops)
     stamp("clean", ", ".join(f"{rule} {row['documents']}" for rule, row in drops.items()))
 
-    docs = lambda: ((i, doc) for i, doc in enumerate(documents(paths)) if i in numbers["train"])
-    tokenizer = train_tokenizer(docs, vocab_size)
+    portion = 1000 * BPE_BYTES / size
+    tokenizer = Tokenizer.train((doc.text for doc in documents(fates, "train") if digest(doc.path) % 1000 < portion), vocab_size)
     tokenizer.save(out / "tokenizer")
     stamp("tokens", f"vocabulary of {tokenizer.vocab_size}")
-    best = best_code(docs, tokenizer, teacher, log)
-    stamp("quality", f"{len(best)} documents")
-
-    splits = write_splits(out, numbers, best, paths, histories(sources, git), held_out, context, workers)
+    with one_thread():  # so small a model waits for its threads longer than it computes
+        scorer = code_scorer(documents(fates, "train"), tokenizer, teacher, log)
+        stamp("quality", "of code learned")
+        splits = write_splits(out, fates, scorer, tokenizer, histories(sources, git), held_out, context, workers)
     manifest = {"sources": sources, "vocab_size": vocab_size, "context": context, "heldout_projects": sorted(held_out), "splits": splits,
                 "tokenizer_sha256": hashlib.sha256((out / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
                 "drops": {rule: {"documents": row["documents"], "bytes": row["bytes"]} for rule, row in drops.items()}}

@@ -8,10 +8,12 @@ import http.server
 import io
 import itertools
 import json
+import os
 import random
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -45,7 +47,9 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    data.build(out, [str(corpus)], vocab_size=800, max_bytes=0, workers=1, log=lambda line: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SHARD", 200_000)
+        data.build(out, [str(corpus)], vocab_size=800, max_bytes=0, workers=1, log=lambda line: None)
     return out
 
 
@@ -227,6 +231,12 @@ def test_a_saved_tokenizer_is_the_same_and_a_broken_file_is_refused(tokenizer, t
 def test_decoding_never_fails_on_bytes(raw):
     text = data.decode(raw)
     assert text is None or isinstance(text, str) and "\r" not in text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from("< ! [ ] > </ -- pre a = ' \" & &# x41 ; CDATA[ DOCTYPE if foo ? \n".split(" "))).map("".join))
+def test_no_page_is_so_broken_that_reading_it_fails(html):
+    assert data.html_text("<p>before</p>" + html).startswith("before")
 
 
 def test_declared_codings_marks_and_line_ends_are_understood():
@@ -577,13 +587,13 @@ def test_a_server_that_promises_too_much_or_never_recovers_is_an_error_and_leave
 def test_json_lines_are_read_whatever_their_field_names_and_bad_lines_and_cut_files_are_counted(tmp_path):
     rows = [{"text": "x = 1", "language": "Python", "repo_name": "a/b", "path": "x.py"},
             {"content": "# T", "path": "r.md"}, {"code": "y = 2"}]
-    lines = "\n".join([*map(json.dumps, rows), "{broken", "[1, 2]"]) + "\n"
+    lines = "\n".join([*map(json.dumps, rows), "{broken", "[1, 2]", "[" * 200_000]) + "\n"
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-12])
     counts = Counter()
     found = list(data.json_lines(tmp_path / "a.jsonl", counts))
     assert [(doc.text, doc.language) for doc in found] == [("x = 1", "python"), ("# T", "markdown"), ("y = 2", "text")]
-    assert counts["JSON line not understood"] == 2 and found[0].project == "a/b"
+    assert counts["JSON line not understood"] == 3 and found[0].project == "a/b"
     list(data.json_lines(tmp_path / "b.jsonl.gz", counts))
     assert counts["gzip file cut short"] == 1
 
@@ -781,6 +791,16 @@ def test_an_interrupted_build_ends_with_the_same_bytes_and_so_does_one_of_two_pr
     assert not stamps and folder_bytes(tmp_path) == folder_bytes(built)  # the four shards were not made again
 
 
+def test_processes_give_results_in_order_take_endless_jobs_a_few_at_a_time_and_may_fail(tmp_path):
+    started, jobs = [], itertools.count()
+    noted = lambda: (started.append(i) or i for i in jobs)
+    assert list(itertools.islice(data.parallel(lambda i: i * i, noted(), 2), 20)) == [i * i for i in range(20)] and len(started) <= 26
+    with pytest.raises(ValueError, match="job 3"):
+        list(data.parallel(lambda i: i if i < 3 else exec(f"raise ValueError('job {i}')"), range(6), 2))
+    with pytest.raises(OSError, match="was killed"):
+        list(data.parallel(lambda i: os.kill(os.getpid(), signal.SIGKILL), range(3), 2))
+
+
 def test_a_change_that_touches_a_held_out_project_is_held_out_with_it(tmp_path):
     held, repo = {"lib/json", "src/.", "other"}, tmp_path / "lib"
     assert data.split_of(repo, "train", ["html/a.py"], held) == "train"
@@ -804,7 +824,8 @@ def test_a_shard_that_loses_all_its_documents_does_not_stop_the_others(tmp_path)
     paths = [tmp_path / "0", tmp_path / "1"]
     data.clean_shard((entries[:1], paths[0], None))
     data.clean_shard((entries[1:], paths[1], None))
-    assert [len(rows) for rows in data.deduplicate(paths).values()] == [1, 0, 0] and len(list(data.documents(paths))) == 2
+    assert [len(rows) for rows in data.deduplicate(paths).values()] == [1, 0, 0]
+    assert [doc.path for doc in data.documents({paths[0]: [], paths[1]: ["train", None]}, "train")] == ["good.py"]
 
 
 def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_path):
@@ -832,10 +853,13 @@ def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_pat
     (["--source", "CORPUS", "--vocab-size", "100"], "vocab_size=100"),
     (["--source", "CORPUS", "--vocab-size", "60000", "--max-mb", "0.3"], "more than the corpus"),
     (["--source", "missing.jsonl"], "no such file"), (["--facts", "-3"], "-3 facts"), (["--benchmark", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--benchmark", "BROKEN"], "not JSON lines of objects"), (["--refit", "--out", "EMPTY"], "no such token file"),
 ])
 def test_wrong_input_is_one_line_and_status_2(corpus, tmp_path, monkeypatch, capsys, arguments, words):
     (tmp_path / "empty").mkdir()
-    arguments = [{"EMPTY": str(tmp_path / "empty"), "CORPUS": str(corpus)}.get(a, a) for a in arguments]
+    (tmp_path / "x.jsonl").write_text("[1, 2]\n")
+    places = {"EMPTY": str(tmp_path / "empty"), "CORPUS": str(corpus), "BROKEN": str(tmp_path / "x.jsonl")}
+    arguments = [places.get(a, a) for a in arguments]
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [data.__file__, *arguments, *out])
     with pytest.raises(SystemExit) as end:
