@@ -81,8 +81,9 @@ class Stage:
 MID1 = {"reasoning": 175, "agent": 10, "commit": 5, "file": 35, "repo": 5, "code": 70}
 MID2 = {"reasoning": 65, "agent": 110, "commit": 35, "file": 5, "repo": 35, "code": 50}
 
-# Fine-tuning replays a little of what came before, half of it fill-in-the-middle, so that neither is forgotten (shares of all tokens).
-REPLAY = {"quality": 0.05, "file": 0.05}
+# Fine-tuning replays a little of what came before, half of it fill-in-the-middle, so that neither is forgotten. Shares of all tokens: of
+# those in the loss, where prompts do not count, it is some four times as much, and of the gradient more, for source code stays surprising.
+REPLAY = {"quality": 0.01, "file": 0.01}
 
 STAGES = {
     stage.name: stage
@@ -91,8 +92,8 @@ STAGES = {
         Stage("anneal", "pretrain", 0, 0.15, peak=0.5, end=0.05, hold=0.1, mixture={"quality": 0.5, "code": 0.5}),
         Stage("mid1", "anneal", 1, 0.075, peak=0.3, end=0.03, hold=0.1, mixture=MID1),
         Stage("mid2", "mid1", 2, 0.075, peak=0.3, end=0.03, hold=0.1, mixture=MID2, rope_theta=500_000.0),
-        Stage("sft_instruct", "mid2", 1, 0.64, peak=1.4, end=0.07, hold=0.3, mixture=REPLAY, sft="instruct"),
-        Stage("sft_thinking", "mid2", 1, 0.64, peak=1.4, end=0.07, hold=0.3, mixture=REPLAY, sft="thinking"),
+        Stage("sft_instruct", "mid2", 1, 0.64, peak=1.4, end=0.07, hold=0.1, mixture=REPLAY, sft="instruct"),
+        Stage("sft_thinking", "mid2", 1, 0.64, peak=1.4, end=0.07, hold=0.1, mixture=REPLAY, sft="thinking"),
     )
 }
 
@@ -710,7 +711,7 @@ def corrupt(x, fault, element, bit, run=64) -> bool:
 # ---------------------------------------------------------------------------------------------- supervised fine-tuning
 
 # (share of the steps, levels, perturbed): format and basics; knowledge, sampled by measured difficulty; frontier and adversarial.
-PHASES = ((0.3, (1,), False), (0.5, (1, 2, 3), False), (0.2, (1, 2, 3, 4), True))
+PHASES = ((0.4, (1,), False), (0.4, (1, 2, 3), False), (0.2, (1, 2, 3, 4), True))
 
 
 class Samples:
@@ -758,34 +759,54 @@ def task_samples(tokenizer, family, levels, weights, n, seed, thinking, perturbe
 
 
 @torch.no_grad()
-def solve_rates(model, tokenizer, cells, n_tasks, n_samples, split="test", thinking=False, seed=0, max_new_tokens=160) -> dict:
-    """{(family, level): list of (right answers, n_samples) by task}: what the model itself can do, measured by running its answers."""
-    problems = [tasks.generate(family, level, tasks.ASKED + k, split) for family, level in cells for k in range(n_tasks)]
+def sample_answers(model, tokenizer, problems, n_samples, thinking=False, seed=0) -> list[list[str]]:
+    """
+    n_samples answers to each problem. A single one is the likeliest; several are drawn at temperature 0.6. There is room for 160 tokens,
+    for 224 with thinking.
+    """
     prompts = [tokenizer.encode_parts(tasks.prompt_parts(task))[0] for task in problems]
-    limit, stop = model.config.max_position_embeddings, tokenizer.special["<|im_end|>"]
-    generator, answers = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed), []
-    rows = [prompt[-(limit - max_new_tokens) :] for prompt in prompts for _ in range(n_samples)]
+    limit, stop, device = model.config.max_position_embeddings, tokenizer.special["<|im_end|>"], model.lm_head.weight.device
+    room, temperature = 224 if thinking else 160, 0.6 if n_samples > 1 else 0.0
+    generator, texts = torch.Generator(device=device).manual_seed(seed), []
+    rows = [prompt[-(limit - room) :] for prompt in prompts for _ in range(n_samples)]
     for start in range(0, len(rows), 64):
         batch = rows[start : start + 64]
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(model.lm_head.weight.device)
-        out = model.generate(ids, max_new_tokens, temperature=1.0, stop_ids=(stop,), generator=generator, lengths=[len(r) for r in batch])
-        for row, prompt in zip(out.tolist(), batch):
-            new = row[len(prompt) : len(prompt) + max_new_tokens]
-            answers.append(tokenizer.decode(new[: new.index(stop)] if stop in new else new))
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)
+        lengths = [len(row) for row in batch]
+        out = model.generate(ids, room, temperature=temperature, stop_ids=(stop,), generator=generator, lengths=lengths)
+        for row, length in zip(out.tolist(), lengths):
+            new = row[length : length + room]
+            texts.append(tokenizer.decode(new[: new.index(stop)] if stop in new else new))
+    return [texts[i : i + n_samples] for i in range(0, len(texts), n_samples)]
 
-    def right(i):
+
+def solved(task, answer) -> float:
+    return float(tasks.verify(task, answer) == 1.0)
+
+
+def mark(problems, answers, judge=solved) -> list[tuple[float, int]]:
+    """(sum of the marks, answers that could be marked) of each problem; where the sandbox itself broke, nothing is known."""
+
+    def judged(pair):
         try:
-            return tasks.verify(problems[i // n_samples], answers[i]) == 1.0
-        except RuntimeError:  # the sandbox broke: says nothing about the answer
+            return judge(*pair)
+        except RuntimeError:
             return None
 
     with ThreadPoolExecutor(2) as pool:
-        verdicts = list(pool.map(right, range(len(answers))))
+        marks = list(pool.map(judged, [(task, answer) for task, some in zip(problems, answers) for answer in some]))
+    marks = iter(marks)
+    known = [[m for m in (next(marks) for _ in some) if m is not None] for some in answers]
+    return [(sum(some), len(some)) for some in known]
+
+
+def solve_rates(model, tokenizer, cells, n_tasks, n_samples, split="test", thinking=False, seed=0) -> dict:
+    """{(family, level): list of (right answers, answers) by task}: what the model itself can do, measured by running its answers."""
+    problems = [tasks.generate(family, level, tasks.ASKED + k, split) for family, level in cells for k in range(n_tasks)]
     rates = defaultdict(list)
-    for i, task in enumerate(problems):
-        known = [v for v in verdicts[i * n_samples : (i + 1) * n_samples] if v is not None]
+    for task, (right, known) in zip(problems, mark(problems, sample_answers(model, tokenizer, problems, n_samples, thinking, seed))):
         if known:
-            rates[task.family, task.difficulty].append((sum(known), len(known)))
+            rates[task.family, task.difficulty].append((right, known))
     return dict(rates)
 
 
@@ -874,7 +895,7 @@ class Curriculum:
             harder = perturbed and self.rates.get(f"{family}/1", 0.0) >= 0.5  # what is solved is asked in other words
             files[family] = Samples(family, self.samples(family, levels, weights, min(pool, 250), self.seed + phase, harder))
         owed = {n: self.mixture.due[n] - self.mixture.given[n] for n in self.base | self.replay} if self.mixture else {}
-        piece = self.context // 4  # what is replayed shares its row with samples: no step forgets them for a document
+        piece = self.context // 8  # what is replayed shares its row with samples: no step forgets them for a document
         self.mixture = data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase, piece=piece)
         self.mixture.due.update(owed)  # what a category lacks at the end of a phase it gets in the next
         if self.world.main:
@@ -1198,12 +1219,14 @@ def heldout_python(heldout: Path, tokenizer, max_bytes: int) -> dict[str, dict[s
 
 def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks: int, n_samples: int):
     """
-    Yields rows (metric, of what, value) for one checkpoint, as they are measured.
+    Yields rows (metric, of what, value) for one checkpoint, as they are measured. A value is a number, or (numerators, denominators) by
+    task, so that interval() can say how sure it is.
 
     bits per byte    of held-out projects by language; beside it what gzip and xz need for the same Python files
     fim              exact match, edit similarity and parse rate by level, with and without similar files of the same project
     commits          patch bits per byte and the file guessed right, on triplets of --git REPO
     pass@k           unbiased, by family of tasks.py at levels 1 and 2, on held-out templates; pass@1 of a random answer beside it
+    beyond           how cheap the solutions of compose are among the references, by instructions (0 where wrong)
     """
     model = LoopCoder.from_pretrained(checkpoint, device=world.device, dtype=torch.float32).eval()
     tokenizer, heldout = data.Tokenizer.load(checkpoint), Path(cfg.out) / "data" / "heldout"
@@ -1218,14 +1241,61 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
     if git:
         for name, value in commits.evaluate(model, tokenizer, list(commits.triplets(git))).items():
             yield "commits", name, value
-    thinking = "thinking" in Path(checkpoint).name
-    cells = [(family, level) for family in tasks.FAMILIES for level in (1, 2)]
-    rates = solve_rates(model, tokenizer, cells, n_tasks, n_samples, thinking=thinking, seed=cfg.seed)
     for family in tasks.FAMILIES:
-        marks = [mark for (name, _), row in rates.items() if name == family for mark in row]
+        problems = [tasks.generate(family, level, tasks.ASKED + k, "test") for level in (1, 2) for k in range(n_tasks)]
+        answers = sample_answers(model, tokenizer, problems, n_samples, "thinking" in Path(checkpoint).name, cfg.seed)
+        marks = mark(problems, answers)
         for k in sorted({1, n_samples}):
-            yield f"pass@{k}", family, sum(tasks.pass_at_k(n, c, min(k, n)) for c, n in marks) / len(marks)
+            yield f"pass@{k}", family, tuple(zip(*[(tasks.pass_at_k(n, int(c), k), 1) if n >= k else (0, 0) for c, n in marks]))
         yield "chance", family, sum(tasks.chance(family, level, 20) for level in (1, 2)) / 2
+        if family == "compose":
+            yield "beyond", family, tuple(zip(*mark(problems, answers, tasks.efficiency)))
+
+
+def interval(a, b=None, draws=4000, seed=0):
+    """
+    (value, low, high): the metric a, or its paired difference a - b, with the 95 % bootstrap interval over tasks.
+
+    a, b: (numerators (N,), denominators (N,)) over the same N tasks; the metric is sum / sum, so this serves means and conditional
+    shares alike. nan where a metric has no cases at all.
+    """
+    a, b = (pair and tuple(np.asarray(x, dtype=float) for x in pair) for pair in (a, b))
+    index = np.random.default_rng(seed).integers(0, len(a[0]), (draws, len(a[0])))
+
+    def ratio(pair, at=None):
+        above, below = (x.sum() if at is None else x[at].sum(1) for x in pair)
+        return np.divide(above, below, out=np.full_like(below, np.nan), where=below > 0)
+
+    value, spread = ratio(a), ratio(a, index)
+    if b is not None:
+        value, spread = value - ratio(b), spread - ratio(b, index)
+    spread = spread[~np.isnan(spread)]
+    low, high = np.quantile(spread, [0.025, 0.975]) if len(spread) else (math.nan, math.nan)
+    return float(value), float(low), float(high)
+
+
+def evaluate(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks: int, n_samples: int, against: str) -> None:
+    """Print the table of a checkpoint, beside it the gain over that of `against`, and leave it as table.json beside the weights."""
+    before = {}
+    if against:
+        path = Path(against) / "table.json"
+        if not path.exists():
+            raise ValueError(f"--against {against}: no table.json there; run --eval {against} with the same --tasks and --samples first")
+        before = json.loads(path.read_text())
+        if len(before["pass@1 compose"][0]) != 2 * n_tasks:
+            raise ValueError(f"--against {against}: evaluated on another number of tasks; use the same --tasks for both")
+    table = {}
+    for what, which, value in evaluation_table(checkpoint, cfg, world, git, n_tasks, n_samples):
+        name = f"{what} {which}"
+        table[name], old = value, before.get(name)
+        if not isinstance(value, tuple):
+            gain = f"   gain {value - old:+8.4f}" if isinstance(old, float) else ""
+            print(f"{what:<22} {which:<34} {value:8.4f}{gain}", flush=True)
+            continue
+        line = "{:8.4f} [{:.3f}, {:.3f}]".format(*interval(value))
+        line += "   gain {:+8.4f} [{:+.3f}, {:+.3f}]".format(*interval(value, old)) if old else ""
+        print(f"{what:<22} {which:<34} {line}", flush=True)
+    write_atomically(checkpoint / "table.json", lambda at: at.write_text(json.dumps(table) + "\n"))
 
 
 # ---------------------------------------------------------------------------------------------- the chain and its pictures
@@ -1429,15 +1499,16 @@ def arguments(argv):
         else:
             parser.add_argument(name, type=type(f.default), default=f.default, help=help)
     parser.add_argument("--eval", metavar="CKPT", help="print one table for this checkpoint and leave")
+    parser.add_argument("--against", default="", metavar="CKPT", help="with --eval: gains over this one, evaluated before, task by task")
     parser.add_argument("--git", default="", metavar="REPO", help="with --eval: also how well the commits of this repository are foreseen")
     parser.add_argument("--tasks", type=int, default=8, help="with --eval: problems a family and level, and holes a level")
-    parser.add_argument("--samples", type=int, default=8, help="with --eval: answers a problem; pass@1 and pass@SAMPLES are printed")
+    parser.add_argument("--samples", type=int, default=8, help="with --eval: answers a problem; 1 is the likeliest one")
     parser.add_argument("--bench", action="store_true", help="Muon beside AdamW on a quarter of pre-training (needs OUT/data), and leave")
     parser.add_argument("--plot", action="store_true", help="draw the chain's curves to OUT/chain.png and leave (needs matplotlib)")
     parser.add_argument("--dry-run", action="store_true", help="print what the preset needs of memory, time and traffic, and leave")
     parser.add_argument("--ranks", type=int, default=0, help="with --dry-run: processes to plan for; 0: 1, 8 or 64, by size")
     given = vars(parser.parse_args(argv))
-    extra = {name: given.pop(name) for name in ("eval", "bench", "plot", "dry_run", "ranks", "git", "tasks", "samples")}
+    extra = {name: given.pop(name) for name in ("eval", "bench", "plot", "dry_run", "ranks", "git", "tasks", "samples", "against")}
     return TrainConfig(**given), extra
 
 
@@ -1450,9 +1521,7 @@ def main(argv=None):
         return print(plot(Path(cfg.out)))
     world = start_world(cfg)
     if extra["eval"]:
-        for what, which, value in evaluation_table(Path(extra["eval"]), cfg, world, extra["git"], extra["tasks"], extra["samples"]):
-            print(f"{what:<22} {which:<34} {value:8.4f}", flush=True)
-        return None
+        return evaluate(Path(extra["eval"]), cfg, world, extra["git"], extra["tasks"], extra["samples"], extra["against"])
     if extra["bench"]:
         return bench(cfg, world)
     if world.main:

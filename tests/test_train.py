@@ -13,6 +13,7 @@ import torch
 
 import data
 import model
+import tasks
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,6 +133,30 @@ def test_a_category_without_data_gives_its_share_to_the_others():
     assert shares == pytest.approx({"a": 6 / 7, "c": 1 / 7}) and absent == pytest.approx({"b": 0.3})
     with pytest.raises(ValueError, match="none of the categories"):
         train.share_out({"a": 1}, set())
+
+
+def test_a_table_has_intervals_and_gains_over_another_checkpoint_on_the_same_tasks(corpus, toy, tmp_path, capsys):
+    out, table = linked(corpus, tmp_path), {}
+    tokenizer = data.Tokenizer.load(out / "data" / "tokenizer")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        tokenizer.save(out / str(seed))
+        model.LoopCoder(model.LoopCoderConfig.preset("toy", vocab_size=tokenizer.vocab_size)).save_pretrained(out / str(seed))
+    cfg = config(out)
+    for seed, against in (("0", ""), ("1", str(out / "0"))):
+        train.evaluate(out / seed, cfg, train.start_world(cfg), "", 1, 1, against)
+        table[seed] = json.loads((out / seed / "table.json").read_text())
+    lines = capsys.readouterr().out.splitlines()
+    bits = [name for name in table["0"] if name == "bits per byte python"]
+    gain = table["1"][bits[0]] - table["0"][bits[0]]
+    assert any(line.startswith("bits per byte") and " python " in line and line.endswith(f"gain {gain:+8.4f}") for line in lines) and gain
+    graded = [line for line in lines if line.startswith("pass@1") and "gain" in line]
+    assert len(graded) == len(tasks.FAMILIES) and all("[0.000, 0.000]" in line for line in graded)  # random weights solve nothing
+    assert table["0"]["pass@1 compose"] == [[0.0, 0.0], [1, 1]]  # a task of each level
+    with pytest.raises(ValueError, match="another number of tasks"):
+        train.evaluate(out / "1", cfg, train.start_world(cfg), "", 2, 1, str(out / "0"))
+    with pytest.raises(ValueError, match="no table.json"):
+        train.evaluate(out / "1", cfg, train.start_world(cfg), "", 1, 1, str(out))
 
 
 def test_bits_per_byte_counts_every_token_once_whatever_the_context(corpus, toy):
