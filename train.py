@@ -840,8 +840,8 @@ class Curriculum:
     """
     The data of a fine-tuning stage, with the face of data.Mixture: three phases by *measured* difficulty, replay, dynamic shares.
 
-    Phase 1 shows every family at level 1. Before phases 2 and 3 the model is asked: its pass rate p by family and level (4 answers a
-    task) sets how often a level is drawn (level_weights), and phase 3 perturbs what is solved. Every few steps the held-out loss by
+    Phase 1 shows every family at level 1. Before phases 2 and 3 the model answers four tasks of each family and level: its pass rate p
+    there sets how often a level is drawn (level_weights), and phase 3 perturbs what is solved. Every few steps the held-out loss by
     family moves the families' shares (adjust). All of it depends on the seed and on the recorded rates alone.
     """
 
@@ -881,7 +881,7 @@ class Curriculum:
             self.model.eval()
             cells = [(family, level) for family in self.base for level in (1, 2, 3, 4)]
             model = whole_copy(self.model, self.world)
-            found = solve_rates(model, self.tokenizer, cells, 1, 4, split="train", thinking=self.thinking, seed=self.seed + phase)
+            found = solve_rates(model, self.tokenizer, cells, 4, 1, split="train", thinking=self.thinking, seed=self.seed + phase)
             self.rates = {f"{family}/{level}": sum(c for c, _ in row) / sum(n for _, n in row) for (family, level), row in found.items()}
             self.model.train()
             self.measured = phase
