@@ -146,6 +146,7 @@ class TrainConfig:
     compile: str = flag("auto", "torch.compile: on, off; auto: on a GPU; on a CPU half a minute a stage pays late")
     cp: int = flag(1, "ranks that share a row of tokens: context parallelism over a ring")
     fsdp: str = flag("auto", "weights, gradients, optimizer in shards over all ranks: on, off; auto: what would fill half a device")
+    replay: float = flag(1.0, "multiplies what fine-tuning replays of earlier stages; 0 shows what it would forget")
     recompute: bool = flag(False, "compute activations again in the backward instead of keeping them")
     timeout: float = flag(1800.0, "seconds that a rank waits for the others before the run ends; one that dies is noticed at once")
     threads: int = flag(0, "CPU threads; 0: torch's choice")
@@ -1041,9 +1042,9 @@ def stage_data(stage, cfg, model, tokenizer, context, rows, steps, world):
     """(mixture, shares, absent shares) of a stage: fixed shares of the data folder, or the curriculum of fine-tuning and its replay."""
     files = token_files(Path(cfg.out) / "data" / "train")
     if stage.sft:
-        replay = {name: files[name] for name in stage.mixture if name in files}
-        kept = {name: stage.mixture[name] for name in replay}
-        mixture = Curriculum(model, tokenizer, stage, replay, kept, context, rows, steps, cfg.seed, world)
+        shares = {name: cfg.replay * share for name, share in stage.mixture.items() if name in files and cfg.replay > 0}
+        replay = {name: files[name] for name in shares}
+        mixture = Curriculum(model, tokenizer, stage, replay, shares, context, rows, steps, cfg.seed, world)
         return mixture, mixture.shares(), {name: share for name, share in stage.mixture.items() if name not in files}
     shares, absent = share_out(stage.mixture, files)
     seed = cfg.seed + list(STAGES).index(stage.name)

@@ -51,6 +51,14 @@ def run_chain(cfg):
     train.chain(cfg, train.start_world(cfg))
 
 
+def random_checkpoint(folder, corpus, seed=0):
+    """A toy model as it comes from its seed, with the corpus's tokenizer beside it."""
+    torch.manual_seed(seed)
+    tokenizer = data.Tokenizer.load(corpus / "data" / "tokenizer")
+    tokenizer.save(folder)
+    model.LoopCoder(model.LoopCoderConfig.preset("toy", vocab_size=tokenizer.vocab_size)).save_pretrained(folder)
+
+
 def weights(folder):
     return model.LoopCoder.from_pretrained(folder).state_dict()
 
@@ -67,12 +75,19 @@ def test_the_chain_leaves_a_loadable_checkpoint_a_stage_and_learns(corpus, toy, 
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_a_killed_run_resumes_bit_for_bit(corpus, toy, tmp_path):
-    """The same run, whole and killed in the middle: equal weights, equal losses."""
+@pytest.mark.parametrize("stage", ["pretrain", "sft_instruct"])
+def test_a_killed_run_resumes_bit_for_bit(corpus, toy, tmp_path, monkeypatch, stage):
+    """The same run, whole and killed in the middle (of the curriculum's second phase): equal weights, equal losses."""
     whole, broken = linked(corpus, tmp_path), tmp_path / "broken"
     broken.mkdir()
     linked(corpus, broken)
-    run_chain(config(whole, stages="pretrain"))
+    if stage == "sft_instruct":
+        tasks.own_evaluation()  # that of all families, for every later test
+        for family in [name for name in tasks.FAMILIES if name not in ("compose", "gui", "swe")]:
+            monkeypatch.delitem(tasks.FAMILIES, family)
+        random_checkpoint(whole / "mid2", corpus)
+        (broken / "mid2").symlink_to(whole / "mid2")
+    run_chain(config(whole, stages=stage))
 
     class Killed(Exception):
         pass
@@ -81,20 +96,20 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, toy, tmp_path):
 
     def dying_step(self, lr, clip):
         seen.append(lr)
-        if len(seen) == 13:
+        if len(seen) == 18:
             raise Killed
         return step(self, lr, clip)
 
     train.Optimizer.step = dying_step
     try:
         with pytest.raises(Killed):
-            run_chain(config(broken, stages="pretrain", save_every=5))
+            run_chain(config(broken, stages=stage, save_every=5))
     finally:
         train.Optimizer.step = step
-    run_chain(config(broken, stages="pretrain", save_every=5, resume=True))
-    a, b = weights(whole / "pretrain"), weights(broken / "pretrain")
+    run_chain(config(broken, stages=stage, save_every=5, resume=True))
+    a, b = weights(whole / stage), weights(broken / stage)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    rows = [[json.loads(line).get("loss") for line in (o / "pretrain" / "log.jsonl").read_text().splitlines()] for o in (whole, broken)]
+    rows = [[json.loads(line).get("loss") for line in (o / stage / "log.jsonl").read_text().splitlines()] for o in (whole, broken)]
     assert rows[0] == rows[1]
 
 
@@ -137,11 +152,8 @@ def test_a_category_without_data_gives_its_share_to_the_others():
 
 def test_a_table_has_intervals_and_gains_over_another_checkpoint_on_the_same_tasks(corpus, toy, tmp_path, capsys):
     out, table = linked(corpus, tmp_path), {}
-    tokenizer = data.Tokenizer.load(out / "data" / "tokenizer")
     for seed in (0, 1):
-        torch.manual_seed(seed)
-        tokenizer.save(out / str(seed))
-        model.LoopCoder(model.LoopCoderConfig.preset("toy", vocab_size=tokenizer.vocab_size)).save_pretrained(out / str(seed))
+        random_checkpoint(out / str(seed), corpus, seed)
     cfg = config(out)
     for seed, against in (("0", ""), ("1", str(out / "0"))):
         train.evaluate(out / seed, cfg, train.start_world(cfg), "", 1, 1, against)
@@ -238,3 +250,62 @@ def test_muons_step_has_singular_values_near_one_and_the_directions_of_the_gradi
     values = got.diagonal(dim1=1, dim2=2)
     assert values.min() > 0.6 and values.max() < 1.3
     assert (got - torch.diag_embed(values)).abs().max() < 1e-9
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning
+
+
+def loss_and_gradient(net, batch):
+    net.zero_grad()
+    loss = net.loss(*map(torch.from_numpy, batch), reduction="sum")
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in net.named_parameters()}
+
+
+def toy_network():
+    torch.manual_seed(0)
+    return model.LoopCoder(model.LoopCoderConfig.preset("toy")).double()
+
+
+def test_a_sample_inside_a_pack_has_the_loss_and_the_gradient_that_it_has_alone(corpus, toy):
+    """Three samples in one row, of which one at a time is learned; against that sample in a row of its own."""
+    tokenizer, net = data.Tokenizer.load(corpus / "data" / "tokenizer"), toy_network()
+    drawn = [tasks.generate(family, 1, 5) for family in ("compose", "sql", "gui")]
+    samples = [tokenizer.encode_parts(tasks.task_parts(task)) for task in drawn]
+    for k in range(3):
+        packed = data.pack([(ids, in_loss if i == k else [False] * len(ids)) for i, (ids, in_loss) in enumerate(samples)], 1024)
+        assert len(packed[0]) == 1
+        (a, one), (b, other) = loss_and_gradient(net, packed), loss_and_gradient(net, data.pack([samples[k]], 1024))
+        assert a == pytest.approx(b, rel=1e-12)
+        assert all((one[name] - other[name]).abs().max() <= 1e-12 * (1 + float(other[name].abs().max())) for name in other)
+
+
+def test_what_an_agent_observes_is_read_and_never_learned(corpus, toy):
+    """Other targets where the agent observes: the same loss and gradient, bit for bit. Other inputs there: another loss."""
+    tokenizer, net = data.Tokenizer.load(corpus / "data" / "tokenizer"), toy_network()
+    ids, in_loss = map(np.array, tokenizer.encode_parts(tasks.trajectory_parts(tasks.generate("swe", 1, 5))))
+    assert 0 < in_loss.sum() < len(ids)
+    other = np.where(in_loss, ids, (ids + 7) % 500)
+    batch, changed = data.pack([(ids, in_loss)], 1024), data.pack([(other, in_loss)], 1024)
+    assert np.array_equal(batch[1], changed[1]) and not np.array_equal(batch[0], changed[0])
+    (a, one), (b, same), (c, _) = (loss_and_gradient(net, x) for x in (batch, (batch[0], *changed[1:]), changed))
+    assert a == b != c and all(torch.equal(one[name], same[name]) for name in one)
+
+
+def test_the_dynamic_mixture_helps_what_falls_back_slows_what_stands_and_stays_within_its_bounds():
+    base = {"back": 0.25, "stands": 0.25, "moves": 0.25, "new": 0.25}
+    history = {"back": [1.0, 1.2], "stands": [1.0, 1.0, 1.0], "moves": [1.0, 0.9, 0.8], "new": [1.0]}
+    after = train.adjust(base, base, history)
+    ratio = {name: after[name] / after["moves"] for name in base}
+    assert ratio == pytest.approx({"back": 1.25, "stands": 0.9, "moves": 1.0, "new": 1.0}) and sum(after.values()) == pytest.approx(1)
+    weights = dict(base)
+    for _ in range(50):
+        weights = train.adjust(weights, base, history)
+    assert weights["back"] / weights["stands"] == pytest.approx(4)  # twice the base and half of it
+
+
+def test_levels_are_drawn_by_what_the_model_can_do():
+    nothing, half, all_of_one = (train.level_weights(rates) for rates in ([0, 0, 0, 0], [0.5, 0, 0, 0], [1, 0.5, 0, 0]))
+    assert max(range(4), key=nothing.__getitem__) == 0 and nothing[0] > 10 * nothing[1]  # what is not begun begins at the beginning
+    assert max(range(4), key=half.__getitem__) == 0 and half[1] > 5 * half[2]  # what stands on something known comes next
+    assert max(range(4), key=all_of_one.__getitem__) == 1 and min(nothing + half + all_of_one) > 0  # what is known makes room
