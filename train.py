@@ -1140,11 +1140,12 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
         log(record, progress(stage.name, record, steps), last=step == steps - 1)
         if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
             take_snapshot(snapshot, model, optimizer, mixture, step + 1, seconds, world)
-    finish_stage(model, tokenizer, folder, mixture, shares, log, cfg, world)
+    filled = sum(mixture.given.values()) / (steps * rows * context)
+    finish_stage(model, tokenizer, folder, mixture, shares, filled, log, cfg, world)
     return folder
 
 
-def finish_stage(model, tokenizer, folder, mixture, shares, log, cfg, world):
+def finish_stage(model, tokenizer, folder, mixture, shares, filled, log, cfg, world):
     """Write the checkpoint, then judge it: bits per byte of the held-out projects, by language."""
     weights = whole_state.get_model_state_dict(model, options=WHOLE)  # whole on rank 0
     if world.main:
@@ -1156,9 +1157,10 @@ def finish_stage(model, tokenizer, folder, mixture, shares, log, cfg, world):
         scores = bits_per_byte(model, Path(cfg.out) / "data" / "heldout", cfg.eval_bytes, world)
     if world.main:
         realised = ", ".join(f"{n} {100 * s:.2f}%" for n, s in mixture.realised().items())
-        line = f"{folder.name}: held-out bits per byte " + ", ".join(f"{n} {s:.3f}" for n, s in scores.items()) + f" | shares {realised}"
+        line = f"{folder.name}: held-out bits per byte " + ", ".join(f"{n} {s:.3f}" for n, s in scores.items())
+        line += f" | rows filled {100 * filled:.1f}% | shares {realised}"
         gate = {"samples": mixture.gate} if isinstance(mixture, Curriculum) else {}  # admitted, and refused for which reason
-        log({"bits_per_byte": scores, "realised": mixture.realised(), "asked": shares} | gate, line, last=True)
+        log({"bits_per_byte": scores, "filled": filled, "realised": mixture.realised(), "asked": shares} | gate, line, last=True)
     if world.size > 1:
         dist.barrier()
 
