@@ -1047,7 +1047,7 @@ STUDY = {
         "shape": SHAPE | {"num_hidden_layers": 4}, "vocab": 440, "demonstrations": 2000, "levels": (1, 2), "wrong": 0.4,
         "read": 0, "imitate": 4e5, "rows": 32,
         "cfg": dict(path="instruct", families="compose", levels="2", terse=True, room=64, context=160, overlong=0, prompts=16, samples=12,
-                    updates=3, lr=8e-5, steps=25, minutes=10, eval_tasks=100),
+                    updates=3, lr=8e-5, steps=30, minutes=0, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_rewards": {"shuffle_rewards": True}, "more_sft": None},
         "metrics": ("compose pass@1", "compose pass@4"),
     },
