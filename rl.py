@@ -22,6 +22,7 @@ overlong shaping; Dr.GRPO for the missing division by the spread. Ours, since no
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -388,7 +389,7 @@ class Rollout:
         """episodes: generators; returns their Trajectories in the same order. seed: a list of ints; with the index it makes the noise."""
         start = time.perf_counter()
         rows, V, device = min(self.slots, len(episodes)), self.model.config.vocab_size, self.model.lm_head.weight.device
-        self.todo, self.done, self.seed = deque(enumerate(episodes)), [None] * len(episodes), list(seed)
+        self.waiting, self.done, self.seed = deque(enumerate(episodes)), [None] * len(episodes), list(seed)
         self.cache = self.model.new_cache(rows, self.context + 1)  # one to spare: rows that wait take part in a step and leave no trace
         self.episode = [None] * rows  # (index, generator); None: the row is free
         self.logits = torch.zeros(rows, V, device=device)  # of the next token
@@ -398,7 +399,7 @@ class Rollout:
         self.length, self.room, self.spoken = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3))
         self.asks, self.pending, self.stop = {}, [], 0  # what rows want to read: {row: Ask}; what the sandbox does: [(stop, row, future)]
         with ThreadPoolExecutor(self.workers) as self.pool:
-            while self.todo or any(self.episode):
+            while self.waiting or any(self.episode):
                 self.serve()
                 for _ in range(self.every):
                     if not self.decode():
@@ -428,14 +429,14 @@ class Rollout:
             value = self.answer_of(future)
             self.finish(row, None) if value is None else self.advance(row, value)
         free = [row for row, held in enumerate(self.episode) if held is None]
-        for row in free[: len(self.todo)]:
-            self.episode[row] = self.todo.popleft()
+        for row in free[: len(self.waiting)]:
+            self.episode[row] = self.waiting.popleft()
             noise = np.random.default_rng([*self.seed, self.episode[row][0]]).random(self.context, dtype=np.float32)
             self.cache.reset(row)
             self.length[row], self.action[row], self.logp[row], self.uniform[row] = 0, False, 0, torch.from_numpy(noise)
             self.advance(row, None)
         busy = [row for row, held in enumerate(self.episode) if held is not None]
-        if not self.todo and busy and 2 * len(busy) <= len(self.episode):
+        if not self.waiting and busy and 2 * len(busy) <= len(self.episode):
             self.shrink(busy)
         if self.asks:
             self.read()
@@ -548,7 +549,7 @@ class RemoteRollout:
 
     def converse(self, index, episode, seed):
         """One episode from its first prompt to its judge: (ids, action, ended, outcome)."""
-        ids, action, wish, ended = [], [], next(episode), False
+        ids, action, wish, ended, outcome = [], [], next(episode), False, None
         try:
             while True:
                 if not isinstance(wish, Ask):
@@ -561,13 +562,11 @@ class RemoteRollout:
                 ids, action = ids + said, action + [True] * len(said)
                 wish = episode.send((answer, ended))
         except StopIteration as end:
-            judge = end.value
+            with contextlib.suppress(RuntimeError):
+                outcome = end.value()
         except RuntimeError:  # the sandbox broke: no verdict
-            return ids, action, ended, None
-        try:
-            return ids, action, ended, judge()
-        except RuntimeError:
-            return ids, action, ended, None
+            pass
+        return ids, action, ended, outcome
 
     def run(self, episodes, seed):
         start = time.perf_counter()
@@ -1038,31 +1037,32 @@ def comparison(found, against=None):
 # swe       one demonstration in twenty repairs a mistake. Of three candidate fixes one has just failed, so a retry that does not read the
 #           failure is right half the time at best: the blind value that recovery is to be measured against.
 
-SHAPE = dict(hidden_size=128, intermediate_size=352, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
 
 # task: the shape of its model; its demonstrations; for how many tokens they are read (every token is learned, as in pre-training) and then
-# imitated (what the assistant says), `rows` samples a step; how RL goes on; and the arms. None: imitation goes on in place of RL.
+# imitated (what the assistant says), `rows` samples a step at a peak rate of `lr`; how RL goes on; and the arms. None: imitation goes on
+# in place of RL.
 STUDY = {
     "compose": {
-        "shape": SHAPE | {"num_hidden_layers": 4}, "vocab": 440, "demonstrations": 2000, "levels": (1, 2), "wrong": 0.4,
-        "read": 0, "imitate": 4e5, "rows": 32,
+        "shape": HEADS | dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4), "vocab": 440,
+        "demonstrations": 2000, "levels": (1, 2), "wrong": 0.4, "read": 0, "imitate": 4e5, "rows": 32, "lr": 3e-3,
         "cfg": dict(path="instruct", families="compose", levels="2", terse=True, room=64, context=160, overlong=0, prompts=16, samples=12,
                     updates=3, lr=8e-5, steps=30, minutes=0, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_rewards": {"shuffle_rewards": True}, "more_sft": None},
         "metrics": ("compose pass@1", "compose pass@4"),
     },
     "swe": {
-        "shape": SHAPE | {"num_hidden_layers": 2}, "vocab": 440, "demonstrations": 5000, "levels": (2,), "detours": 0.05,
-        "read": 3e5, "imitate": 2e6, "rows": 8,
-        "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=12, samples=12, updates=3, lr=8e-5,
-                    steps=40, minutes=15, eval_tasks=100),
+        "shape": HEADS | dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3), "vocab": 380,
+        "demonstrations": 3000, "levels": (2,), "detours": 0.03, "read": 5e5, "imitate": 0, "rows": 16, "lr": 6e-3,
+        "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=12, samples=12, updates=3, lr=2e-4,
+                    steps=50, minutes=0, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_feedback": {"shuffle_feedback": True}, "more_sft": None},
         "metrics": ("swe pass@1", "swe recovery", "swe planted recovery"),
     },
 }  # fmt: skip
 
 
-def imitate(model, samples, tokens, seed, rows, lr=3e-3):
+def imitate(model, samples, tokens, seed, rows, lr):
     """Supervised fine-tuning on [(ids, in_loss)] for so many tokens, `rows` samples a step: the loss of the chain's SFT, and no more."""
     optimizer, rng = pipeline.Optimizer(model, kind="muon", weight_decay=0.1), random.Random(seed)
     steps = round(tokens / rows / np.mean([len(ids) for ids, _ in samples]))
@@ -1104,8 +1104,8 @@ def study_start(out, name):
         torch.manual_seed(cfg.seed)
         model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, **plan["shape"]))
         began = time.perf_counter()
-        imitate(model, [(ids, [True] * len(ids)) for ids, _ in samples], plan["read"], cfg.seed, plan["rows"])
-        imitate(model, samples, plan["imitate"], cfg.seed + 1, plan["rows"])
+        imitate(model, [(ids, [True] * len(ids)) for ids, _ in samples], plan["read"], cfg.seed, plan["rows"], plan["lr"])
+        imitate(model, samples, plan["imitate"], cfg.seed + 1, plan["rows"], plan["lr"])
         tokenizer.save(start)
         model.save_pretrained(start)
         found = evaluate_checkpoint(start, cfg, one_thread())
@@ -1115,16 +1115,16 @@ def study_start(out, name):
 
 def study_seed(out, name, seed):
     """Every arm of a task from its start, under one seed. What a former run finished is kept, and what it had begun goes on."""
-    cfg, samples = study_start(out, name)
+    (cfg, samples), plan = study_start(out, name), STUDY[name]
     start = Path(cfg.ckpt)
-    for arm, changes in STUDY[name]["arms"].items():
+    for arm, changes in plan["arms"].items():
         own = dataclasses.replace(cfg, name=f"{arm}-{seed}", seed=seed, **(changes or {}))
         folder = result_folder(own)
         if not (folder / "eval.json").exists():
             if changes is None:  # imitation goes on for as many tokens as the first arm has trained on
                 model = LoopCoder.from_pretrained(start)
                 tokens = sum(r["trained"] for r in read_log(start.parent / f"grpo-{seed}"))
-                imitate(model, samples, tokens, seed + 2, STUDY[name]["rows"], lr=1e-3)
+                imitate(model, samples, tokens, seed + 2, plan["rows"], plan["lr"] / 3)
                 Tokenizer.load(start).save(folder)
                 model.save_pretrained(folder)
             else:

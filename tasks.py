@@ -667,18 +667,18 @@ FUNCTIONS = ("pick", "step", "mix", "turn", "make", "join", "form", "rate")
 
 @dataclass
 class Spot:
-    """A function `name` with one spot; `shape` 0 has two lines, 1 three."""
+    """A function `name` with one spot; `shape`: the lines of its body; 0: it stands behind the signature."""
     name: str
     kind: str
-    shape: int = 0
+    shape: int = 1
 
     def options(self) -> list[str]:
         return SPOTS[self.kind][2].split()
 
     def source(self, inside: str) -> str:
         arguments, expression, *_ = SPOTS[self.kind]
-        body = "return {}" if self.shape == 0 else "y = {}\n    return y"
-        return f"def {self.name}({arguments}):\n    " + body.format(expression.format(inside)) + "\n"
+        body = (" return {}", "\n    return {}", "\n    y = {}\n    return y")[self.shape]
+        return f"def {self.name}({arguments}):" + body.format(expression.format(inside)) + "\n"
 
     def answers(self, inside: str, inputs) -> list[str]:
         return behaviour(self.source(inside), self.name, inputs)
@@ -711,7 +711,7 @@ def edit(rng, level):
     """One to three functions, one (at level 5 two) with a fault. Level 1 says what is wanted, then a failing call must do."""
     n, form = (1, 1, 2, 3, 3)[level - 1], rng.choice(["search", "diff"])
     kinds = rng.sample(list(SPOTS)[:8 if level < 3 else None], n)
-    spots = [Spot(name, kind, rng.randrange(2) if level > 1 else 0) for name, kind in zip(rng.sample(FUNCTIONS, n), kinds)]
+    spots = [Spot(name, kind, 1 + rng.randrange(2) if level > 1 else 1) for name, kind in zip(rng.sample(FUNCTIONS, n), kinds)]
     yield pairs([f"{form} {kind}" for kind in kinds], f"{form} {kinds[0]} {spots[0].name}")
     faulty, order = spots[:1 + (level == 5)], rng.sample(spots, n)
     chosen = {s.name: rng.sample(s.options(), 3) for s in spots}  # right, broken, another fault
@@ -803,7 +803,7 @@ def swe(rng, level):
     """k candidate fixes in one to three files, growing with the level; from level 3 on the failing function only calls the faulty one."""
     k, n_files = (2, 3, 3, 3, 3)[level - 1], (1, 1, 2, 2, 3)[level - 1]
     kinds = rng.sample([kind for kind in SPOTS if len(SPOTS[kind][2].split()) > k], 2 * max(1, n_files - 1))
-    spots = [Spot(name, kind, rng.randrange(2) if level > 1 else 0) for name, kind in zip(rng.sample(FUNCTIONS, len(kinds)), kinds)]
+    spots = [Spot(name, kind, rng.randint(1, 2) if level > 2 else 0) for name, kind in zip(rng.sample(FUNCTIONS, len(kinds)), kinds)]
     bug = rng.choice(spots)
     yield [f"swe {bug.kind} {bug.name}"] if level == 1 else [f"swe {bug.kind} {s.kind}" for s in spots if s is not bug]
     inside = {s.name: rng.choice(s.options()[:k + 1]) for s in spots}
@@ -817,10 +817,11 @@ def swe(rng, level):
     start, entry = ("main.py", "run") if n_files > 1 else (path, bug.name)
     if n_files > 1:
         files[start] = f"from {path[:-3]} import {bug.name}\ndef run{signature}:\n    return {bug.name}{signature}\n"
-    number = files[path].splitlines().index(f"def {bug.name}{signature}:") + 2
-    edits = {option: f"edit {path} {number} {bug.source(option).splitlines()[1].strip()}" for option in fixes}
+    below = int(level > 2)  # the spot's line, from the signature's
+    number = next(n for n, line in enumerate(files[path].splitlines(), 1) if line.startswith(f"def {bug.name}(")) + below
+    edits = {option: f"edit {path} {number} {bug.source(option).splitlines()[below].strip()}" for option in fixes}
 
-    args = bug.telling(rng, [broken] + fixes, level == 1)
+    args = bug.telling(rng, [broken] + fixes, level <= 2)
     shown, *calls = bug.calls(rng, right, args, 16)
     fails = lambda call, option: bug.answers(option, [call[1]]) != [repr(call[2])]
     hidden = [call for call in calls if fails(call, broken)][:5]
@@ -832,14 +833,14 @@ def swe(rng, level):
              "candidates": list(edits.values())}
 
     def work(*tried):  # a demonstration: look, try these fixes, submit
-        look = [f"search {entry}"] * (level >= 4) + [f"view {p}" for p in dict.fromkeys([start, path])]
+        look = [f"search {entry}("] * (level != 3) + [f"view {p}" for p in dict.fromkeys([start, path])] * (level > 2)
         turns = [turn for call in look for turn in (("assistant", call), ("tool", use_tool(files, call)[1]))]
         for option in tried:
             said = "PASS" if option == right else failure_line(entry, args, bug.answers(option, [args])[0], shown[2])
             turns += [("assistant" if option == right else "mistake", edits[option]), ("tool", "ok"), ("assistant", "test"), ("tool", said)]
         return (*turns, ("assistant", "submit"))
 
-    yield dict(prompt=f"Fix {entry}{f' in {start}' if level < 4 else ''}.\n{SWE_TOOLS}", solution=edits[right], wrong=edits[wrong],
+    yield dict(prompt=f"Fix {entry}{f' in {start}' if level == 3 else ''}.\n{SWE_TOOLS}", solution=edits[right], wrong=edits[wrong],
                trace=f"{call_text(entry, args)} must be {shown[2]!r}", files=files, turns=work(right), detour=work(wrong, right),
                tests=tests, names=(bug.name, path[:-3]))
 

@@ -334,11 +334,11 @@ def test_each_wrong_fix_fails_a_hidden_test_and_the_demonstrations_replay():
 
 def test_a_fix_that_breaks_something_else_is_no_fix():
     task = generate("swe", 1, 0)
-    path = task.solution.split(" ")[1]
-    number = int(task.solution.split(" ")[2])
-    other = next(n for n, line in enumerate(task.files[path].splitlines(), 1) if line.startswith("    ") and n != number)
+    _, path, number, _ = task.solution.split(" ", 3)
+    other = 3 - int(number)  # two functions of one line each
+    signature = task.files[path].splitlines()[other - 1].partition(":")[0]
     assert verify(task, task.solution) == 1.0
-    assert verify(task, f"{task.solution}\nedit {path} {other} return None") == 0.0
+    assert verify(task, f"{task.solution}\nedit {path} {other} {signature}: return None") == 0.0
     assert verify(task, f"{task.solution}\nedit {path} {other} return (") == 0.0
 
 
