@@ -19,11 +19,12 @@ import pytest
 import torch
 
 import kernels
-from loop_attention import loop_attention, loop_attention_reference
+from loop_attention import loop_attention, loop_attention_reference, mix
 
 ROOT = Path(kernels.__file__).parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(bool(kernels.triton is None or kernels.INTERPRETER_MISFIT),
+                                  reason=kernels.INTERPRETER_MISFIT or "Triton is not installed")
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ CASES = [
     (1, 5, 1, 7, 16, 1000, (1, 1, 1), 8), (2, 2, 1, 64, 16, 8, None, -8), (1, 5, 1, 64, 32, 64, (31, 2), 0), (1, 2, 2, 64, 16, 1, (64,), 0),
     (1, 2, 1, 65, 128, 64, (1, 63), 0), (2, 1, 1, 65, 16, 8, (64,), 0), (1, 5, 1, 65, 16, 1000, None, 8), (1, 2, 1, 65, 16, 1, None, 0),
     (1, 2, 1, 200, 16, 64, None, 0), (1, 2, 2, 200, 16, 8, (1, 62, 70), 0), (1, 2, 1, 200, 32, 1000, (130,), -8),
-    (1, 1, 1, 200, 16, 1, (33, 100), 0), (1, 5, 1, 200, 16, 64, (64, 64), 0),
+    (1, 1, 1, 200, 16, 1, (33, 100), 0), (1, 2, 1, 200, 16, 64, (64, 64), 0),
 ]
 
 
@@ -335,16 +336,24 @@ class AnH100:
 
 
 def gpu_launches(D, H=40, KV=8, T=4096):
-    """The launches of a training step at the released shape, in bfloat16, on tensors without data: exactly what a GPU would be sent."""
-    heads = lambda n: torch.empty(1, T, n, D, dtype=torch.bfloat16, device="meta").transpose(1, 2)
-    q, k, w, b = heads(H), heads(KV), torch.empty(H, D, device="meta"), torch.empty(H, device="meta")
+    """
+    The launches of both passes of a training step on packed rows at the released shape, and for the released D those of decoding, in
+    bfloat16 on tensors without data: exactly what a GPU would be sent.
+    """
+    empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
+    heads = lambda n, T=T: empty(1, T, n, D).transpose(1, 2)
+    q, k, w, b, starts = heads(H), heads(KV), empty(H, D), empty(H), empty(1, T, dtype=torch.int32)
     out = kernels.gated_outputs(q, save=True)
-    backward, _ = kernels.gated_backward_launches(q, q, k, k, k, k, w, None, None, *out[1:], 64, q, k, k, k, k)
-    return [*kernels.gated_forward_launches(q, k, k, k, k, w, b, None, 64, *out), *backward[:2]]
+    backward, _ = kernels.gated_backward_launches(q, q, k, k, k, k, w, starts, starts, *out[1:], 64, q, k, k, k, k)
+    pass_1 = [kernels.flash_forward_launch(q, k, k, starts, 0, kernels.EVERYTHING, q, out[2]),
+              kernels.flash_dq_launch(q, q, k, k, *out[2:4], starts, 0, kernels.EVERYTHING, q)]
+    new, ring = heads(H, 1), heads(KV, 64)
+    decoding = kernels.decode_launches(new, k, k, ring, ring, w, b, empty(1, dtype=torch.int32), new) if D == 128 else []
+    return [kernels.gated_forward_launch(q, k, k, k, k, w, b, starts, 64, *out), *backward[:2], *pass_1, *decoding]
 
 
 def compile_for_an_h100(D):
-    """[(kernel, bytes spilled, shared memory, matrix instructions, the assembler's words)] for each kernel of a training step."""
+    """[(kernel, bytes spilled, shared memory, its PTX, the assembler's words)] for each kernel."""
     triton = kernels.triton
     triton.runtime.driver.set_active(AnH100())
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
@@ -353,7 +362,7 @@ def compile_for_an_h100(D):
         with contextlib.redirect_stdout(io.StringIO()) as said:
             compiled = function.warmup(*args, grid=grid, **constants)
         spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", said.getvalue())]
-        found.append((function.__name__, spilled, compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async"), said.getvalue()))
+        found.append((function.__name__, spilled, compiled.metadata.shared, compiled.asm["ptx"], said.getvalue()))
     return found
 
 
@@ -380,11 +389,15 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("D", [128, 64])
 def test_forward_and_backward_compile_for_an_h100_without_spilling_a_register(compiled, D):
     found = compiled[D].get(300)
-    assert [name for name, *_ in found] == ["forward_kernel", "dq_kernel", "dkv_kernel"]
-    for name, spilled, shared, matrix_instructions, said in found:
+    decoding = ["decode_kernel", "merge_kernel"] if D == 128 else []
+    training = ["forward_kernel", "dq_kernel", "dkv_kernel", "flash_forward_kernel", "flash_dq_kernel"]
+    assert [name for name, *_ in found] == training + decoding
+    for name, spilled, shared, ptx, said in found:
         assert spilled == [0, 0], f"{name}: {said}"                              # stores, loads
         assert shared <= 227 * 1024, f"{name} asks for more shared memory than an H100 has: {shared}"
-        assert matrix_instructions > 0, f"{name} does not reach Hopper's matrix units"
+        assert "wgmma.mma_async" in ptx or name in decoding, f"{name} does not reach Hopper's matrix units"
+        wide = re.search(r"cp\.async\.cg\.shared\.global .*, 0x10,", ptx)
+        assert wide or name == "merge_kernel", f"{name} does not copy 16 bytes at a time"
 
 
 # ---- the door --------------------------------------------------------------------------------------------------------
@@ -411,6 +424,9 @@ WRONG = {
     "segments of another length": (dict(segment_ids=torch.zeros(1, 5, dtype=torch.long)), "segment_ids must be (B, T) = (1, 6)"),
     "segments that are floats": (dict(segment_ids=torch.zeros(1, 6)), "segment_ids must be integers"),
     "no tokens": (arguments(T=0), "q must be (B, H, T, D) with no empty axis"),
+    "a million and one tokens": (dict(k_local=torch.zeros(1).expand(1, 2, 1_000_001, 16)), "the longest of 1000001; a launch holds"),
+    "more rows than a launch": ({n: torch.zeros(1).expand(65536, 2, 6, 16) for n in ("q", "k_global", "v_global", "k_local", "v_local")},
+                                "q: 65536 rows, the longest of 6; a launch holds 65535"),
 }
 
 
@@ -465,7 +481,24 @@ def test_the_command_checks_the_kernel_without_a_gpu_and_times_nothing():
     assert ran.returncode == 2 and ran.stderr == "kernels.py: --tiles times kernels, which needs a GPU\n", ran.stderr
 
 
+def test_a_peer_that_cannot_run_says_why_and_the_others_compute_the_same_values(monkeypatch, capsys):
+    """On a CPU two of the four peers of the bench can run, without being compiled; the others must not end the table."""
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function or (lambda f: f))
+    monkeypatch.setattr(kernels, "milliseconds", lambda *call: 1.0)
+    T, cpu = 96, torch.device("cpu")
+    inputs = [x.detach() for x in kernels.random_inputs(1, 4, 2, T, 16, cpu, torch.float32)[0]]
+    for n in (1, 3):
+        ids = (torch.arange(T) // (T // n))[None]
+        kernels.row_of_times(lambda *x: loop_attention_reference(*x, 9, ids), kernels.baselines(mix, T, n, 9, cpu), inputs, None, T, n)     # noqa: B023
+    said = capsys.readouterr().out
+    assert len(re.findall(r"flex +1\.00 x", said)) == len(re.findall(r"2 SDPA +1\.00 x", said)) == 2 and "OTHER" not in said, said
+    assert said.count("FA2 chain failed (NotImplementedError: Could not run") == said.count("cuDNN chain failed (") == 2, said
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+GPU, HALF, BACKEND = torch.device("cuda"), torch.bfloat16, "inductor"
 
 
 @pytest.mark.gpu
@@ -473,12 +506,12 @@ def test_the_command_checks_the_kernel_without_a_gpu_and_times_nothing():
 @pytest.mark.parametrize("T, D, documents", [(1, 64, None), (200, 16, (64, 64)), (513, 32, (100, 300)), (1000, 128, None),
                                              (1000, 128, (333, 500))])
 def test_on_a_gpu_values_and_gradients_equal_the_reference_and_two_runs_are_equal_bit_for_bit(T, D, documents):
-    device, B, H, KV, window = torch.device("cuda"), 2, 10, 2, 64
-    ids = None if documents is None else segments(B, T, *documents).to(device)
+    B, H, KV, window = 2, 10, 2, 64
+    ids = None if documents is None else segments(B, T, *documents).to(GPU)
     torch.use_deterministic_algorithms(True, warn_only=True)                     # fresh outputs are full of NaN
     try:
-        for dtype in (torch.float32, torch.bfloat16):
-            inputs, do = kernels.random_inputs(B, H, KV, T, D, device, dtype)
+        for dtype in (torch.float32, HALF):
+            inputs, do = kernels.random_inputs(B, H, KV, T, D, GPU, dtype)
             found = errors(kernels.fused_gated_attention, inputs, do, window, ids)
             chain = errors(loop_attention_reference, inputs, do, window, ids)    # the plain equation in this dtype
             limit = {n: 1e-5 if dtype == torch.float32 else max(2 * chain[n], 1e-2) for n in found}
@@ -491,12 +524,80 @@ def test_on_a_gpu_values_and_gradients_equal_the_reference_and_two_runs_are_equa
 
 @pytest.mark.gpu
 @needs_gpu
-def test_on_a_gpu_decoding_equals_the_last_row_of_the_full_attention():
-    B, H, KV, T, D, W = 2, 10, 2, 700, 128, 64
-    inputs, _ = kernels.random_inputs(B, H, KV, T, D, torch.device("cuda"), torch.bfloat16)
+@pytest.mark.parametrize("B, H, KV, T, D, W", [(2, 10, 2, 700, 128, 64)])
+def test_on_a_gpu_decoding_equals_the_last_row_of_the_full_attention(B, H, KV, T, D, W):
+    inputs, _ = kernels.random_inputs(B, H, KV, T, D, GPU, HALF)
     with torch.no_grad():
         q, k1, v1, k2, v2, w, b = inputs
         slots = torch.arange(T - W, T, device=q.device) % W
         ring = [torch.empty(B, KV, W, D, device=q.device, dtype=q.dtype).index_copy(2, slots, x[:, :, -W:]) for x in (k2, v2)]
         found = kernels.fused_gated_decode(q[:, :, -1:], k1, v1, *ring, w, b, torch.full((B,), T))
         torch.testing.assert_close(found, kernels.fused_gated_attention(*inputs, W)[:, :, -1:], rtol=2e-2, atol=2e-2)
+
+
+def both_passes(q, k, v, k2, v2, w, b, ids):
+    """What a model asks of this file in a step: pass 1 on packed rows, then the gated pass."""
+    first = kernels.flash_partial(q, k, v, starts=kernels.document_starts(ids), dtype=q.dtype)[0]
+    return first + kernels.fused_gated_attention(q, k, v, k2, v2, w, b, 64, ids)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("T, D", [(1000, 128), (300, 64)])
+def test_on_a_gpu_both_passes_equal_the_reference_and_compiled_they_give_the_same_bits(T, D):
+    inputs, do = kernels.random_inputs(2, 10, 2, T, D, GPU, HALF)
+    ids = segments(2, T, T // 3, T // 2).to(GPU)
+
+    def exact(q, k, v, k2, v2, w, b):                                            # a wide open gate is plain attention
+        open_gate = torch.zeros_like(w), torch.full_like(b, math.inf)
+        return loop_attention_reference(q, k, v, k2, v2, *open_gate, 64, ids) + loop_attention_reference(q, k, v, k2, v2, w, b, 64, ids)
+
+    wide = kernels.value_and_gradients(exact, [x.detach().double().requires_grad_() for x in inputs], do.double())
+    eager = kernels.value_and_gradients(both_passes, inputs, do, ids)
+    for name, a, e in zip(kernels.NAMES, eager, wide):
+        assert (a.double() - e).norm() <= 1e-2 * e.norm(), name
+    compiled = kernels.value_and_gradients(torch.compile(both_passes, fullgraph=True, backend=BACKEND), inputs, do, ids)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_a_step_can_be_captured_in_a_cuda_graph_so_nothing_waits_for_the_host():
+    inputs, do = kernels.random_inputs(1, 10, 2, 500, 128, GPU, HALF)
+    ids, graph, stream = segments(1, 500, 200).to(GPU), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        kernels.value_and_gradients(both_passes, inputs, do, ids)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = kernels.value_and_gradients(both_passes, inputs, do, ids)
+    with torch.no_grad():
+        inputs[0].neg_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, kernels.value_and_gradients(both_passes, inputs, do, ids)))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("B, T, H, KV, D", [(52, 8192, 40, 8, 128)])
+def test_on_a_gpu_rows_beyond_2_to_the_31_elements_are_found(B, T, H, KV, D):
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 24e9:
+        pytest.skip("needs 24 GB of free GPU memory")
+    draw = lambda heads: torch.empty(B, T, heads, D, device=GPU, dtype=HALF).normal_().transpose(1, 2)
+    q, k, v = draw(H), draw(KV), draw(KV)
+    gate = torch.randn(H, D, device=GPU) * D**-0.5, torch.randn(H, device=GPU)
+    o = kernels.fused_gated_attention(q, k, v, v, k, *gate, 64)[-1:]
+    assert torch.equal(o, kernels.fused_gated_attention(q[-1:], k[-1:], v[-1:], v[-1:], k[-1:], *gate, 64))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_the_memory_is_the_output_and_what_the_backward_needs():
+    inputs, _ = kernels.random_inputs(1, 40, 8, 4096, 128, GPU, HALF)
+    X, rows = inputs[0].nbytes, 40 * 4096 * 4
+    for gradients, allowed in ((False, X), (True, 2 * X + 3 * rows)):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.set_grad_enabled(gradients):
+            o = kernels.fused_gated_attention(*inputs, 64)
+        assert torch.cuda.max_memory_allocated() - before <= allowed + 2**21, f"{gradients=}"
+        del o
