@@ -871,7 +871,7 @@ def predicted_ms(name, T, documents, backward, H=40, D=128):
 
 
 def baselines(mix, T, documents, W, device):
-    """{name: function of the seven inputs} for a row of T tokens in equal documents; `mix` is the gate. Masks are made at the first call."""
+    """{name: function of the seven inputs} for a row of T tokens in equal documents. Masks are made at the first call."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     n, i, compiled_mix = T // documents, torch.arange(T, device=device, dtype=torch.int32), torch.compile(mix, dynamic=False)
