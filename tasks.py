@@ -158,9 +158,8 @@ def pairs(names, alone: str) -> list[str]:
 
 
 def sentence(*parts: str) -> str:
-    """Things to do, one after the other, as one sentence."""
-    text = ", then ".join(parts)
-    return text[0].upper() + text[1:] + "."
+    """Things to do, one after the other. The full stop matters: no question is the beginning of a longer one."""
+    return ", then ".join(parts) + "."
 
 
 def lines(form: str, *columns) -> str:
@@ -234,26 +233,26 @@ def select_tests(source: str, name: str, inputs, n: int = 20) -> tuple[list[int]
 # ---- compose, stdin: competitive programming -------------------------------------------------------------------------
 # A problem is a chain of steps on a list of integers. The steps are few, the chains are many: what is learned is to compose.
 
-STEPS = {  # key: (words, expression of xs, k a small number); each gives a list
-    "sort": ("sort", "sorted(xs)"), "down": ("sort downward", "sorted(xs, reverse=True)"), "reverse": ("reverse", "xs[::-1]"),
-    "even": ("keep the even numbers", "[x for x in xs if x % 2 == 0]"), "odd": ("keep the odd numbers", "[x for x in xs if x % 2 == 1]"),
-    "over": ("keep numbers over {k}", "[x for x in xs if x > {k}]"), "under": ("keep numbers under {k}", "[x for x in xs if x < {k}]"),
-    "add": ("add {k} to each", "[x + {k} for x in xs]"), "times": ("multiply each by {k}", "[x * {k} for x in xs]"),
-    "square": ("square each", "[x * x for x in xs]"), "negate": ("negate each", "[-x for x in xs]"),
-    "abs": ("drop the signs", "[abs(x) for x in xs]"), "cap": ("cap each at {k}", "[min(x, {k}) for x in xs]"),
-    "tail": ("drop the first {k}", "xs[{k}:]"), "init": ("drop the last {k}", "xs[:-{k}]"), "first": ("keep the first {k}", "xs[:{k}]"),
-    "last": ("keep the last {k}", "xs[-{k}:]"), "second": ("take every second", "xs[::2]"),
-    "unique": ("remove duplicates", "list(dict.fromkeys(xs))"), "gaps": ("take the gaps", "[b - a for a, b in zip(xs, xs[1:])]"),
-    "sums": ("take running sums", "[sum(xs[:i + 1]) for i in range(len(xs))]"),
+STEPS = {  # key: (words, expression of the list v, k a small number); each gives a list
+    "sort": ("sort", "sorted(v)"), "down": ("sort down", "sorted(v, reverse=True)"), "reverse": ("reverse", "v[::-1]"),
+    "even": ("keep the even numbers", "[x for x in v if x % 2 == 0]"), "odd": ("keep the odd numbers", "[x for x in v if x % 2 == 1]"),
+    "over": ("keep numbers over {k}", "[x for x in v if x > {k}]"), "under": ("keep numbers under {k}", "[x for x in v if x < {k}]"),
+    "add": ("add {k} to each", "[x + {k} for x in v]"), "times": ("multiply each by {k}", "[x * {k} for x in v]"),
+    "square": ("square each", "[x * x for x in v]"), "negate": ("negate each", "[-x for x in v]"),
+    "abs": ("remove signs", "[abs(x) for x in v]"), "cap": ("limit each to {k}", "[min(x, {k}) for x in v]"),
+    "tail": ("skip the first {k}", "v[{k}:]"), "init": ("skip the last {k}", "v[:-{k}]"), "first": ("keep the first {k}", "v[:{k}]"),
+    "last": ("keep the last {k}", "v[-{k}:]"), "second": ("take every second", "v[::2]"),
+    "unique": ("keep the unique", "list(dict.fromkeys(v))"), "gaps": ("take the gaps", "[b - a for a, b in zip(v, v[1:])]"),
+    "sums": ("take running sums", "[sum(v[:i + 1]) for i in range(len(v))]"),
 }
 ENDS = {  # a number; only at the end of a chain
-    "sum": ("sum", "sum(xs)"), "count": ("count", "len(xs)"), "max": ("take the largest", "max(xs, default=0)"),
-    "min": ("take the smallest", "min(xs, default=0)"), "evens": ("count the even numbers", "sum(x % 2 == 0 for x in xs)"),
-    "squares": ("sum the squares", "sum(x * x for x in xs)"),
+    "sum": ("sum", "sum(v)"), "count": ("count", "len(v)"), "max": ("take the maximum", "max(v, default=0)"),
+    "min": ("take the minimum", "min(v, default=0)"), "evens": ("count the even numbers", "sum(x % 2 == 0 for x in v)"),
+    "squares": ("sum the squares", "sum(x * x for x in v)"),
 }
-FRAMES = {"compose": ("Write f(xs): {}.", "Define f(xs): {}.", "f(xs) should {}.", "Python f(xs): {}.", "Code f(xs) to {}."),
-          "stdin": ("Read integers, {}, print.", "Take a line of integers, {}, print.", "Given integers, {}, print.")}
-READ = "xs = list(map(int, input().split()))"
+FRAMES = {"compose": ("Write f(v): {}", "Code f(v): {}", "f(v) should {}", "Python f(v): {}", "Return f(v): {}"),
+          "stdin": ("Read integers, {}, print", "Line of integers: {}, print", "Given integers, {}, print")}
+READ = "v = list(map(int, input().split()))"
 
 
 def chain(rng, length: int) -> tuple[list, list, list]:
@@ -268,27 +267,27 @@ def chain(rng, length: int) -> tuple[list, list, list]:
 
 def in_steps(code) -> str:
     """One statement a step."""
-    return "\n    ".join(["def f(xs):"] + [f"xs = {e}" for e in code[:-1]] + [f"return {code[-1]}"])
+    return "\n    ".join(["def f(v):"] + [f"v = {e}" for e in code[:-1]] + [f"return {code[-1]}"])
 
 
 def nested(code) -> str:
     """All steps in one expression, or "" where a step needs its list more than once."""
     inner = code[0]
     for e in code[1:]:
-        if len(re.findall(r"\bxs\b", e)) != 1:
+        if len(re.findall(r"\bv\b", e)) != 1:
             return ""
-        inner = re.sub(r"\bxs\b", lambda _, inner=inner: inner, e)
-    return f"def f(xs):\n    return {inner}"
+        inner = re.sub(r"\bv\b", lambda _, inner=inner: inner, e)
+    return f"def f(v):\n    return {inner}"
 
 
 def looped(code) -> str:
     """The slow style, for Beyond: every comprehension is written out as a loop."""
-    text = "def f(xs):\n"
+    text = "def f(v):\n"
     for e in code:
-        parts = re.fullmatch(r"\[(.+) for x in xs(?: if (.+))?\]", e)
-        text += (f"    ys = []\n    for x in xs:\n        if {parts[2] or True}:\n            ys.append({parts[1]})\n    xs = ys\n"
-                 if parts else f"    xs = {e}\n")
-    return text + "    return xs"
+        parts = re.fullmatch(r"\[(.+) for x in v(?: if (.+))?\]", e)
+        text += (f"    w = []\n    for x in v:\n        if {parts[2] or True}:\n            w.append({parts[1]})\n    v = w\n"
+                 if parts else f"    v = {e}\n")
+    return text + "    return v"
 
 
 def on_one_line(value) -> str:
@@ -302,7 +301,7 @@ def competitive(family: str):
         names, words, code = chain(rng, level)
         frame, source = rng.choice(FRAMES[family]), in_steps(code)
         yield pairs(names, f"{frame} {names[0]}")
-        shown = [[rng.randint(0, 9) for _ in range(rng.randint(4, 5))] for _ in range(40)]
+        shown = [[rng.randint(0, 9) for _ in range(rng.randint(3, 4))] for _ in range(40)]
         inputs = {(): None} | {tuple(rng.randint(-9, 9) for _ in range(rng.randint(1, 8))): None for _ in range(200)}
         inputs = [(list(xs),) for xs in inputs if list(xs) not in shown]
         if len(set(behaviour(source, "f", inputs))) < 8:
@@ -312,15 +311,15 @@ def competitive(family: str):
         chosen, trees = select_tests(source, "f", inputs)
         calls = [("f", list(inputs[i]), f(*inputs[i])) for i in chosen]
         wrong, style = ast.unparse(rng.choice(trees)), (rng.random() < 0.4 and nested(code)) or source
-        examples, tests = [f"f({xs}) == {f(xs)}" for xs in shown], {"calls": calls, "references": [source, looped(code)]}
+        examples, tests = [f"f({xs}) == {f(xs)}".replace(", ", ",") for xs in shown], {"calls": calls, "references": [source, looped(code)]}
         if family == "stdin":
             end = "print(*{})" if isinstance(calls[0][2], list) else "print({})"
-            style = "\n".join([READ] + [f"xs = {e}" for e in code[:-1]] + [end.format(code[-1])])
-            wrong = "\n".join([wrong, READ, end.format("f(xs)")])
+            style = "\n".join([READ] + [f"v = {e}" for e in code[:-1]] + [end.format(code[-1])])
+            wrong = "\n".join([wrong, READ, end.format("f(v)")])
             examples = [f"{on_one_line(xs)} -> {on_one_line(f(xs))}" for xs in shown]
             tests = {"io": [(on_one_line(*args) + "\n", on_one_line(y) + "\n") for _, args, y in calls]}
         yield dict(prompt="\n".join([frame.format(", then ".join(words)), *examples]), solution=fenced(style), wrong=fenced(wrong),
-                   trace=lines("{}: {}", words, code), tests=tests, names=("f", "xs"))
+                   trace=lines("{}: {}", words, code), tests=tests, names=("f", "v"))
     return draft
 
 
@@ -401,8 +400,9 @@ def verify_crux(task, answer):
 
 # ---- math: a formula is right when it equals the solution, however it is written -------------------------------------
 
-WHO, WHAT = ("Ann", "Bob", "Eve", "Max", "Zoe"), ("pens", "cups", "eggs", "keys", "nuts", "maps")
-GAIN, LOSE = ("finds", "buys", "gets"), ("loses", "sells", "eats")
+# Words are those that code is full of: to a tokenizer of code each is one token.
+WHO, WHAT = ("user", "host", "client", "worker", "reader"), ("keys", "maps", "files", "bits", "names", "lines")
+GAIN, LOSE = ("gets", "adds", "makes"), ("uses", "returns", "loses")
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -449,7 +449,7 @@ def word_problem(rng, level):
         said.append(f"{verbs[-1]} {abs(n)}")
         trace.append(f"{total} {'-+'[n > 0]} {abs(n)} = {total + n}")
         total += n
-    question = ", ".join(said[:-1]) + f" and {said[-1]}. How many now?"
+    question = ", ".join(said[:-1]) + f" and {said[-1]}, how many now?"
     return pairs(verbs, f"{verbs[0]} {what}"), question, str(total), str(total + rng.choice([-1, 1, 2])), "\n".join(trace)
 
 
@@ -460,7 +460,7 @@ def equation(rng, level):
     term = lambda k: v if k == 1 else f"{k}*{v}"
     d = (a - c) * x + b
     trace = [f"{term(a - c)} = {d} - {b} = {d - b}"] + [f"{v} = {d - b} / {a - c} = {x}"] * (a - c > 1)
-    question = f"Solve {term(a)} + {b} = {term(c) + ' + ' if c else ''}{d} for {v}."
+    question = f"solve {term(a)} + {b} = {term(c) + ' + ' if c else ''}{d}."
     return [f"solve {v} {b} {min(level, 3)}"], question, str(x), str(x + rng.choice([1, 2])), "\n".join(trace)
 
 
@@ -472,11 +472,11 @@ def polynomial(rng, level):
         c = [0] * n + [a] if level == 1 else [rng.randint(1, 9) for _ in range(level)] + [0] * n + [a]
         slope = [i * k for i, k in enumerate(c)][1:]
         trace = lines("{} * {} = {}", *zip(*[(i, k, i * k) for i, k in reversed(list(enumerate(c))) if k and i]))
-        return [f"derive {n} {x}"], f"Derive {poly(c, x)}.", poly(slope, x), poly(c, x), trace
+        return [f"derive {n} {x}"], f"derive {poly(c, x)}.", poly(slope, x), poly(c, x), trace
     p, q = ([rng.randint(1, 5) * (rng.choice([-1, 1]) if level > 2 else 1), rng.randint(1, level - 1)] for _ in range(2))
     c = [p[0] * q[0], p[0] * q[1] + p[1] * q[0], p[1] * q[1]]
     trace = f"{x}**2: {p[1]} * {q[1]} = {c[2]}\n{x}: {p[0] * q[1]} + {p[1] * q[0]} = {c[1]}\n1: {p[0]} * {q[0]} = {c[0]}"
-    return [f"expand {p[0]} {x}"], f"Expand ({poly(p, x)})*({poly(q, x)}).", poly(c, x), poly([c[0] + 1, *c[1:]], x), trace
+    return [f"expand {p[0]} {x}"], f"expand ({poly(p, x)})*({poly(q, x)}).", poly(c, x), poly([c[0] + 1, *c[1:]], x), trace
 
 
 def mathematics(rng, level):
@@ -502,27 +502,26 @@ def verify_math(task, answer):
 # back, from the question to the query, reads the same table: a task enters only if the round trip gives the same query.
 
 TABLES = {  # table: name, category, the category's values, two numbers
-    "pets": ("name", "kind", ("cat", "dog", "fish"), "age", "weight"),
-    "books": ("title", "genre", ("poem", "novel", "guide"), "pages", "price"),
-    "songs": ("title", "style", ("rock", "jazz", "folk"), "length", "plays"),
-    "towns": ("name", "country", ("Peru", "Oman", "Fiji"), "people", "area"),
-    "staff": ("name", "team", ("ops", "lab", "art"), "age", "pay"),
-    "cars": ("model", "color", ("red", "blue", "gray"), "year", "speed"),
+    "files": ("name", "type", ("text", "code", "image"), "size", "lines"),
+    "tests": ("name", "status", ("pass", "fail", "skip"), "line", "time"),
+    "modules": ("path", "kind", ("local", "remote", "global"), "depth", "version"),
+    "frames": ("title", "format", ("float", "int", "bool"), "width", "height"),
+    "packages": ("name", "platform", ("mac", "win", "posix"), "month", "year"),
+    "items": ("title", "state", ("new", "old", "open"), "count", "rank"),
 }
 CLAUSES = {  # key: (words, SQL), read back in this order; slots: name, cat, word, num, n, and t for the table
-    "list": ("list the {name} of {t}", "SELECT {name} FROM {t}"), "count": ("count {t}", "SELECT COUNT(*) FROM {t}"),
-    "highest": ("give the highest {num} of {t}", "SELECT MAX({num}) FROM {t}"),
-    "lowest": ("give the lowest {num} of {t}", "SELECT MIN({num}) FROM {t}"),
-    "average": ("give the average {num} of {t}", "SELECT AVG({num}) FROM {t}"),
-    "each": ("for each {cat} count {t}", "SELECT {cat}, COUNT(*) FROM {t}"),
-    "most": ("for each {cat} give the highest {num} of {t}", "SELECT {cat}, MAX({num}) FROM {t}"),
-    "over": (" with {num} over {n}", " WHERE {num} > {n}"), "under": (" with {num} under {n}", " WHERE {num} < {n}"),
-    "is": (" with {cat} '{word}'", " WHERE {cat} = '{word}'"),
-    "mean": (" with {num} over the average of {t}", " WHERE {num} > (SELECT AVG({num}) FROM {t})"),
-    "and over": (" and {num} over {n}", " AND {num} > {n}"), "and under": (" and {num} under {n}", " AND {num} < {n}"),
-    "or is": (" or {cat} '{word}'", " OR {cat} = '{word}'"), "group": (", by {cat}", " GROUP BY {cat}"),
-    "up": (", sorted by {num}", " ORDER BY {num}"), "down": (", highest {num} first", " ORDER BY {num} DESC"),
-    "limit": (", only {n}", " LIMIT {n}"),
+    "list": ("list the {name} of {t}", "select {name} from {t}"), "count": ("count {t}", "select count(*) from {t}"),
+    "highest": ("max {num} of {t}", "select max({num}) from {t}"), "lowest": ("min {num} of {t}", "select min({num}) from {t}"),
+    "average": ("average {num} of {t}", "select avg({num}) from {t}"),
+    "each": ("for each {cat} count {t}", "select {cat}, count(*) from {t}"),
+    "most": ("for each {cat} max {num} of {t}", "select {cat}, max({num}) from {t}"),
+    "over": (" with {num} over {n}", " where {num} > {n}"), "under": (" with {num} under {n}", " where {num} < {n}"),
+    "is": (" with {cat} '{word}'", " where {cat} = '{word}'"),
+    "mean": (" with {num} over the average of {t}", " where {num} > (select avg({num}) from {t})"),
+    "and over": (" and {num} over {n}", " and {num} > {n}"), "and under": (" and {num} under {n}", " and {num} < {n}"),
+    "or is": (" or {cat} '{word}'", " or {cat} = '{word}'"), "group": (" by {cat}", " group by {cat}"),
+    "up": (" sorted by {num}", " order by {num}"), "down": (" sorted down by {num}", " order by {num} desc"),
+    "limit": (" only {n}", " limit {n}"),
 }
 NEAR = {"over": "under", "under": "over", "up": "down", "down": "up", "highest": "lowest", "lowest": "highest", "average": "lowest",
         "count": "list", "list": "count", "mean": "under", "and over": "and under", "and under": "and over", "or is": "and over"}
@@ -535,7 +534,7 @@ QUERIES = {1: "list over|list under|list is|list up|list down|count over|count i
 
 def read_question(question: str) -> str:
     """The query a question asks for, clause by clause; ValueError where it says something else."""
-    rest, query = question[0].lower() + question[1:].rstrip("."), ""
+    rest, query = question.removesuffix("."), ""
     while rest:
         for words, sql in CLAUSES.values():
             pattern = words.replace("{n}", r"(?P<n>\d+)\b").replace("{", "(?P<").replace("}", r">\w+)")
@@ -595,7 +594,7 @@ def sql(rng, level):
     near = [other for other in map("".join, near + [code[:-1]] * (level > 1)) if rows_of(other, databases, ordered) != want]
     if read_question(question) != query or not near or not all(want):
         return
-    yield dict(prompt=f"Table {table}({name}, {cat}, {', '.join(numbers)}).\n{question}", solution=query + ";",
+    yield dict(prompt=f"{table}({name}, {cat}, {', '.join(numbers)})\n{question}", solution=query + ";",
                wrong=rng.choice(near) + ";", trace=lines("{}: {}", [t.strip(" ,") for t in said], [t.strip() for t in code]),
                names=(table,), tests={"query": query, "table": table, "schema": list(TABLES).index(table), "seeds": seeds,
                                       "ordered": ordered})
@@ -662,6 +661,7 @@ SPOTS = {  # small functions with one spot: arguments, expression, what may stan
     "map": ("xs", "[x {} 2 for x in xs]", "+ - * //", ([6, 3],)), "gap": ("a, b", "abs(a {} b)", "+ - *", (3, 8)),
     "rank": ("xs", "sorted(xs)[{}]", "0 1 2 3", ([9, 2, 5, 7],)), "repeat": ("s", "s * {}", "1 2 3 4 5", ("b",)),
 }
+WANTED = {"search": "search/replace", "diff": "diff"}  # how a prompt names the form of the answer
 FUNCTIONS = ("pick", "step", "mix", "turn", "make", "join", "form", "rate")
 
 
@@ -721,10 +721,9 @@ def edit(rng, level):
         args = s.telling(rng, chosen[s.name], level == 1)
         calls += (mine := s.calls(rng, chosen[s.name][0], args, 8))
         right, broken, _ = map(SPOTS[s.kind][1].format, chosen[s.name])
-        said.append(f"{s.name} should return {right}." if level == 1 else f"{call_text(s.name, args)} should be {mine[0][2]!r}.")
+        said.append(f"{s.name} should return {right}" if level == 1 else f"{call_text(s.name, args)} should be {mine[0][2]!r}")
         trace += [f"{call_text(s.name, args)} is {s.answers(chosen[s.name][1], [args])[0]}"] * (level > 1) + [f"{broken} -> {right}"]
-    wanted = {"search": "a search/replace block", "diff": "a diff"}[form]
-    yield dict(prompt=f"{old}\n{' '.join(said)} Answer with {wanted}.", solution=make_edit(old, new, form),
+    yield dict(prompt=f"{old}\n{WANTED[form]}: {' and '.join(said)}.", solution=make_edit(old, new, form),
                wrong=make_edit(old, other, form), trace="\n".join(trace), files={"file.py": old}, tests={"calls": calls},
                names=tuple(s.name for s in spots))
 
@@ -732,8 +731,7 @@ def edit(rng, level):
 def edit_from_commit(message: str, path: str, old: str, new: str, form: str = "search", seed: int = 0) -> Task:
     """An edit task from real history: the file before, the commit's message, and the file after as the only right result."""
     key = "commit " + hashlib.sha256((path + message + old).encode()).hexdigest()[:12]
-    wanted = {"search": "search/replace blocks", "diff": "a diff"}[form]
-    prompt, right = f"{path}\n{old}\n{message.strip()} Answer with {wanted}.", make_edit(old, new, form)
+    prompt, right = f"{path}\n{old}\n{WANTED[form]}: {message.strip()}", make_edit(old, new, form)
     wrong = make_edit(old, old + "\n" * (not old.endswith("\n")) + "# done\n", form)
     return Task("edit", 5, seed, split_of([key]), (key,), prompt, right, wrong, message.strip(), {"text": new}, {path: old})
 
@@ -856,7 +854,7 @@ def verify_swe(task, answer):
 
 # ---- terminal: commands, and what the disk holds afterwards ----------------------------------------------------------
 
-WORDS, ANIMALS = ("red", "sun", "oak", "tea", "fog", "ink"), ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "jay", "owl")
+WORDS, STEMS = ("one", "old", "new", "top", "low", "end"), ("log", "map", "tag", "key", "node", "cell", "task", "path", "unit", "model")
 COMMANDS = {  # key: (words, command, the file it writes, what it writes, whether {a} goes); {a} a file, {d} a folder, {b} a new name
     "mkdir": ("make the folder {b}", "mkdir {b}", "{b}/", lambda text, v: "", False),
     "touch": ("make the empty file {b}.txt", "touch {b}.txt", "{b}.txt", lambda text, v: "", False),
@@ -878,7 +876,7 @@ COMMANDS = {  # key: (words, command, the file it writes, what it writes, whethe
 
 def terminal(rng, level):
     """Two files and a folder, and `level` things to do with them. The state that is wanted is computed here, not by a shell."""
-    kinds, names = rng.sample(list(COMMANDS), level), rng.sample(ANIMALS, 3 + level)
+    kinds, names = rng.sample(list(COMMANDS), level), rng.sample(STEMS, 3 + level)
     files = {f"{name}.txt": "".join(rng.choice(WORDS) + "\n" for _ in range(4)) for name in names[:2]} | {f"{names[2]}/keep.txt": ""}
     yield pairs(kinds, f"{kinds[0]} {names[0]}")
     state, said, commands, wrong = dict(files), [], [], []
@@ -895,7 +893,7 @@ def terminal(rng, level):
         text = state.pop(v["a"]) if goes else state[v["a"]]
         state |= {path.format(**v): effect(text, v)} if path else {}
     spot = rng.randrange(level)
-    yield dict(prompt=f"Files: {', '.join(sorted(files))}.\n{sentence(*said)}", solution="\n".join(commands), files=files,
+    yield dict(prompt=f"{names[0]}.txt {names[1]}.txt {names[2]}/\n{sentence(*said)}", solution="\n".join(commands), files=files,
                wrong="\n".join([*commands[:spot], wrong[spot], *commands[spot + 1:]]), trace=lines("{}: {}", said, kinds),
                tests={"state": state}, names=tuple(names))
 
@@ -914,18 +912,18 @@ def verify_terminal(task, answer):
 
 APIS = {  # domain: {function: (parameters, words, effect on the state)}
     "stock": {"add": ({"item": "str", "count": "int"}, "add {count} {item}", lambda s, item, count: s.update({item: s[item] + count})),
-              "take": ({"item": "str", "count": "int"}, "take {count} {item}", lambda s, item, count: s.update({item: s[item] - count})),
-              "clear": ({"item": "str"}, "remove all {item}", lambda s, item: s.update({item: 0})),
-              "stock": ({"item": "str"}, "", lambda s, item: s[item])},
-    "home": {"light": ({"room": "str", "on": "bool"}, "turn the {room} light {on}", lambda s, room, on: s.update({room + " light": on})),
-             "heat": ({"room": "str", "warmth": "int"}, "heat the {room} to {warmth}", lambda s, room, warmth: s.update({room: warmth})),
-             "lock": ({"room": "str"}, "lock the {room}", lambda s, room: s.update({room + " locked": True}))},
-    "plan": {"book": ({"day": "str", "hour": "int"}, "book {day} at {hour}", lambda s, day, hour: s.update({day: hour})),
-             "free": ({"day": "str"}, "free {day}", lambda s, day: s.update({day: 0})),
-             "invite": ({"day": "str", "who": "str"}, "invite {who} for {day}", lambda s, day, who: s.update({day + " guest": who}))},
+              "remove": ({"item": "str", "count": "int"}, "remove {count} {item}", lambda s, item, count: s.update({item: s[item] - count})),
+              "clear": ({"item": "str"}, "clear {item}", lambda s, item: s.update({item: 0})),
+              "get": ({"item": "str"}, "", lambda s, item: s[item])},
+    "page": {"show": ({"part": "str", "on": "bool"}, "turn {part} {on}", lambda s, part, on: s.update({part + " on": on})),
+             "scale": ({"part": "str", "level": "int"}, "scale {part} to {level}", lambda s, part, level: s.update({part: level})),
+             "lock": ({"part": "str"}, "lock {part}", lambda s, part: s.update({part + " locked": True}))},
+    "plan": {"start": ({"task": "str", "hour": "int"}, "start {task} at {hour}", lambda s, task, hour: s.update({task: hour})),
+             "stop": ({"task": "str"}, "stop {task}", lambda s, task: s.update({task: 0})),
+             "send": ({"task": "str", "who": "str"}, "send {task} to {who}", lambda s, task, who: s.update({task + " to": who}))},
 }
-VALUES = {"item": WHAT, "count": range(2, 10), "room": ("hall", "attic", "cellar", "kitchen"), "on": (True, False),
-          "warmth": range(15, 25), "day": ("Monday", "Tuesday", "Friday", "Sunday"), "hour": range(8, 19), "who": WHO}
+VALUES = {"item": WHAT, "count": range(2, 10), "part": ("image", "table", "header", "graph"), "on": (True, False),
+          "level": range(15, 25), "task": ("test", "install", "update", "check"), "hour": range(8, 19), "who": WHO}
 
 
 def run_calls(domain: str, state: dict, text: str) -> tuple[dict, list]:
@@ -955,16 +953,18 @@ def tools(rng, level):
     said, calls = [APIS[domain][f][1].format(**g) for f, g in zip(kinds, spoken)], [write(f, **g) for f, g in zip(kinds, given)]
     if level >= 3 and domain == "stock":
         one, other = rng.sample(WHAT, 2)
-        said[-1], kinds[-1] = f"add as many {one} as there are {other}", f"stock gives ${level}, add"
-        calls[-1:] = [write("stock", item=other), write("add", item=one, count=f"${level}")]
+        said[-1], kinds[-1] = f"add as many {one} as there are {other}", f"get gives ${level}, add"
+        calls[-1:] = [write("get", item=other), write("add", item=one, count=f"${level}")]
     state = {item: n for n, item in enumerate(WHAT, 11)} if domain == "stock" else {}
     goal, results = run_calls(domain, state, "\n".join(calls))
     wrong = "\n".join([write(kinds[0], **{k: rng.choice([x for x in VALUES[k] if x != v]) for k, v in given[0].items()}), *calls[1:]])
     if goal == state or run_calls(domain, state, wrong)[0] == goal:
         return
-    signatures = ", ".join(f"{f}({', '.join(f'{k}: {t}' for k, t in parameters.items())})" for f, (parameters, *_) in APIS[domain].items())
+    needed = {json.loads(call)["name"] for call in calls}
+    shown = needed | {rng.choice([f for f in APIS[domain] if f not in needed] or [*needed])}  # one that is not needed, where there is one
+    signatures = ", ".join(f"{f}({', '.join(f'{k}: {t}' for k, t in APIS[domain][f][0].items())})" for f in APIS[domain] if f in shown)
     turns = [turn for call, r in zip(calls, results) for turn in (("assistant", call), ("tool", "ok" if r is None else json.dumps(r)))]
-    yield dict(prompt=f"Tools: {signatures}.\n{sentence(*said)}", solution="\n".join(calls), wrong=wrong,
+    yield dict(prompt=f"{signatures}\n{sentence(*said)}", solution="\n".join(calls), wrong=wrong,
                trace=lines("{}: {}", said, kinds), turns=(*turns, ("assistant", "done")),
                tests={"domain": domain, "state": state, "goal": goal, "most": len(calls) + 1})
 
@@ -1017,17 +1017,17 @@ def visit(create, insert, rows, requests):
     return pages
 '''
 HANDLERS = {  # function: (what it returns, its body)
-    "show": ("a <ul> with one escaped <li> per {name}, by {num}", """rows = db.execute("SELECT {name} FROM {t} ORDER BY {num}")
+    "show": ("<ul> of an escaped <li> per {name}, by {num}", """rows = db.execute("select {name} from {t} order by {num}")
     return "<ul>" + "".join(f"<li>{{escape(r[0])}}</li>" for r in rows) + "</ul>\""""),
-    "count": ("a <p> with the number of {t} with {num} over {n}", """r = db.execute("SELECT COUNT(*) FROM {t} WHERE {num} > {n}").fetchone()
+    "count": ("<p>count of {t} with {num} over {n}</p>", """r = db.execute("select count(*) from {t} where {num} > {n}").fetchone()
     return f"<p>{{r[0]}}</p>\""""),
-    "top": ("a <b> with the highest {num}", """r = db.execute("SELECT MAX({num}) FROM {t}").fetchone()
+    "top": ("<b>max {num}</b>", """r = db.execute("select max({num}) from {t}").fetchone()
     return f"<b>{{r[0]}}</b>\""""),
-    "total": ("an <i> with the total {num} of form's {cat}", """cat = [form["{cat}"]]
-    r = db.execute("SELECT SUM({num}) FROM {t} WHERE {cat} = ?", cat).fetchone()
+    "total": ("<i>sum of {num} where {cat} is form's</i>", """cat = [form["{cat}"]]
+    r = db.execute("select sum({num}) from {t} where {cat} = ?", cat).fetchone()
     return f"<i>{{r[0]}}</i>\""""),
-    "add": ("<p>ok</p>, stores form's {name} and {num}", """row = [form["{name}"], form["{num}"]]
-    db.execute("INSERT INTO {t} ({name}, {num}) VALUES (?, ?)", row)
+    "add": ("<p>ok</p>, inserts form's {name} and {num}", """row = [form["{name}"], form["{num}"]]
+    db.execute("insert into {t} ({name}, {num}) values (?, ?)", row)
     return "<p>ok</p>\""""),
 }
 
@@ -1038,16 +1038,15 @@ def web(rng, level):
     name, cat, values, *numbers = TABLES[t]
     v = {"t": t, "name": name, "cat": cat, "num": rng.choice(numbers), "n": rng.randint(5, 20)}
     yield pairs([f"{kind} {t}" for kind in kinds], f"{kinds[0]} {t} {v['num']}")
-    frame = rng.choice(["Write Python", "Wanted in Python", "Code these", "Define"])
-    said = [f"{kind}(db, form) returns " + HANDLERS[kind][0].format(**v) for kind in kinds]
+    said = [f"{kind}(db, form) -> " + HANDLERS[kind][0].format(**v) for kind in kinds]
     code = "\n".join(f"def {kind}(db, form):\n    " + HANDLERS[kind][1].format(**v) for kind in kinds)
     rows = [[n, rng.choice(values), *rng.sample(range(1, 30), 2)] for n in rng.sample(["Ada", "Bo", "Cy", "<i>Di", "Ed", "Flo & Co"], 5)]
     forms = [{name: "<b>Zed", cat: values[0], v["num"]: "7"}, {name: "x", cat: "x' OR 1=1 --", v["num"]: "8"}]
     visit = [f"CREATE TABLE {t} ({name}, {cat}, {numbers[0]} INTEGER, {numbers[1]} INTEGER)", f"INSERT INTO {t} VALUES (?, ?, ?, ?)", rows,
              [[kind, form] for form in forms for kind in kinds] + [["nothing", {}]]]
-    spoiled = [re.sub("<(p|b|i|li)>", "<td>", code), code.replace("SELECT ", "SELECT 1+")]
-    yield dict(prompt=f"SQLite table {t}({name}, {cat}, {', '.join(numbers)}).\n{frame}: {'; '.join(said)}.", solution=fenced(code),
-               wrong=fenced(spoiled[rng.random() < 0.5 and "SELECT " in code]), trace="\n".join(said),
+    spoiled = [re.sub("<(p|b|i|li)>", "<td>", code), code.replace("select ", "select 1+")]
+    yield dict(prompt=f"{t}({name}, {cat}, {', '.join(numbers)})\nPython: {'; '.join(said)}.", solution=fenced(code),
+               wrong=fenced(spoiled[rng.random() < 0.5 and "select " in code]), trace="\n".join(said),
                tests={"visit": visit, "pages": build(WEB + code, "visit")(*visit)}, names=(t,))
 
 
@@ -1058,10 +1057,10 @@ def verify_web(task, answer):
 
 # ---- gui: choose an element and an action; a state machine read from the pages ---------------------------------------
 
-FIELDS = {"input": ("name", "email", "city", "phone"), "checkbox": ("news", "dark", "sound", "beta")}
-PLACES = ("home", "prefs", "cart", "team")
-HTML = {"input": "<input id={}>", "checkbox": "<input type=checkbox id={}>", "a": "<a id={0} href={0}>", "button": "<button id={}>"}
-ACTS = {"input": ("enter {1} as {0}", "type {0} {1}"), "checkbox": ("tick {0}", "click {0}")}
+FIELDS = {"input": ("name", "title", "path", "color"), "checkbox": ("debug", "hidden", "strict", "safe")}
+PLACES = ("main", "index", "help", "log")
+HTML = {"input": "<input id={}>", "checkbox": "<input type=checkbox id={}>", "a": "<a href={}>", "button": "<button id={}>"}
+ACTS = {"input": ("set {0} to {1}", "type {0} {1}"), "checkbox": ("check {0}", "click {0}")}
 
 
 class Screen(HTMLParser):
@@ -1080,7 +1079,7 @@ class Screen(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         a = dict(attributes)
-        self.elements[a["id"]] = a.get("type", tag)
+        self.elements[a.get("id") or a["href"]] = a.get("type", tag)
 
     def act(self, line: str) -> None:
         """One action, `click ID` or `type ID TEXT`; ValueError where it cannot be done on this page."""
@@ -1106,7 +1105,7 @@ class Screen(HTMLParser):
 def gui(rng, level):
     """Level 1 one action, 2 and 3 fields that must be saved, 4 and 5 the same on another page."""
     home, other = rng.sample(PLACES, 2)
-    fields = rng.sample([(kind, name) for kind, names in FIELDS.items() for name in names], min(2 + level, 5))
+    fields = rng.sample([(kind, name) for kind, names in FIELDS.items() for name in names], min(1 + level, 4))
     given = [(kind, name, rng.choice(WHO) if kind == "input" else "") for kind, name in fields[:(1, 1, 2, 2, 3)[level - 1]]]
     yield pairs([name for _, name, _ in given], f"{given[0][1]} {given[0][2] or home} {min(level, 2)}")
     elements = rng.sample(fields, len(fields)) + [("button", "save"), ("button", "clear")]
@@ -1281,7 +1280,7 @@ def efficiency(task: Task, answer: str) -> float:
 # ---- the gate: only samples with zero errors, and nothing that an evaluation asks ------------------------------------
 
 MULTIPLY, PLUS = np.random.default_rng(7).integers(1, 2**63, (2, 128), dtype=np.uint64) | np.uint64(1)
-NAMES = frozenset(name.lower() for name in (*WHO, *WHAT, *FUNCTIONS, *MODULES, *ANIMALS, *PLACES, *TABLES, "f", "xs"))
+NAMES = frozenset(name.lower() for name in (*WHO, *WHAT, *FUNCTIONS, *MODULES, *STEMS, *PLACES, *TABLES, "f", "v"))
 
 
 def symbols(text: str) -> list[str]:

@@ -144,10 +144,10 @@ def test_every_mutation_of_the_list_changes_the_program():
 
 def test_programs_earn_the_share_of_tests_they_pass():
     task = next(t for seed in range(60) if (t := generate("compose", 1, seed)).keys[0].endswith(" max"))
-    assert verify(task, "def f(xs):\n    return max(xs) if xs else 0") == 1.0  # another way to write it, without a fence
+    assert verify(task, "def f(v):\n    return max(v) if v else 0") == 1.0  # another way to write it, without a fence
     empty = sum(list(args) == [[]] for _, args, _ in task.tests["calls"])
-    assert verify(task, "def f(xs):\n    return max(xs)") == 1 - empty / 20
-    assert verify(task, "import sys\nsys.exit(0)") == verify(task, "def f(xs):\n    raise SystemExit(0)") == 0.0
+    assert verify(task, "def f(v):\n    return max(v)") == 1 - empty / 20
+    assert verify(task, "import sys\nsys.exit(0)") == verify(task, "def f(v):\n    raise SystemExit(0)") == 0.0
 
 
 def test_an_output_must_have_the_right_type_and_any_input_that_works_is_right():
@@ -173,9 +173,9 @@ def test_formulas_that_are_no_formulas_or_would_never_end_are_wrong():
 
 
 def test_sql_is_judged_by_its_rows_and_can_only_read():
-    task = next(t for seed in range(60) if " WHERE " in (t := generate("sql", 1, seed)).solution and "COUNT" not in t.solution)
+    task = next(t for seed in range(60) if " where " in (t := generate("sql", 1, seed)).solution and "count(" not in t.solution)
     query = task.tests["query"]
-    assert verify(task, f"SELECT * FROM ({query})") == 1.0 and verify(task, query.replace("WHERE", "WHERE 1 AND")) == 1.0
+    assert verify(task, f"SELECT * FROM ({query})") == 1.0 and verify(task, query.replace("where", "WHERE 1 AND")) == 1.0
     table = task.tests["table"]
     for text in (f"DELETE FROM {table}", "ATTACH DATABASE '/tmp/x.db' AS y", "PRAGMA user_version = 3", f"{query}; DROP TABLE {table}",
                  "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT COUNT(*) FROM c", "SELECT zeroblob(1000000000)",
@@ -190,7 +190,7 @@ def test_every_question_leads_back_to_its_query(level):
         task = generate("sql", level, seed, ("train", "test")[seed % 2])
         assert tasks.read_question(task.prompt.split("\n")[1]) == task.tests["query"]
     with pytest.raises(ValueError, match="no clause"):
-        tasks.read_question("List the name of pets that sing.")
+        tasks.read_question("list the name of files that sing")
 
 
 texts = st.lists(st.sampled_from(["a", "b", "c", "", "    x = 1", "    return x", "def f():"]), min_size=1, max_size=9)
