@@ -348,6 +348,8 @@ class Cache:
         self.later = [[torch.zeros(rows, 2 * KV, W, D, device=device, dtype=dtype) for _ in range(L)] for _ in range(config.loop_num - 1)]
         shifted = config.loop_num - 1 if config.loop_input == "shift" else 0
         self.last_hidden = [torch.zeros(rows, 1, config.hidden_size, device=device, dtype=dtype) for _ in range(shifted)]
+        positions = torch.arange(capacity, device=device)[None]
+        self.rotary = [x[0].to(dtype) for x in rotary_table(positions, D, config.rope_theta)]    # (capacity, 1, D) each
         self.packed = None                                                       # weights as decode() wants them, from its first step
 
     def reset(self, row):
@@ -392,13 +394,15 @@ class CachedAttention:
     """
     The attention of one call that appends T new tokens to rows of a cache: new[b] of row b's T tokens are real, the rest is padding.
 
-    Every mask depends on lengths alone, so it is made once here and serves all layers.
+    Rows that were empty see their own tokens only, as in training; padding comes last, so that no real token sees it. For the others
+    every mask depends on lengths alone, so it is made once here and serves all layers.
     """
 
     def __init__(self, cache, rows, new, T):
         self.cache, self.rows, W = cache, rows, cache.config.loop_window_size
         device = new.device
         self.old = cache.lengths[rows]                                           # (n,)
+        self.empty = not self.old.any()
         self.positions = self.old[:, None] + torch.arange(T, device=device)      # (n, T)
         self.end = min(int((self.old + T).max()), cache.capacity)
         p, real = self.positions, torch.arange(T, device=device)[None] < new[:, None]
@@ -418,50 +422,70 @@ class CachedAttention:
         """Write K1, V1 at their positions, attend to all of the row so far."""
         first, KV = self.cache.first[layer], k.shape[1]
         first[self.rows[:, None], :, self.write_at] = torch.cat([k, v], dim=1).transpose(1, 2).to(first.dtype)
+        if self.empty:
+            return causal_attention(q, k, v)
         kv = first[self.rows, :, : self.end]
         return attend_masked(q, kv[:, :KV], kv[:, KV:], self.keep_first)
 
-    def later_pass(self, turn, layer, gate, q, k, v):
+    def later_pass(self, turn, layer, gate, q, k, v, k1, v1):
         """The gated pair: K1, V1 of the whole row, and the window of this pass, whose slots are then renewed."""
-        KV, later = k.shape[1], self.cache.later[turn - 1][layer]
-        kv1, held, new = self.cache.first[layer][self.rows, :, : self.end], later[self.rows], torch.cat([k, v], dim=1).to(later.dtype)
-        o_global = attend_masked(q, kv1[:, :KV], kv1[:, KV:], self.keep_first)
-        kv = torch.cat([held, new], dim=2)                                       # (n, 2 KV, W + T, D)
-        o_local = attend_masked(q, kv[:, :KV], kv[:, KV:], self.keep_later)
+        KV, W, later = k.shape[1], self.cache.config.loop_window_size, self.cache.later[turn - 1][layer]
+        held, new = later[self.rows], torch.cat([k, v], dim=1).to(later.dtype)
         index = self.source[:, None, :, None].expand(-1, 2 * KV, -1, k.shape[-1])
         later[self.rows] = torch.where(self.renewed[:, None], new.gather(2, index), held)
-        g = torch.sigmoid(torch.einsum("bhtd,hd->bht", q.float(), gate.weight.float()) + gate.bias.float()[:, None])[..., None]
-        return (o_local + g * (o_global - o_local)).to(q.dtype)
+        if self.empty:
+            return loop_attention(q, k1, v1, k, v, gate.weight, gate.bias, W)
+        kv1 = self.cache.first[layer][self.rows, :, : self.end]
+        o_global = attend_masked(q, kv1[:, :KV], kv1[:, KV:], self.keep_first)
+        kv = torch.cat([held, new], dim=2)                                       # (n, 2 KV, W + T, D)
+        return mix(q, o_global, attend_masked(q, kv[:, :KV], kv[:, KV:], self.keep_later), gate.weight, gate.bias)
 
 
 class PackedWeights:
-    """The weights of a model for one-token steps: q, k, v in one matrix, gate and up in one, each times the gain of the norm before it."""
+    """
+    The weights of a model for one-token steps: q, k, v in one matrix, gate and up in one, each times the gain of the norm before it.
+
+    They lie as (in, out): with few rows a CPU multiplies by them faster so.
+    """
 
     def __init__(self, model):
-        dtype = model.compute_dtype or model.lm_head.weight.dtype
+        weight, C, eps = model.lm_head.weight, model.config.hidden_size, model.config.rms_norm_eps
+        dtype, loop = model.compute_dtype or weight.dtype, model.config.loop_num > 1
+        self.eps, self.root = eps, None
+        if not weight.is_cuda:
+            self.root = torch.tensor(math.sqrt(C * eps), dtype=torch.promote_types(dtype, torch.float32))
+
+        def after(norm, *linears):
+            w = torch.cat([x.weight for x in linears]) * norm.weight * (1 if self.root is None else math.sqrt(C))
+            return w.to(dtype).T.contiguous()
+
         self.layers = []
         for i, layer in enumerate(model.model.layers):
-            a, m, loop = layer.self_attn, layer.mlp, model.config.loop_num > 1
-            gate = model.model.gate_projections[i] if loop else None
-            qkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) * layer.input_layernorm.weight
-            gate_up = torch.cat([m.gate_proj.weight, m.up_proj.weight]) * layer.post_attention_layernorm.weight
+            a, m, gate = layer.self_attn, layer.mlp, model.model.gate_projections[i] if loop else None
             self.layers.append(SimpleNamespace(
-                qkv=qkv.to(dtype), o=a.o_proj.weight.to(dtype).T, gate_up=gate_up.to(dtype), down=m.down_proj.weight.to(dtype).T,
+                qkv=after(layer.input_layernorm, a.q_proj, a.k_proj, a.v_proj), o=a.o_proj.weight.to(dtype).T,
+                gate_up=after(layer.post_attention_layernorm, m.gate_proj, m.up_proj), down=m.down_proj.weight.to(dtype).T,
                 gate=gate.weight.to(dtype) if loop else None, bias=gate.bias.to(dtype) if loop else None))
-        self.head = (model.lm_head.weight * model.model.norm.weight).to(dtype)
+        self.head = after(model.model.norm, model.lm_head)
+
+    def unit(self, x):
+        """x / rms(x): sqrt(sum x^2 + C eps) in three calls, where torch's own norm is ten on a CPU; sqrt(C) is in the weights."""
+        if self.root is None:
+            return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.root.dtype)
+        return (x / torch.hypot(length, self.root)).to(x.dtype)
 
 
 class Step:
     """Where the next token of each row goes and what it sees: made once a step, read by all layers and passes."""
 
     def __init__(self, cache):
-        config, lengths, W = cache.config, cache.lengths, cache.config.loop_window_size
+        lengths, W = cache.lengths, cache.config.loop_window_size
         have = lengths.tolist()
         if max(have) >= cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} tokens a row, and row {have.index(max(have))} is full")
         dtype, device = cache.first[0].dtype, lengths.device
-        cos, sin = rotary_table(lengths[:, None], config.head_dim, config.rope_theta)            # (B, 1, 1, D)
-        self.cos, self.sin = cos[:, 0].to(dtype), sin[:, 0].to(dtype)
+        self.cos, self.sin = (x[lengths] for x in cache.rotary)                  # (B, 1, D)
         self.total, self.end = lengths + 1, max(have) + 1
         self.ring_end = W if device.type == "cuda" else min(self.end, W)         # the fused kernel takes W from the shape
         self.position, self.rows = lengths, torch.arange(len(have), device=device)
@@ -734,7 +758,7 @@ class LoopCoder(nn.Module):
         step = CachedAttention(cache, rows, lengths, T)
         gates = getattr(self.model, "gate_projections", None)
         h = self.passes(input_ids, step.positions, step.pass_1,
-                        lambda turn, i, q, k, v, k1, v1: step.later_pass(turn, i, gates[i], q, k, v), cache, rows, lengths - 1)
+                        lambda turn, i, *qkv: step.later_pass(turn, i, gates[i], *qkv), cache, rows, lengths - 1)
         cache.lengths[rows] = cache.lengths[rows] + lengths
         return h
 
@@ -758,11 +782,16 @@ class LoopCoder(nn.Module):
         The same as append() with one token, in as few calls as it takes: a small model's step is all overhead. Norm gains are folded
         into the weights behind them, residuals into the matrix products, and a step writes one slot of each cache and moves nothing.
         """
-        config = self.config
-        H, KV, D, B = config.num_attention_heads, config.num_key_value_heads, config.head_dim, len(tokens)
         cache.packed = cache.packed or PackedWeights(self)
-        layers, at = cache.packed.layers, Step(cache)
-        unit = lambda x: F.rms_norm(x, x.shape[-1:], eps=config.rms_norm_eps)
+        logits = torch.mm(self.append_one(cache, tokens, active), cache.packed.head)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.inference_mode()   # an eighth faster than no_grad, but what it returns can never take part in a gradient: decode() ends it
+    def append_one(self, cache, tokens, active):
+        """The passes of decode(): final hidden states (B, C) over their root mean square."""
+        config, packed, at = self.config, cache.packed, Step(cache)
+        H, KV, D, B = config.num_attention_heads, config.num_key_value_heads, config.head_dim, len(tokens)
+        k1v1 = [kv[:, :, : at.end].split(KV, dim=1) for kv in cache.first]
         embedded = x = self.embed(tokens)                                        # (B, C)
         for turn in range(config.loop_num):
             x_before = x
@@ -770,26 +799,24 @@ class LoopCoder(nn.Module):
                 kept = cache.last_hidden[turn - 1]
                 before, kept[:] = kept[:, 0].clone(), x[:, None] if active is None else torch.where(active[:, None, None], x[:, None], kept)
                 x = embedded + before * (cache.lengths > 0)[:, None]
-            for i, w in enumerate(layers):
-                qkv = F.linear(unit(x), w.qkv).view(B, H + 2 * KV, D)
+            for i, w in enumerate(packed.layers):
+                qkv = torch.mm(packed.unit(x), w.qkv).view(B, H + 2 * KV, D)
                 qk = qkv[:, : H + KV]                                            # rotary, in place
                 torch.addcmul(qk * at.cos, qk.roll(D // 2, -1), at.sin, out=qk)
                 q, kv = qkv[:, :H], cache.first[i] if turn == 0 else cache.later[turn - 1][i]
                 at.write(kv, qkv[:, H:], ring=turn > 0)
-                first = cache.first[i][:, :, : at.end]
                 if turn == 0:
-                    o = attention_step(q, first[:, :KV], first[:, KV:], at.mask)
+                    o = attention_step(q, *k1v1[i], at.mask)
                 else:
-                    ring = kv[:, :, : at.ring_end]
-                    o = loop_attention_step(q, first[:, :KV], first[:, KV:], ring[:, :KV], ring[:, KV:], w.gate, w.bias, at.total,
-                                            at.mask, at.ring_mask)
+                    ring = kv[:, :, : at.ring_end].split(KV, dim=1)
+                    o = loop_attention_step(q, *k1v1[i], *ring, w.gate, w.bias, at.total, at.mask, at.ring_mask)
                 x = torch.addmm(x, o.view(B, H * D), w.o)
-                gate, up = F.linear(unit(x), w.gate_up).chunk(2, dim=-1)
+                gate, up = torch.mm(packed.unit(x), w.gate_up).chunk(2, dim=-1)
                 x = torch.addmm(x, F.silu(gate).mul_(up), w.down)
             if turn and self.loop_alpha is not None:
                 x = torch.lerp(x_before, x, self.loop_alpha.to(x.dtype))
         cache.lengths += 1 if active is None else active
-        return head_logits(unit(x), cache.packed.head)
+        return packed.unit(x)
 
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_ids=(), generator=None, lengths=None,
@@ -812,10 +839,9 @@ class LoopCoder(nn.Module):
         alive, stops = torch.arange(B, device=input_ids.device), torch.tensor(list(stop_ids), device=input_ids.device)
         for step in range(max_new_tokens):
             tokens = sample(logits, temperature, top_k, top_p, generator)
-            out[alive, at[alive] + step] = tokens
-            going = ~torch.isin(tokens, stops)
-            if not going.all():
-                alive, tokens = alive[going], tokens[going]
+            out[alive, at + step] = tokens
+            if len(stops) and not (going := ~torch.isin(tokens, stops)).all():
+                alive, at, tokens = alive[going], at[going], tokens[going]
                 if len(alive) == 0:
                     break
                 cache.keep(going.nonzero()[:, 0])
@@ -827,7 +853,7 @@ class LoopCoder(nn.Module):
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw one token a row from logits (B, V): temperature, then the top_k best, then the smallest set with top_p of the mass."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices                                            # argmax() takes twice as long on a CPU
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
