@@ -225,9 +225,9 @@ class SummedLoss(torch.autograd.Function):
             total -= (logp[rows, t] * learn).sum()
             d = logp.exp_()
             d[rows, t] -= 1
-            d = d.mul_(learn[:, None]).to(hidden.dtype)
-            grads.append(d @ w)
-            dw += d.T @ h
+            d, learn = d.to(hidden.dtype), learn[:, None]                        # what is not learned is cleared in (n, C): V is wider
+            grads.append((d @ w).mul_(learn))
+            dw = dw.addmm_(d.T, h * learn) if d.dtype == wide else dw.add_(d.T @ (h * learn))
         ctx.save_for_backward(torch.cat(grads), dw.to(weight.dtype))
         return total
 
