@@ -483,6 +483,7 @@ def test_the_command_checks_the_kernel_without_a_gpu_and_times_nothing():
         kernels.main(["--tiles"])
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_peer_that_cannot_run_says_why_and_the_others_compute_the_same_values(monkeypatch, capsys):
     """On a CPU two of the four peers of the bench can run, without being compiled; the others must not end the table."""
     monkeypatch.setattr(torch, "compile", lambda function=None, **options: function or (lambda f: f))
