@@ -562,7 +562,7 @@ def decode_launches(q, k1, v1, k2, v2, gate_weight, gate_bias, lengths, o):
     n_global, n_local = triton.cdiv(S, PART), triton.cdiv(W, PART)
     part_o = q.new_empty(B, H, n_global + n_local, D, dtype=torch.float32)
     part_lse = q.new_empty(B, H, n_global + n_local, dtype=torch.float32)
-    block = 16 if q.dtype == torch.float32 else 64
+    block = 16 if q.dtype == torch.float32 else 32                                          # 64 KB of shared memory at D = 128
     constants = dict(D=D, num_warps=4, enable_fp_fusion=True)
     parts = (*map(view, (q, k1, v1, k2, v2)), lengths.contiguous(), part_o, part_lse, W, D**-0.5, H, n_global, n_local)
     merge = (view(q), gate_weight.contiguous(), gate_bias.contiguous(), part_o, part_lse, view(o), H, n_global, n_local)
@@ -677,7 +677,7 @@ def document_starts(segment_ids):
     """For each position the first position of its segment: (B, T) ids, equal along a document -> (B, T) int32."""
     position = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
     is_first = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
-    return torch.where(is_first, position, 0).cummax(1).values.int()
+    return (position * is_first).cummax(1).values.int()                                     # no scalar that would come from the host
 
 
 def document_ends(starts, S):

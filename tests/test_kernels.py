@@ -394,7 +394,8 @@ def test_forward_and_backward_compile_for_an_h100_without_spilling_a_register(co
     assert [name for name, *_ in found] == ["forward_kernel", "dq_kernel", "dkv_kernel", *others]
     for name, spilled, shared, ptx, said in found:
         assert spilled == [0, 0], f"{name}: {said}"                              # stores, loads
-        assert shared <= 227 * 1024, f"{name} asks for more shared memory than an H100 has: {shared}"
+        room = 99 if name in decoding else 227                                   # decoding has one tile for all GPUs, the smaller ones too
+        assert shared <= room * 1024, f"{name} asks for more shared memory than there is: {shared}"
         assert "wgmma.mma_async" in ptx or name in decoding, f"{name} does not reach Hopper's matrix units"
         wide = re.search(r"cp\.async\.cg\.shared\.global .*, 0x10,", ptx)
         assert wide or name == "merge_kernel", f"{name} does not copy 16 bytes at a time"
