@@ -52,6 +52,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import types
@@ -60,7 +61,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# ---- what callers see ----------------------------------------------------------------------------------------------------------
+# ---- what callers see -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -148,98 +149,6 @@ class Grade:
     names: list = field(default_factory=list)  # of the tests, where they come from test files
 
 
-# ---- plain data ----------------------------------------------------------------------------------------------------------------
-# What crosses the boundary is JSON. None, bool, int, float, str and list are themselves; everything else is {tag: body}.
-
-ANSWER_BYTES = 1 << 20
-DEPTH = 64
-
-
-class Unsendable(ValueError):
-    """A value that is not plain data."""
-
-
-def pack(value, other=None, depth=0):
-    """A value as a JSON tree, by the built-in types' own methods: a lying __iter__ has no say. `other(value)` makes a tree of the rest."""
-    if depth > DEPTH:
-        raise Unsendable(f"nested deeper than {DEPTH}, or in itself")
-    kind = type(value)
-    if value is None or kind is bool or kind is float:
-        return value
-    deeper = lambda items: [pack(item, other, depth + 1) for item in items]
-    if issubclass(kind, str):
-        return str.__str__(value)
-    if issubclass(kind, int):
-        number = int.__index__(value)
-        return number if number.bit_length() < 4096 else {"int": hex(number)}  # hex has no limit on digits
-    if issubclass(kind, float):
-        return float.__float__(value)
-    if issubclass(kind, list):
-        return deeper(list.__iter__(value))
-    if issubclass(kind, dict):
-        return {"dict": [deeper(pair) for pair in dict.items(value)]}
-    for base in (tuple, set, frozenset):
-        if issubclass(kind, base):
-            return {base.__name__: deeper(base.__iter__(value))}
-    for base in (bytes, bytearray):
-        if issubclass(kind, base):
-            return {base.__name__: base.decode(value, "latin-1")}
-    if kind is complex:
-        return {"complex": [value.real, value.imag]}
-    if other is not None:
-        return other(value)
-    raise Unsendable(f"{kind.__name__} is not plain data")
-
-
-def unpack(tree, other=None):
-    """The value of a JSON tree: the inverse of pack."""
-    if isinstance(tree, list):
-        return [unpack(item, other) for item in tree]
-    if not isinstance(tree, dict):
-        return tree
-    ((tag, body),) = tree.items()
-    if tag in ("tuple", "set", "frozenset"):
-        return getattr(builtins, tag)(unpack(item, other) for item in body)
-    if tag == "dict":
-        return {unpack(key, other): unpack(item, other) for key, item in body}
-    if tag in ("bytes", "bytearray"):
-        return getattr(builtins, tag)(body, "latin-1")
-    if tag == "int":
-        return int(body, 16)
-    if tag == "complex":
-        return complex(*body)
-    if other is None:
-        raise ValueError(f"unknown tag {tag!r}")
-    return other(tag, body)
-
-
-def canonical(tree, depth=0):
-    """The tree with sets and dictionaries in one order. Nothing is hashed on the way: a candidate could choose keys that collide."""
-    if depth > 2 * DEPTH + 2:
-        raise ValueError("nested too deep")
-    if isinstance(tree, list):
-        return [canonical(item, depth + 1) for item in tree]
-    if isinstance(tree, dict):
-        ((tag, body),) = tree.items()
-        body = canonical(body, depth + 1)
-        return {tag: sorted(body, key=json.dumps) if tag in ("set", "frozenset", "dict") else body}
-    return tree
-
-
-def same(want, got, tolerance=0.0):
-    """Two canonical trees: equal types, equal values, floats within the tolerance, nan equal to nan."""
-    if type(want) is not type(got):
-        return False
-    if isinstance(want, float):
-        near = math.isfinite(want) and abs(want - got) <= tolerance * max(1.0, abs(want))  # anything is near to infinity
-        return want == got or (want != want and got != got) or near
-    if isinstance(want, list):
-        return len(want) == len(got) and all(same(a, b, tolerance) for a, b in zip(want, got))
-    if isinstance(want, dict):
-        return want.keys() == got.keys() and all(same(want[tag], got[tag], tolerance) for tag in want)
-    return want == got
-
-
 PARSING = threading.Lock()
 
 
@@ -249,36 +158,47 @@ def parse(text, mode="exec"):
         return ast.parse(text, mode=mode)
 
 
+# ---- messages -------------------------------------------------------------------------------------------------------------------
+# Between our own processes, and to a program: 4 bytes of length and then the bytes, which are mostly JSON.
+
+
 def framed(payload):
     return struct.pack("!I", len(payload)) + payload
 
 
-def read_into(sock, room):
-    """Fill a memoryview; ConnectionError where the data ends before."""
-    while len(room):
-        size = sock.recv_into(room)
-        if size == 0:
+def send(sock, value):
+    sock.sendall(framed(json.dumps(value).encode()))
+
+
+def read_exactly(sock, size):
+    """So many bytes; ConnectionError where they end before."""
+    data = bytearray(size)
+    room = memoryview(data)
+    while room:
+        got = sock.recv_into(room)
+        if got == 0:
             raise ConnectionError("the other side has gone")
-        room = room[size:]
+        room = room[got:]
+    return bytes(data)
+
+
+def read_frame(sock, most=1 << 30):
+    """One frame; ValueError where it claims more than `most` bytes."""
+    (size,) = struct.unpack("!I", read_exactly(sock, 4))
+    if size > most:
+        raise ValueError(f"a frame of {size} bytes, {most} at most")
+    return read_exactly(sock, size)
+
+
+def receive(sock, most=1 << 30):
+    return json.loads(read_frame(sock, most))
 
 
 def text_of(data):
     return bytes(data).decode("utf-8", "backslashreplace")
 
 
-def read_frame(sock, most=1 << 30):
-    """One frame, 4 bytes of length and then the bytes; ValueError where it claims more than `most`."""
-    sizes = bytearray(4)
-    read_into(sock, memoryview(sizes))
-    (size,) = struct.unpack("!I", sizes)
-    if size > most:
-        raise ValueError(f"a frame of {size} bytes, {most} at most")
-    data = bytearray(size)
-    read_into(sock, memoryview(data))
-    return bytes(data)
-
-
-# ---- the kernel, through ctypes ------------------------------------------------------------------------------------------------
+# ---- the kernel, through ctypes -------------------------------------------------------------------------------------------------
 
 libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the calls are short, and clone() must not give the interpreter's lock away
 ARM = os.uname().machine == "aarch64"
@@ -289,8 +209,6 @@ NAMESPACES = 0x20000 | 0x8000000 | 0x10000000 | 0x20000000 | 0x40000000  # mount
 NEW_HOSTNAME, NEW_IN_EACH_RUN = 0x4000000, 0x20000 | 0x8000000 | 0x40000000  # mounts, ipc, network
 RDONLY, NOSUID, NODEV, NOEXEC, BIND, RECURSIVE, PRIVATE, DETACH = 1, 2, 4, 8, 4096, 16384, 1 << 18, 2
 PR_DEATHSIG, PR_DUMPABLE, PR_SECCOMP, PR_SUBREAPER, PR_NO_NEW_PRIVS, PR_TID_ADDRESS = 1, 4, 22, 36, 38, 40
-INSIDE_ID = 1000  # the user and group that everybody is inside
-OUTSIDE_ID = 65534  # who that is outside when we are root; otherwise it is us
 
 
 def checked(result, what):
@@ -320,12 +238,27 @@ def thread_id_address():
     return address.value
 
 
-def clone(flags=0):
-    """fork() into new namespaces, for a process of one thread. os.fork()'s hooks touch 150 pages that every child then has to copy."""
+def spawn(work, listener=None, flags=0):
+    """
+    A process that does `work` and nothing else, in new namespaces by `flags`; -> its pid. What breaks it is told to whoever listens.
+    For a process of one thread: os.fork() would do, but its hooks touch 150 pages that every child then has to copy.
+    """
     if PORTABLE:
-        return os.fork()
-    where = (0, thread_id_address()) if ARM else (thread_id_address(), 0)
-    return syscall(SYS_CLONE, flags | (0x01000000 if any(where) else 0) | signal.SIGCHLD, 0, 0, *where)  # CLONE_CHILD_SETTID
+        pid = os.fork()
+    else:
+        where = (0, thread_id_address()) if ARM else (thread_id_address(), 0)
+        pid = syscall(SYS_CLONE, flags | (0x01000000 if any(where) else 0) | signal.SIGCHLD, 0, 0, *where)  # CLONE_CHILD_SETTID
+    if pid:
+        return pid
+    code = 1
+    try:
+        code = work() or 0
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            if listener:
+                send(listener, {"error": f"{type(error).__name__}: {error}"})
+    finally:
+        os._exit(code)
 
 
 def mount(source, target, kind, flags, options=""):
@@ -344,7 +277,116 @@ def out_of_the_way(descriptor):
     return higher
 
 
-# Landlock: what a process may do with files, for good. Rights are bits; each version of the kernel's interface knows more of them.
+# ---- first wall: who a program is, and what it sees -----------------------------------------------------------------------------
+
+INSIDE_ID = 1000  # the user and group that everybody is inside
+OUTSIDE_ID = 65534  # who that is outside when we are root; otherwise it is us
+
+
+def map_ids(pid, outside_uid, outside_gid, privileged):
+    """Inside, everybody is INSIDE_ID; outside, that is one user without rights."""
+    if not privileged:
+        Path(f"/proc/{pid}/setgroups").write_text("deny")
+    Path(f"/proc/{pid}/uid_map").write_text(f"{INSIDE_ID} {outside_uid} 1")
+    Path(f"/proc/{pid}/gid_map").write_text(f"{INSIDE_ID} {outside_gid} 1")
+
+
+def become_nobody(namespaces, uid):
+    """Leave root behind where we are root; returns a sentence on who we are now."""
+    if uid == 0 and not namespaces:
+        os.seteuid(OUTSIDE_ID)
+        readable = os.access(os.__file__, os.R_OK, effective_ids=True)
+        os.seteuid(0)
+        if not readable:
+            drop_capabilities()
+            return f"missing: still user 0, without capabilities, because user {OUTSIDE_ID} cannot read {os.__file__}"
+    if uid == 0:
+        os.setgroups([])
+    if uid == 0 or namespaces:
+        inside = INSIDE_ID if namespaces else OUTSIDE_ID
+        os.setgid(inside), os.setuid(inside)
+    return f"in force: user {uid or OUTSIDE_ID}" + f" outside, {INSIDE_ID} inside" * namespaces + ", no capabilities"
+
+
+BOX, DISK = "/box", "/box/run"  # /box carries the Landlock right to write; the private tmpfs of a run is mounted on /box/run
+TOOLS = "/tools"  # python and python3, first in PATH
+DEVICES = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"]
+SHOWN = ("/usr/bin /usr/sbin /usr/lib /usr/lib32 /usr/lib64 /usr/libexec /usr/include /usr/share/zoneinfo /usr/share/nodejs "
+         "/usr/local/bin /usr/local/lib /usr/local/include /bin /sbin /lib /lib32 /lib64 /etc/alternatives /etc/ld.so.cache "
+         "/etc/localtime").split()  # fmt: skip
+WRITTEN = {"/etc/passwd": f"sandbox:x:{INSIDE_ID}:{INSIDE_ID}::{DISK}/work:/bin/sh\n", "/etc/group": f"sandbox:x:{INSIDE_ID}:\n",
+           "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n", "/etc/nsswitch.conf": "hosts: files\n"}  # fmt: skip
+PACKAGES = [f"{prefix}/{lib}/{python}/{kind}-packages" for prefix in {sys.base_prefix, "/usr", "/usr/local"} for lib in ("lib", "lib64")
+            for python in ("python%d.%d" % sys.version_info[:2], "python3") for kind in ("site", "dist")]  # ours and answers may lie there
+LINKS = {"/tmp": DISK + "/tmp", "/dev/shm": DISK + "/shm", "/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0",
+         "/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2"}  # fmt: skip
+
+
+def environment(disk):
+    path = TOOLS if disk == DISK else sys.base_prefix + "/bin"
+    return {"PATH": f"{path}:/usr/local/bin:/usr/bin:/bin", "HOME": f"{disk}/work", "TMPDIR": f"{disk}/tmp", "LANG": "C.UTF-8",
+            "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+
+
+def shown_paths():
+    """What a program sees of this machine: the interpreter, the system's tools and libraries; nothing of /etc, /home, /var, /usr/src."""
+    inside_shown = any(f"{sys.base_prefix}/".startswith(f"{path}/") for path in SHOWN)
+    own = [] if inside_shown else [f"{sys.base_prefix}/{name}" for name in ("bin", "lib", "lib64", "include")]
+    return [path for path in SHOWN + own if os.path.lexists(path)]
+
+
+def open_sources():
+    """[(path, link target or descriptor)] of what will be shown, opened while it can still be reached."""
+    is_link = lambda path: os.path.islink(path) and path != "/etc/localtime"  # that one points out of what is shown
+    real = [(path, os.readlink(path) if is_link(path) else os.open(path, os.O_PATH)) for path in shown_paths() + DEVICES]
+    return real + [*LINKS.items(), *((f"{TOOLS}/{name}", os.path.realpath(sys.executable)) for name in ("python", "python3"))]
+
+
+def build_view(sources):
+    """A root directory from nothing: binds, links, a few lines of /etc, all read-only. Every run clones it and adds one tmpfs."""
+    root = "/tmp"  # any directory would do
+    mount("none", "/", "", RECURSIVE | PRIVATE)
+    mount("root", root, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
+    make = lambda path: os.makedirs(root + path, exist_ok=True)
+    for path, source in sources:
+        make(os.path.dirname(path))
+        if isinstance(source, str):
+            os.symlink(source, root + path)
+            continue
+        if stat.S_ISDIR(os.fstat(source).st_mode):
+            make(path)
+        else:
+            Path(root + path).touch()
+        mount(f"/proc/self/fd/{source}", root + path, "", BIND | RECURSIVE)
+        os.close(source)
+    for path in (DISK, "/proc", "/nothing"):
+        make(path)
+    for path, text in WRITTEN.items():
+        Path(root + path).write_text(text)
+    for path in PACKAGES:
+        if os.path.isdir(root + path):
+            mount(root + "/nothing", root + path, "", BIND)
+    mount("proc", root + "/proc", "proc", NOSUID | NODEV | NOEXEC)
+    os.chdir(root)
+    syscall(SYS_PIVOT_ROOT, b".", b".")
+    checked(libc.umount2(b".", DETACH), "umount of the old root")
+    os.chdir("/")
+    syscall(SYS_MOUNT_SETATTR, -1, b"/", 0x8000, struct.pack("QQQQ", RDONLY | NOSUID, 0, 0, 0), 32)  # 0x8000: and all below
+    syscall(SYS_MOUNT_SETATTR, -1, b"/proc", 0, struct.pack("QQQQ", 0, RDONLY, 0, 0), 32)  # wardens write their id maps there
+
+
+def local_network(settings):
+    """A loopback to talk over, with buffers small enough that what they hold of the kernel's memory is bounded."""
+    for name in ("tcp_rmem", "tcp_wmem"):
+        place = os.open(f"net/ipv4/{name}", os.O_WRONLY, dir_fd=settings)
+        os.write(place, b"4096 65536 65536")
+        os.close(place)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sH14x", b"lo", 1 | 64))  # SIOCSIFFLAGS: up, running
+
+
+# ---- second wall: Landlock ------------------------------------------------------------------------------------------------------
+# What a process may do with files, for good. Rights are bits; each version of the kernel's interface knows more of them.
 
 READING = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, read a directory
 DEVICE = 1 << 1 | 1 << 2 | 1 << 15  # write, read, ioctl
@@ -366,7 +408,8 @@ def landlock_rules(version, readable, writable, devices):
     return out_of_the_way(ruleset)
 
 
-# seccomp: which system calls there are at all. Name: number on x86-64, on arm64 (0: it is not there).
+# ---- third wall: seccomp --------------------------------------------------------------------------------------------------------
+# Which system calls there are at all. Name: number on x86-64, on arm64 (0: it is not there).
 
 REFUSED = {
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272), "pidfd_getfd": (438, 438),
@@ -435,103 +478,98 @@ def seccomp(program):
     prctl(PR_SECCOMP, 2, ctypes.byref(header))
 
 
-# ---- the view of the files -----------------------------------------------------------------------------------------------------
+# ---- the walls together ---------------------------------------------------------------------------------------------------------
 
-BOX, DISK = "/box", "/box/run"  # /box carries the Landlock right to write; the private tmpfs of a run is mounted on /box/run
-TOOLS = "/tools"  # python and python3, first in PATH
-DEVICES = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"]
-SHOWN = ("/usr/bin /usr/sbin /usr/lib /usr/lib32 /usr/lib64 /usr/libexec /usr/include /usr/share/zoneinfo /usr/share/nodejs "
-         "/usr/local/bin /usr/local/lib /usr/local/include /bin /sbin /lib /lib32 /lib64 /etc/alternatives /etc/ld.so.cache "
-         "/etc/localtime").split()  # fmt: skip
-WRITTEN = {"/etc/passwd": f"sandbox:x:{INSIDE_ID}:{INSIDE_ID}::{DISK}/work:/bin/sh\n", "/etc/group": f"sandbox:x:{INSIDE_ID}:\n",
-           "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n", "/etc/nsswitch.conf": "hosts: files\n"}  # fmt: skip
-PACKAGES = [f"{prefix}/{lib}/{python}/{kind}-packages" for prefix in {sys.base_prefix, "/usr", "/usr/local"} for lib in ("lib", "lib64")
-            for python in ("python%d.%d" % sys.version_info[:2], "python3") for kind in ("site", "dist")]  # ours and answers may lie there
-LINKS = {"/tmp": DISK + "/tmp", "/dev/shm": DISK + "/shm", "/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0",
-         "/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2"}  # fmt: skip
-
-
-def environment(disk):
-    path = TOOLS if disk == DISK else sys.base_prefix + "/bin"
-    return {"PATH": f"{path}:/usr/local/bin:/usr/bin:/bin", "HOME": f"{disk}/work", "TMPDIR": f"{disk}/tmp", "LANG": "C.UTF-8",
-            "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
-
-
-def shown_paths():
-    """What a program sees of this machine: the interpreter, the system's tools and libraries; nothing of /etc, /home, /var, /usr/src."""
-    inside_shown = any(f"{sys.base_prefix}/".startswith(f"{path}/") for path in SHOWN)
-    own = [] if inside_shown else [f"{sys.base_prefix}/{name}" for name in ("bin", "lib", "lib64", "include")]
-    return [path for path in SHOWN + own if os.path.lexists(path)]
+FULL = {
+    "namespaces": "in force: mounts, network, ipc new for each run; users, processes one set a warden, emptied between runs",
+    "view": f"in force: tools and libraries read-only, no installed packages, one private disk at {DISK}",
+    "end": "in force: every process of a run is killed, whatever became of its parents",
+    "limits": "in force: CPU, memory, processes, disk, output",
+}
+BARE = {  # without namespaces
+    "view": "missing: programs see the host's files, as far as Landlock lets them",
+    "end": FULL["end"],
+    "limits": f"{FULL['limits']}; disk and processes are only watched",
+}
+LEAST = {  # what every Unix has
+    **dict.fromkeys(("namespaces", "landlock", "seccomp", "cgroup"), f"missing: not used on {sys.platform}"),
+    "view": "missing: programs reach the files, the network and the processes of their user",
+    "end": "missing: the process group is killed; a process that has left it stays",
+    "limits": "in force: CPU, memory and processes as far as rlimits go; wall, disk and output are watched",
+}
 
 
-def open_sources():
-    """[(path, link target or descriptor)] of what will be shown, opened while it can still be reached."""
-    is_link = lambda path: os.path.islink(path) and path != "/etc/localtime"  # that one points out of what is shown
-    return [(path, os.readlink(path) if is_link(path) else os.open(path, os.O_PATH)) for path in shown_paths() + DEVICES]
+def raise_walls(namespaces, uid, facts):
+    """Build what every run shares; `facts` takes a sentence a layer: in force or missing, and why."""
+    walls = {"namespaces": namespaces, "ruleset": None, "filter": None, "landlock": 0, "disk": DISK}
+    sources = open_sources() if namespaces else []
+    facts["user"] = become_nobody(namespaces, uid)
+    facts.update(FULL if namespaces else LEAST if PORTABLE else BARE)
+    if namespaces:
+        libc.sethostname(b"sandbox", 7)
+        build_view(sources)
+        sys.executable = TOOLS + "/python"
+    if not PORTABLE:
+        raise_filters(walls, facts)
+    if not namespaces and walls["landlock"] < 6 and facts["user"].startswith("missing"):
+        # nothing holds signals back: a program of root's could end every process of the machine
+        raise OSError(errno.EPERM, f"run this as another user than root, or with a Python that user {OUTSIDE_ID} can read")
+    return walls
 
 
-def build_view(sources, interpreter):
-    """A root directory from nothing: binds, links, a few lines of /etc, all read-only. Every run clones it and adds one tmpfs."""
-    root = "/tmp"  # any directory would do
-    mount("root", root, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
-    make = lambda path: os.makedirs(root + path, exist_ok=True)
-    for path, source in sources:
-        make(os.path.dirname(path))
-        if isinstance(source, str):
-            os.symlink(source, root + path)
-            continue
-        if stat.S_ISDIR(os.fstat(source).st_mode):
-            make(path)
-        else:
-            Path(root + path).touch()
-        mount(f"/proc/self/fd/{source}", root + path, "", BIND | RECURSIVE)
-        os.close(source)
-    for path in (DISK, TOOLS, "/proc", "/nothing"):
-        make(path)
-    for path, text in WRITTEN.items():
-        Path(root + path).write_text(text)
-    for path, target in {**LINKS, TOOLS + "/python": interpreter, TOOLS + "/python3": interpreter}.items():
-        os.symlink(target, root + path)
-    for path in PACKAGES:
-        if os.path.isdir(root + path):
-            mount(root + "/nothing", root + path, "", BIND)
-    mount("proc", root + "/proc", "proc", NOSUID | NODEV | NOEXEC)
-    os.chdir(root)
-    syscall(SYS_PIVOT_ROOT, b".", b".")
-    checked(libc.umount2(b".", DETACH), "umount of the old root")
-    os.chdir("/")
-    syscall(SYS_MOUNT_SETATTR, -1, b"/", 0x8000, struct.pack("QQQQ", RDONLY | NOSUID, 0, 0, 0), 32)  # 0x8000: and all below
-    syscall(SYS_MOUNT_SETATTR, -1, b"/proc", 0, struct.pack("QQQQ", 0, RDONLY, 0, 0), 32)  # wardens write their id maps there
+def raise_filters(walls, facts):
+    """Landlock and seccomp, as far as this kernel has them."""
+    try:
+        walls["landlock"] = version = syscall(SYS_LANDLOCK, None, 0, 1)
+        walls["ruleset"] = landlock_rules(version, ["/"], [BOX], ["/dev"]) if walls["namespaces"] else None
+        facts["landlock"] = f"in force: version {version}" + ("" if version >= 6 else "; signals and abstract sockets need version 6")
+    except OSError as error:
+        facts["landlock"] = f"missing: {error.strerror}"
+    facts["seccomp"] = "missing: the kernel refuses the filter"
+    program = seccomp_program(walls["namespaces"])
+    tried = spawn(lambda: prctl(PR_NO_NEW_PRIVS, 1) or seccomp(program))
+    if os.waitpid(tried, 0)[1] == 0:
+        walls["filter"], refused = program, len(REFUSED) + (0 if walls["namespaces"] else len(REFUSED_BARE))
+        facts["seccomp"] = f"in force: {refused} system calls refused, and all newer than number {NEWEST_SYSCALL}"
 
 
-def inodes_of(disk_mb):
-    return max(256, 64 * disk_mb)
+def confine(limits, walls):
+    """The last thing before the program: what this process may use (rlimits) and do (capabilities, Landlock, seccomp), for good."""
+    for name, value in {
+        "CPU": math.ceil(limits["cpu_s"]) + 1,
+        "FSIZE": limits["file_mb"] << 20,
+        "DATA": walls["data"] + (limits["memory_mb"] << 20),
+        "NPROC": limits["processes"] + walls["neighbours"],
+        "NOFILE": 256,
+        "STACK": 8 << 20,
+        "CORE": 1,  # with 0, a core handler of the host's would still run; 1 byte is too little for either
+        "MSGQUEUE": 0,
+    }.items():
+        limit = getattr(resource, f"RLIMIT_{name}", None)
+        if limit is not None:
+            hard = resource.getrlimit(limit)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            with contextlib.suppress(*(OSError, ValueError) * PORTABLE):  # some systems have a limit by name only
+                resource.setrlimit(limit, (value, value))
+    prctl(PR_NO_NEW_PRIVS, 1)
+    if walls["ruleset"] is not None:
+        syscall(SYS_LANDLOCK + 2, walls["ruleset"], 0)
+        os.close(walls["ruleset"])
+    drop_capabilities()
+    if walls["filter"] is not None:
+        seccomp(walls["filter"])
 
 
-def remove_folder(folder):
-    with contextlib.suppress(RecursionError):
-        shutil.rmtree(folder, ignore_errors=True)
-    if os.path.exists(folder):  # locked, or deeper than Python can go
-        for command in ("chmod -R u+rwx", "rm -rf"):
-            subprocess.run([*command.split(), folder], stderr=subprocess.DEVNULL)
+# ---- files, in and out ----------------------------------------------------------------------------------------------------------
+# {path: (mode, bytes)}: that is how a tree of files travels, and all that ever leaves a run's disk.
+
+HISTORY = {".git", ".hg", ".svn", ".bzr", ".jj"}
 
 
-def local_network(settings):
-    """A loopback to talk over, with buffers small enough that what they hold of the kernel's memory is bounded."""
-    for name in ("tcp_rmem", "tcp_wmem"):
-        place = os.open(f"net/ipv4/{name}", os.O_WRONLY, dir_fd=settings)
-        os.write(place, b"4096 65536 65536")
-        os.close(place)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sH14x", b"lo", 1 | 64))  # SIOCSIFFLAGS: up, running
-
-
-def map_ids(pid, outside_uid, outside_gid, privileged):
-    """Inside, everybody is INSIDE_ID; outside, that is one user without rights."""
-    if not privileged:
-        Path(f"/proc/{pid}/setgroups").write_text("deny")
-    Path(f"/proc/{pid}/uid_map").write_text(f"{INSIDE_ID} {outside_uid} 1")
-    Path(f"/proc/{pid}/gid_map").write_text(f"{INSIDE_ID} {outside_gid} 1")
+def contained(path, target):
+    """Does a symlink at `path` stay inside the tree?"""
+    inside = os.path.normpath(os.path.join(os.path.dirname(path), target))
+    return not target.startswith("/") and inside.split("/")[0] != ".."
 
 
 def write_files(files):
@@ -543,15 +581,6 @@ def write_files(files):
         elif stat.S_ISREG(mode):
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode & 0o777), "wb", 0) as file:
                 file.write(data)
-
-
-HISTORY = {".git", ".hg", ".svn", ".bzr", ".jj"}
-
-
-def contained(path, target):
-    """Does a symlink at `path` stay inside the tree?"""
-    inside = os.path.normpath(os.path.join(os.path.dirname(path), target))
-    return not target.startswith("/") and inside.split("/")[0] != ".."
 
 
 def below_folder(folder, history=True):
@@ -593,85 +622,57 @@ def read_tree(folder, room=1 << 40):
     return dict(sorted(tree.items()))
 
 
-# ---- the candidate -------------------------------------------------------------------------------------------------------------
+def inodes_of(disk_mb):
+    return max(256, 64 * disk_mb)
 
 
-def confine(limits, walls):
-    """The last thing before the program: what this process may use (rlimits) and do (capabilities, Landlock, seccomp), for good."""
-    for name, value in {
-        "CPU": math.ceil(limits["cpu_s"]) + 1,
-        "FSIZE": limits["file_mb"] << 20,
-        "DATA": walls["data"] + (limits["memory_mb"] << 20),
-        "NPROC": limits["processes"] + walls["neighbours"],
-        "NOFILE": 256,
-        "STACK": 8 << 20,
-        "CORE": 1,  # with 0, a core handler of the host's would still run; 1 byte is too little for either
-        "MSGQUEUE": 0,
-    }.items():
-        limit = getattr(resource, f"RLIMIT_{name}", None)
-        if limit is not None:
-            hard = resource.getrlimit(limit)[1]
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            with contextlib.suppress(*(OSError, ValueError) * PORTABLE):  # some systems have a limit by name only
-                resource.setrlimit(limit, (value, value))
-    prctl(PR_NO_NEW_PRIVS, 1)
-    if walls["ruleset"] is not None:
-        syscall(SYS_LANDLOCK + 2, walls["ruleset"], 0)
-        os.close(walls["ruleset"])
-    drop_capabilities()
-    if walls["filter"] is not None:
-        seccomp(walls["filter"])
+def remove_folder(folder):
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.path.exists(folder):  # locked, or deeper than Python can go
+        for command in ("chmod -R u+rwx", "rm -rf"):
+            subprocess.run([*command.split(), folder], stderr=subprocess.DEVNULL)
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------------------
 
 
 def live(asker, ready, pipes, limits, walls):
     """A program's life: its view, its files, the walls, then the program. Only this process ever reads what the run was given."""
-    try:
-        os.setsid()
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        gc.enable()
-        sys.modules["random"].seed()
-        if walls["namespaces"]:  # the one place where a run can write, seen by nobody else; bare, a folder of the host's
-            size = f"size={limits['disk_mb']}m,nr_inodes={inodes_of(limits['disk_mb'])},mode=755"
-            mount("disk", walls["disk"], "tmpfs", NOSUID | NODEV, size)
-            local_network(walls["settings"])
-            prctl(PR_DUMPABLE, 1)
-            Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, take this one
-        else:
-            os.environ.update(environment(walls["disk"]))
-            if walls["landlock"]:
-                walls["ruleset"] = landlock_rules(walls["landlock"], shown_paths(), [walls["disk"]], DEVICES)
-        for name in ("work", "tmp", "shm"):
-            os.mkdir(f"{walls['disk']}/{name}")
-        os.chdir(f"{walls['disk']}/work")
-        job = marshal.loads(read_frame(asker))
-        write_files(job["files"])
-        stdin = os.open("/dev/null", os.O_RDONLY)
-        if job["stdin"]:
-            stdin = os.open(walls["disk"] + "/stdin", os.O_RDWR | os.O_CREAT) if PORTABLE else os.memfd_create("stdin")
-            os.write(stdin, job["stdin"])
-            os.lseek(stdin, 0, 0)
-        work = os.open(".", os.O_RDONLY)
-        for number, descriptor in enumerate([stdin, *pipes]):
-            os.dup2(descriptor, number)
-        confine(limits, walls)
-        socket.send_fds(ready, [b"ready"], [work])
-    except Exception as error:
-        ready.send(f"{type(error).__name__}: {error}".encode())
-        os._exit(1)
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    gc.enable()
+    sys.modules["random"].seed()
+    if walls["namespaces"]:  # the one place where a run can write, seen by nobody else; bare, a folder of the host's
+        size = f"size={limits['disk_mb']}m,nr_inodes={inodes_of(limits['disk_mb'])},mode=755"
+        mount("disk", walls["disk"], "tmpfs", NOSUID | NODEV, size)
+        local_network(walls["settings"])
+        prctl(PR_DUMPABLE, 1)
+        Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, take this one
+    else:
+        os.environ.update(environment(walls["disk"]))
+        if walls["landlock"]:
+            walls["ruleset"] = landlock_rules(walls["landlock"], shown_paths(), [walls["disk"]], DEVICES)
+    for name in ("work", "tmp", "shm"):
+        os.mkdir(f"{walls['disk']}/{name}")
+    os.chdir(f"{walls['disk']}/work")
+    job = marshal.loads(read_frame(asker))
+    write_files(job["files"])
+    Path("../stdin").write_bytes(job["stdin"])
+    for number, descriptor in enumerate([os.open("../stdin", os.O_RDONLY), *pipes]):
+        os.dup2(descriptor, number)
+    confine(limits, walls)
+    socket.send_fds(ready, [b"ready"], [os.open(".", os.O_RDONLY)])
     os.closerange(1 + len(pipes), 1 << 20)
-    code = 1
-    try:
-        code = PROGRAMS[job["kind"]](job, environment(walls["disk"]))
-    finally:
-        os._exit(code)
+    return PROGRAMS[job["kind"]](job)
 
 
-def run_command(job, variables):
+def run_command(job):
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvpe(job["argv"][0], job["argv"], variables)
+        os.execvp(job["argv"][0], job["argv"])
     except (OSError, ValueError) as error:
         print(f"{job['argv'][0]}: {error}", file=sys.stderr, flush=True)
         return 127
@@ -693,7 +694,7 @@ def execute(path, main):
     exec(compile(Path(path).read_bytes(), path, "exec"), main.__dict__)
 
 
-def run_python(job, _):
+def run_python(job):
     """Run main.py to its end, as `python main.py` would, in this warm interpreter. Returns the exit code."""
     path, tracer = "main.py", Tracer(3) if job["trace"] else None
     code, main = 0, fresh_main(path)
@@ -775,367 +776,12 @@ class Tracer:
             channel.sendall(framed(json.dumps(report).encode()[:ANSWER_BYTES]))
 
 
-class Objects:
-    """What the other side may use: names in the program's modules, and objects that were handed out before."""
-
-    def __init__(self, main):
-        self.main, self.kept = main, []
-
-    def keep(self, value):
-        if len(self.kept) >= 10_000:
-            raise Unsendable("more than 10,000 objects in use")
-        self.kept.append(value)
-        bases = value.__mro__ if isinstance(value, type) else ()
-        return {"object": [len(self.kept) - 1, [base.__name__ for base in bases[:8]]]}
-
-    def answer(self, module, start, names, args, kwargs):
-        """Follow names from an object or a module; call what they lead to, or (args None) just read it."""
-        find = lambda tag, body: self.kept[body[0]]
-        if start is not None:
-            value = self.kept[start]
-        else:
-            value = self.main if module == "__main__" else __import__(module, fromlist=["*"])
-        for name in names:
-            value = getattr(value, name)
-        if args is None:
-            return value
-        return value(*(unpack(arg, find) for arg in args), **{key: unpack(arg, find) for key, arg in kwargs.items()})
-
-
-def serve(job, _):
-    """
-    Load the program (or wait for imports), then answer questions until there are no more: [nonce, keep objects?, module, object, names,
-    args, kwargs] gets [nonce, "value", tree] or [nonce, "raised", type names, message]. All this runs in the candidate's own process.
-    It can forge any frame, and has won no more than the right to give an answer.
-    """
-    channel = socket.socket(fileno=3)
-    main = fresh_main("main.py", "<program>")  # imported, not started; under a name that no module of a repository's can have
-    objects = Objects(main)
-    nonce, keep, work = None, False, functools.partial(execute, "main.py", main) if job["load"] else lambda: None
-    while True:
-        try:
-            reply = [nonce, "value", pack(work(), objects.keep if keep else None)]
-        except BaseException as error:
-            reply = [nonce, "raised", [base.__name__ for base in type(error).__mro__[:8]], message_of(error)]
-        frame = json.dumps(reply).encode()
-        if len(frame) > ANSWER_BYTES:
-            frame = json.dumps([nonce, "raised", ["Unsendable"], f"an answer of {len(frame)} bytes, {ANSWER_BYTES} at most"]).encode()
-        channel.sendall(framed(frame))
-        try:
-            nonce, keep, *question = json.loads(read_frame(channel))
-        except ConnectionError:
-            return 0
-        work = functools.partial(objects.answer, *question)
-
-
-def message_of(error):
-    try:
-        return str(error)[:2000]
-    except BaseException as second:
-        return f"({type(second).__name__} while its message was read)"
-
-
-# ---- the tester ----------------------------------------------------------------------------------------------------------------
-# Assert-style tests run here, in a run of their own. The candidate's functions are Remote: a call crosses a socket, and what comes
-# back is plain data or another Remote. No object of the candidate's ever exists in this interpreter.
-
-
-class CandidateError(Exception):
-    """The candidate raised something that is no built-in exception."""
-
-
-class NoAnswer(BaseException):
-    """The candidate has ended, or sent what is no answer: nothing that a test could have expected, and no test can catch it."""
-
-
-class Line:
-    """The tester's end of the socket to a candidate."""
-
-    def __init__(self, link):
-        self.link, self.errors = link, {}
-        self.loaded = self.receive("null")
-
-    def receive(self, nonce):
-        try:
-            got, *answer = json.loads(read_frame(self.link, ANSWER_BYTES))
-            if json.dumps(got) == nonce:
-                return answer
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise NoAnswer(f"no answer: {message_of(error)}") from None
-        raise NoAnswer("an answer from before its question")
-
-    def ask(self, module, start, names, args=None, kwargs=None):
-        nonce = json.dumps(os.urandom(8).hex())
-        args = None if args is None else [pack(arg, self.reference) for arg in args]
-        kwargs = {key: pack(arg, self.reference) for key, arg in (kwargs or {}).items()}
-        with contextlib.suppress(OSError):  # it has gone: receive() will say
-            self.link.sendall(framed(f"[{nonce},true,{json.dumps([module, start, names, args, kwargs])[1:-1]}]".encode()))
-        answer = self.receive(nonce)
-        if answer[0] == "raised" and "StopIteration" in answer[1] and names != ["next"]:  # a loop of the test's would just end there
-            raise CandidateError("StopIteration outside of an iterator")
-        return self.value(answer)
-
-    def value(self, answer):
-        if answer[0] == "value":
-            return unpack(answer[1], self.remote)
-        raise self.error_class(answer[1])(answer[2])
-
-    def error_class(self, names):
-        """The exception that stands for a candidate's: the built-in one of that name, or one made here."""
-        if names[0] not in self.errors:
-            known = (getattr(builtins, name, None) for name in names)
-            base = next((each for each in known if isinstance(each, type) and issubclass(each, BaseException)), CandidateError)
-            self.errors[names[0]] = base if base.__name__ == names[0] else type(str(names[0]), (base,), {})
-        return self.errors[names[0]]
-
-    def reference(self, value):
-        if isinstance(value, Remote):
-            return {"object": [value._start]}
-        raise Unsendable(f"{type(value).__name__} cannot be handed to the program: it is not plain data")
-
-    def remote(self, tag, body):
-        number, bases = body
-        return self.error_class(bases) if "BaseException" in bases else Remote(self, int(number))
-
-
-class Remote:
-    """An object that lives in the candidate's process. To compare it is an error: what it says of its own equality is worth nothing."""
-
-    def __init__(self, line, start):
-        self._line, self._start = line, start
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._line.ask(None, self._start, [name])
-
-    def __call__(self, *args, **kwargs):
-        return self._line.ask(None, self._start, [], args, kwargs)
-
-    def __eq__(self, other):
-        raise TypeError("the program returned an object that is not plain data; it cannot be compared")
-
-    __hash__ = None
-
-    def __contains__(self, item):
-        """An object that also contains what it cannot know of lies."""
-        contains = lambda item: self._line.ask("operator", None, ["contains"], [self, item]) is True
-        everything = False
-        with contextlib.suppress(Exception):
-            everything = contains(os.urandom(16).hex())
-        if everything:
-            raise TypeError("the program returned an object that says of everything that it contains it")
-        return contains(item)
-
-    def __exit__(self, *_):
-        return self._line.ask(None, self._start, ["__exit__"], [None, None, None])
-
-
-def forwarded(module, name):
-    return lambda self, *args: self._line.ask(module, None, [name], [self, *args])
-
-
-for _name in "len iter next str repr bool".split():  # no arithmetic: `abs(f(x) - 3) < 1e-9` would be the object's to answer
-    setattr(Remote, f"__{_name}__", forwarded("builtins", _name))
-for _name in ("getitem", "setitem", "delitem"):
-    setattr(Remote, f"__{_name}__", forwarded("operator", _name))
-Remote.__enter__ = lambda self: self._line.ask(None, self._start, ["__enter__"], [])
-
-
-class RemoteModules:
-    """An import hook: the candidate's modules are modules whose every attribute is asked for."""
-
-    def __init__(self, line, names):
-        self.line, self.names = line, names
-
-    def find_spec(self, name, path=None, target=None):
-        return importlib.util.spec_from_loader(name, self, is_package=True) if name in self.names else None
-
-    def create_module(self, spec):
-        self.line.ask(spec.name, None, ["__name__"])  # an import that fails, fails here
-        module = types.ModuleType(spec.name)
-        module.__getattr__ = functools.partial(self.attribute, spec.name)
-        module.__path__ = [os.path.join(os.getcwd(), *spec.name.split("."))]  # tests may lie inside the package
-        return module
-
-    def exec_module(self, module):
-        """Nothing is executed here: that is the point."""
-        return None
-
-    def attribute(self, module, name):
-        if name == "__all__":
-            return [each for each in self.line.ask(module, None, ["__dir__"], []) if not each.startswith("_")]
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self.line.ask(module, None, [name])
-
-
-class Skipped(Exception):
-    """A test that does not want to run. That is no pass."""
-
-
-@contextlib.contextmanager
-def raises(expected, match=None):
-    """`with pytest.raises(ValueError, match="...") as told:`"""
-    told = types.SimpleNamespace(value=None)
-    try:
-        yield told
-    except expected as error:
-        told.value = error
-        if match is not None and not re.search(match, str(error)):
-            raise
-    else:
-        raise AssertionError(f"{expected} was not raised")
-
-
-class Approx:
-    """`x == pytest.approx(1.5)`, also for lists and dictionaries."""
-
-    def __init__(self, want, rel=1e-6, abs=1e-12):
-        self.want, self.rel, self.abs = want, rel, abs
-
-    def __eq__(self, got):
-        near = lambda want, each: each == Approx(want, self.rel, self.abs)
-        if isinstance(self.want, dict):
-            return self.want.keys() == got.keys() and all(near(want, got[key]) for key, want in self.want.items())
-        if isinstance(self.want, (list, tuple)):
-            return len(self.want) == len(got) and all(map(near, self.want, got))
-        return math.isclose(self.want, got, rel_tol=self.rel, abs_tol=self.abs)
-
-
-def small_pytest():
-    """The part of pytest that test files need here: raises, approx, fixture, parametrize; skip and xfail are no pass."""
-
-    def skip(*_, **__):
-        raise Skipped("skipped")
-
-    def parametrize(names, rows, **_):
-        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-        rows = [dict(zip(names, row if len(names) > 1 or isinstance(row, Param) else [row])) for row in rows]
-
-        def mark(function):
-            function.cases = [{**row, **old} for row in rows for old in getattr(function, "cases", [{}])]
-            return function
-
-        return mark
-
-    def fixture(function=None, **_):
-        if function is None:
-            return fixture
-        function.is_fixture = True
-        return function
-
-    class Param(tuple):
-        """pytest.param(1, 2, id="a name")"""
-
-    module, skipping = types.ModuleType("pytest"), lambda *_, **__: lambda function: skip
-    module.raises, module.approx, module.skip, module.xfail, module.fixture = raises, Approx, skip, skip, fixture
-    module.param = lambda *values, **_: Param(values)
-    skip_if = lambda condition=True, *_, **__: lambda function: skip if condition else function
-    module.mark = types.SimpleNamespace(parametrize=parametrize, skip=skipping, skipif=skip_if, xfail=skipping)
-    return module
-
-
-def run_check(line, source):
-    """
-    One Check in a namespace of its own. A name that it uses and that Python does not have is the candidate's; `math` in
-    `math.isclose(f(1), 2)` is Python's even where the test forgot to import it.
-    """
-    nodes, space = list(ast.walk(parse(source))), {"__name__": "__check__"}
-    names = {node.id for node in nodes if isinstance(node, ast.Name)} - set(dir(builtins))
-    for node in nodes:
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names & sys.stdlib_module_names:
-            if hasattr(importlib.import_module(node.value.id), node.attr):
-                space[node.value.id] = sys.modules[node.value.id]
-    for name in sorted(names - space.keys()):
-        with contextlib.suppress(AttributeError):  # the test itself will say NameError
-            space[name] = line.ask("__main__", None, [name])
-    exec(compile(source, "check", "exec"), space)
-
-
-def load_tests(path):
-    """The module of a test file, by its path."""
-    if path not in sys.modules:
-        sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
-        spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "."), path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[path] = module
-    return sys.modules[path]
-
-
-def fixtures(function, homes, case, stack):
-    """A test's arguments: its case, tmp_path, and what the fixtures in `homes` make; `stack` finishes those that yield."""
-    made = dict(case)
-    for name in inspect.signature(function).parameters:
-        maker = next((vars(home)[name] for home in homes if name in vars(home)), None)
-        if name == "tmp_path":
-            made[name] = Path(tempfile.mkdtemp())
-        elif name not in made and getattr(maker, "is_fixture", False):
-            made[name] = maker(**fixtures(maker, homes, {}, stack))
-            if isinstance(made[name], types.GeneratorType):
-                stack.callback(next, made[name], None)
-                made[name] = next(made[name])
-    return made
-
-
-def run_from_file(line, test_id):
-    """path::function, path::Class::method or path::TestCase::method; what the file imports of the candidate's goes over the line."""
-    path, *names = test_id.split("::")
-    above = ["/".join([*path.split("/")[:n], "conftest.py"]) for n in range(path.count("/"), -1, -1)]
-    homes = [load_tests(path), *(load_tests(each) for each in above if os.path.exists(each))]  # from the clean copy, all of them
-    holder = getattr(homes[0], names[0])
-    if isinstance(holder, type) and issubclass(holder, unittest.TestCase):
-        if inspect.iscoroutinefunction(getattr(holder, names[1])) and not issubclass(holder, unittest.IsolatedAsyncioTestCase):
-            raise TypeError("an async test in a plain TestCase is never run")
-        result = unittest.TestResult()
-        unittest.TestSuite([holder(names[1])]).run(result)
-        for _, text in result.failures + result.errors:
-            raise AssertionError(text.strip().rpartition("\n")[2])
-        if result.testsRun != 1 or result.skipped or result.expectedFailures or result.unexpectedSuccesses:
-            raise Skipped("skipped, or expected to fail")
-        return
-    for case in getattr(functools.reduce(getattr, names, homes[0]), "cases", [{}]):
-        with contextlib.ExitStack() as stack:
-            function = holder
-            if len(names) > 1:
-                instance = holder()
-                getattr(instance, "setup_method", lambda: None)()
-                function = getattr(instance, names[1])
-            made = function(**fixtures(function, homes, case, stack))
-            if inspect.iscoroutine(made):
-                importlib.import_module("asyncio").run(made)
-            elif made is not None:
-                raise TypeError(f"a test that returns a {type(made).__name__} has tested nothing yet")
-
-
-def test(job, _):
-    """Run every test; tell the warden [passed, message] after each."""
-    verdicts, line = socket.socket(fileno=3), Line(socket.socket(fileno=4))
-    for name in job["modules"]:
-        sys.modules.pop(name, None)
-    sys.meta_path.insert(0, RemoteModules(line, frozenset(job["modules"])))
-    sys.modules["pytest"] = small_pytest()
-    for one in job["tests"]:
-        try:
-            line.value(line.loaded)
-            (run_from_file if job["files"] else run_check)(line, one)
-            outcome = [True, ""]
-        except BaseException as error:
-            outcome = [False, f"{type(error).__name__}: {message_of(error)}"]
-        verdicts.sendall(framed(json.dumps(outcome).encode()))
-    return 0
-
-
-PROGRAMS = {"command": run_command, "python": run_python, "serve": serve, "test": test}
-
-
-# ---- the warden ----------------------------------------------------------------------------------------------------------------
-
+# ---- the warden -----------------------------------------------------------------------------------------------------------------
 # A warden outlives its runs: user and process namespace are its own, every run gets new ones of the rest. It stays as clean as the
 # zygote: what a run was given is read by the run, and what comes out of it lies in buffers that are unmapped before the next begins.
 
 LOOK_EVERY_S = 0.02
+ENOUGH = b"e"  # from whoever asked for a run: end it now
 FREE_DESCRIPTORS, BUFFER_BYTES = 32, 1 << 18
 
 
@@ -1174,6 +820,11 @@ def waited_for_cpu(pid):
         return 0.0
 
 
+def unheard(links):
+    """Has the program said what nobody has read yet? Then it waits for us, and the clock stops."""
+    return not PORTABLE and any(fcntl.ioctl(link, termios.TIOCOUTQ, bytes(4)) != bytes(4) for link in links)
+
+
 def patience_of(limits):
     """The wall clock's last word, however busy the machine is."""
     return 10 * limits["wall_s"] + 20
@@ -1187,14 +838,11 @@ class Tree:
         self.status, self.cpu_s, self.peak_kb = None, 0.0, 0  # exit status of the child; CPU seconds and the largest of whom we reaped
         self.seen, self.peak = {}, 0  # {pid: CPU seconds}, also of those who ended unseen; the most memory ever
 
-    def pids(self):
-        if self.walls["namespaces"]:
-            return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
-        return below(os.getpid())
-
     def look(self, work, limits):
         """The limit that is broken now, as (status, reason), or None."""
-        memory, pids = 0, self.pids()
+        memory, pids = 0, below(os.getpid())
+        if self.walls["namespaces"]:
+            pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
         for pid in pids:
             cpu_s, own = usage_of(pid)
             self.seen[pid] = max(cpu_s, self.seen.get(pid, 0.0))
@@ -1265,93 +913,49 @@ class Inbox:
         return size == 0
 
 
-class Talk:
+def attend(tree, work, limits, outputs, links, asker, wake):
     """
-    The warden's end of a channel to a program: a frame comes, the next of `questions` goes; `wanted` frames are all, and if it `ends_run`
-    nothing more is waited for. It never blocks, for that would stop the clock; it understands nothing of what it carries.
+    Watch a program until it ends, breaks a limit or `asker`, the socket of whoever wants this run, has had enough; then kill every
+    process of the run and count. When `asker` hangs up, nobody needs the answer.
     """
-
-    def __init__(self, channel, questions, wanted, ends_run):
-        self.channel, self.questions, self.wanted, self.ends_run = channel, questions, wanted, ends_run
-        self.inbox, self.scanned, self.answers, self.unsent = Inbox(channel.fileno(), 16 * ANSWER_BYTES), 0, [], []
-        self.descriptor = channel.fileno()
-
-    def complete(self):
-        return len(self.answers) == self.wanted
-
-    def write(self):
-        try:
-            self.unsent[0] = self.unsent[0][self.channel.send(self.unsent[0]) :]
-        except BlockingIOError:
-            return
-        except OSError:
-            self.unsent = []  # reading will tell
-        self.unsent = [piece for piece in self.unsent if len(piece)]
-
-    def read(self):
-        """Take what has come. True when the conversation is over: all is said, or it is broken, or the other side has gone."""
-        try:
-            over = self.inbox.read() or self.inbox.cut
-        except ConnectionResetError:
-            over = True
-        room = self.inbox.room[: self.inbox.filled]
-        while not self.complete() and len(room) >= self.scanned + 4:
-            start = self.scanned + 4
-            end = start + struct.unpack_from("!I", room, self.scanned)[0]
-            if end > start + ANSWER_BYTES:
-                return True
-            if end > len(room):
-                break
-            self.answers.append(room[start:end])
-            self.unsent += self.questions[len(self.answers) - 1 : len(self.answers)]
-            self.scanned = end
-        return over or self.complete()
-
-
-def attend(tree, work, limits, outputs, talk, asker, wake):
-    """
-    Watch a program until it ends, breaks a limit or has said all it was asked; then kill every process of the run and count. When
-    `asker`, the socket of whoever wants this run, hangs up, nobody needs the answer.
-    """
-    poll, readers = select.poll(), {reader.descriptor: reader for reader in (*outputs, talk) if reader}
-    for descriptor in (wake, *readers):
+    poll, readers = select.poll(), {output.descriptor: output for output in outputs}
+    for descriptor in (wake, asker.fileno(), *readers):
         poll.register(descriptor, select.POLLIN)
-    poll.register(asker, 0)
     broken, over, next_look = None, False, tree.started + LOOK_EVERY_S
     while not over:
-        if talk in readers.values():
-            poll.register(talk.descriptor, select.POLLIN | (select.POLLOUT if talk.unsent else 0))
-        for descriptor, event in poll.poll(max(0, (next_look - time.monotonic()) * 1000)):
+        for descriptor, _ in poll.poll(max(0, (next_look - time.monotonic()) * 1000)):
             if descriptor == wake:
                 os.read(wake, 4096)
                 tree.reap()
                 over = over or tree.status is not None
             elif descriptor == asker.fileno():
-                raise Gone
-            elif event == select.POLLOUT:
-                talk.write()
+                if not asker.recv(1):
+                    raise Gone
+                over = True
             elif readers[descriptor].read():
-                over = over or readers.pop(descriptor) is talk and talk.ends_run
                 poll.unregister(descriptor)
         if not over and time.monotonic() >= next_look:
+            tree.started += LOOK_EVERY_S * unheard(links)
             broken = tree.look(work, limits)
             over = broken is not None
             next_look = time.monotonic() + LOOK_EVERY_S
     wall_s = time.monotonic() - tree.started
     tree.fell()
-    for reader in readers.values():  # all writers are dead: what is left in the pipes is all there will ever be
+    for output in outputs:  # all writers are dead: what is left in the pipes is all there will ever be
         with contextlib.suppress(BlockingIOError):  # unless one has left the process group, where that is all we can kill
-            while not reader.read():
+            while not output.read():
                 pass
     return {
         "exit_code": os.waitstatus_to_exitcode(tree.status), "wall_s": wall_s, "cpu_s": max(tree.cpu_s, sum(tree.seen.values())),
         "peak_mb": max(tree.peak_kb / 1024, tree.peak / 2**20), "cut": [output.cut for output in outputs], "broken": broken,
-        "level": tree.walls["level"], "finished": bool(talk and talk.ends_run and talk.complete() and not broken),
+        "level": tree.walls["level"],
     }  # fmt: skip
 
 
-def warden(asker, walls):
+def warden(asker, walls, not_ours):
     """Pid 1 of a place for runs, one after the other, and the only process in it that we trust."""
+    for sock in not_ours:
+        sock.close()
     wake, tail = map(out_of_the_way, os.pipe())  # a byte arrives whenever a process has ended
     os.set_blocking(tail, False)
     signal.set_wakeup_fd(tail, warn_on_full_buffer=False)
@@ -1363,89 +967,69 @@ def warden(asker, walls):
     else:
         prctl(PR_SUBREAPER, 1)
     prctl(PR_DUMPABLE, 0)
-    told, ready = (socket.socket(fileno=out_of_the_way(end.detach())) for end in socket.socketpair())
     while True:
-        word, links = socket.recv_fds(asker, 1, 1)[:2]
+        word, links = socket.recv_fds(asker, 1, 2)[:2]
         if not word:
             return
-        order = json.loads(read_frame(asker))
-        link = socket.socket(fileno=out_of_the_way(links[0])) if links else None
+        if word == ENOUGH:  # said when the run was already over
+            continue
+        order = receive(asker)
         if not walls["namespaces"]:
             walls["disk"] = tempfile.mkdtemp(prefix="sandbox-")
         try:
-            one_run(order, link, asker, told, ready, wake, walls)
+            one_run(order, [socket.socket(fileno=link) for link in links], asker, wake, walls)
         finally:
             if not walls["namespaces"]:
                 remove_folder(walls["disk"])
 
 
-def one_run(order, link, asker, told, ready, wake, walls):
+def one_run(order, links, asker, wake, walls):
     """Pipes, fork, attend, report. The order holds limits and numbers; the rest of the request is for the program's process alone."""
-    limits, talk = order["limits"], None
-    (out_r, out_w), (err_r, err_w), (near, far) = os.pipe(), os.pipe(), socket.socketpair()
-    pipes = [out_w, err_w, *([far.fileno()] if order["frames"] else []), *([link.fileno()] if link else [])]
-    child = clone(NEW_IN_EACH_RUN if walls["namespaces"] else 0)
-    if child == 0:
-        live(asker, ready, pipes, limits, walls)
+    limits, (out_r, out_w), (err_r, err_w), (told, ready) = order["limits"], os.pipe(), os.pipe(), socket.socketpair()
+    ready = socket.socket(fileno=out_of_the_way(ready.detach()))
+    pipes = [out_w, err_w, *(link.fileno() for link in links)]
+    child = spawn(lambda: live(asker, ready, pipes, limits, walls), ready, NEW_IN_EACH_RUN if walls["namespaces"] else 0)
     tree = Tree(child, walls)
-    os.close(out_w), os.close(err_w), far.close()
-    if link:
-        link.close()
+    ready.close(), os.close(out_w), os.close(err_w)
     try:
-        work = started(tree, told, wake)
-        if order["frames"]:
-            questions = [buffer(4 + size) for size in order["questions"]]
-            for question in questions:
-                read_into(asker, question)
-            talk = Talk(near, questions, order["frames"], order["ends_run"])
+        work = started(told)
         outputs = [Inbox(descriptor, limits["output_kb"] * 1024) for descriptor in (out_r, err_r)]
-        result = attend(tree, work, limits, outputs, talk, asker, wake)
+        result = attend(tree, work, limits, outputs, links, asker, wake)
     finally:
         tree.fell()
-    near.close(), os.close(out_r), os.close(err_r)
-    blobs = [output.room[: output.filled] for output in outputs] + (talk.answers if talk else [])
-    asker.sendall(framed(json.dumps({**result, "blobs": len(blobs)}).encode()))
-    for blob in blobs:
-        asker.sendall(struct.pack("!I", len(blob)))
-        asker.sendall(blob)
+        for link in links:  # nobody need wait for another word, even where a process of the run's has got away
+            with contextlib.suppress(OSError), link:
+                link.shutdown(socket.SHUT_RDWR)
+    told.close(), os.close(out_r), os.close(err_r)
+    send(asker, result)
+    for output in outputs:
+        asker.sendall(struct.pack("!I", output.filled))
+        asker.sendall(output.room[: output.filled])
     if order["tree"]:
-        reader = clone()  # yet another process, so that no file's content stays in this one
-        if reader == 0:
-            send_tree(asker, work, limits)
+        reader = spawn(lambda: send_tree(asker, work, limits))  # yet another process, so that no file's content stays in this one
         if os.waitpid(reader, 0)[1]:
             raise Gone  # whatever it said, this place is used no more
     os.close(work)
 
 
-def started(tree, told, wake):
+def started(told):
     """Wait until a run's process has raised its walls: its work directory. Anything else is our own failure."""
-    said, descriptors = b"no word", []
-    while tree.status is None:
-        readable = select.select([told, wake], [], [], 60)[0]
-        if told in readable or not readable:
-            break
-        os.read(wake, 4096)
-        tree.reap()
-    with contextlib.suppress(BlockingIOError):
-        said, descriptors = socket.recv_fds(told, 4096, 1, socket.MSG_DONTWAIT)[:2]
+    told.settimeout(60)
+    said, descriptors = socket.recv_fds(told, 4096, 1)[:2]
     if said != b"ready":
-        raise OSError(f"the program could not be started: {text_of(said)}")
+        raise OSError(f"the program could not be started: {text_of(said[4:]) or 'no word'}")
     return descriptors[0]
 
 
 def send_tree(asker, work, limits):
-    """In a process of its own: hand the files that a run has left to whoever asked. Never returns."""
-    try:
-        os.fchdir(work)
-        tree = read_tree(".", limits["disk_mb"] << 20)
-        about = [[path, mode, len(data)] for path, (mode, data) in tree.items()]
-        asker.sendall(framed(json.dumps(about).encode()) + framed(b"".join(data for _, data in tree.values())))
-        os._exit(0)
-    finally:
-        os._exit(1)
+    """In a process of its own: hand the files that a run has left to whoever asked."""
+    os.fchdir(work)
+    tree = read_tree(".", limits["disk_mb"] << 20)
+    send(asker, [[path, mode, len(data)] for path, (mode, data) in tree.items()])
+    asker.sendall(framed(b"".join(data for _, data in tree.values())))
 
 
-# ---- the zygote and its keeper -------------------------------------------------------------------------------------------------
+# ---- the zygote and its keeper --------------------------------------------------------------------------------------------------
 
 WARM = "abc bisect collections copy datetime heapq io itertools linecache operator random site string traceback typing warnings".split()
 
@@ -1468,76 +1052,10 @@ def warm_up():
         libc.malloc_trim(0)
 
 
-def become_nobody(namespaces, uid):
-    """Leave root behind where we are root; returns a sentence on who we are now."""
-    if uid == 0 and not namespaces:
-        os.seteuid(OUTSIDE_ID)
-        readable = os.access(os.__file__, os.R_OK, effective_ids=True)
-        os.seteuid(0)
-        if not readable:
-            drop_capabilities()
-            return f"missing: still user 0, without capabilities, because user {OUTSIDE_ID} cannot read {os.__file__}"
-    if uid == 0:
-        os.setgroups([])
-    if uid == 0 or namespaces:
-        inside = INSIDE_ID if namespaces else OUTSIDE_ID
-        os.setgid(inside), os.setuid(inside)
-    return f"in force: user {uid or OUTSIDE_ID}" + f" outside, {INSIDE_ID} inside" * namespaces + ", no capabilities"
-
-
-def raise_walls(namespaces, uid, facts):
-    """Build what every run shares; `facts` takes a sentence a layer: in force or missing, and why."""
-    walls = {"namespaces": namespaces, "ruleset": None, "filter": None, "landlock": 0, "disk": DISK}
-    if namespaces:
-        mount("none", "/", "", RECURSIVE | PRIVATE)
-        sources, interpreter = open_sources(), os.path.realpath(sys.executable)
-    facts["user"] = become_nobody(namespaces, uid)
-    facts["view"] = "missing: programs see the host's files, as far as Landlock lets them"
-    facts["end"] = "in force: every process of a run is killed, whatever became of its parents"
-    facts["limits"] = "in force: CPU, memory, processes, disk, output" + ("" if namespaces else "; disk and processes are only watched")
-    if namespaces:
-        libc.sethostname(b"sandbox", 7)
-        build_view(sources, interpreter)
-        sys.executable = TOOLS + "/python"
-        facts["namespaces"] = "in force: mounts, network, ipc new for each run; users, processes one set a warden, emptied between runs"
-        facts["view"] = f"in force: tools and libraries read-only, no installed packages, one private disk at {DISK}"
-    if PORTABLE:
-        facts.update(dict.fromkeys(("namespaces", "landlock", "seccomp", "cgroup"), f"missing: not used on {sys.platform}"))
-        facts["end"] = "missing: the process group is killed; a process that has left it stays"
-        facts["limits"] = "in force: CPU, memory and processes as far as rlimits go; wall, disk and output are watched"
-        facts["view"] = "missing: programs reach the files, the network and the processes of their user"
-    else:
-        raise_filters(walls, facts)
-    if not namespaces and walls["landlock"] < 6 and facts["user"].startswith("missing"):
-        # nothing holds signals back: a program of root's could end every process of the machine
-        raise OSError(errno.EPERM, f"run this as another user than root, or with a Python that user {OUTSIDE_ID} can read")
-    return walls
-
-
-def raise_filters(walls, facts):
-    """Landlock and seccomp, as far as this kernel has them."""
-    try:
-        walls["landlock"] = version = syscall(SYS_LANDLOCK, None, 0, 1)
-        walls["ruleset"] = landlock_rules(version, ["/"], [BOX], ["/dev"]) if walls["namespaces"] else None
-        facts["landlock"] = f"in force: version {version}" + ("" if version >= 6 else "; signals and abstract sockets need version 6")
-    except OSError as error:
-        facts["landlock"] = f"missing: {error.strerror}"
-    facts["seccomp"] = "missing: the kernel refuses the filter"
-    program = seccomp_program(walls["namespaces"])
-    tried = clone()
-    if tried == 0:
-        with contextlib.suppress(OSError):
-            prctl(PR_NO_NEW_PRIVS, 1)
-            seccomp(program)
-            os._exit(0)
-        os._exit(1)
-    if os.waitpid(tried, 0)[1] == 0:
-        walls["filter"], refused = program, len(REFUSED) + (0 if walls["namespaces"] else len(REFUSED_BARE))
-        facts["seccomp"] = f"in force: {refused} system calls refused, and all newer than number {NEWEST_SYSCALL}"
-
-
-def zygote(control, report, namespaces, uid, facts):
+def zygote(control, keeper_, namespaces, uid):
     """Raise the walls once, warm up, then turn every message (its descriptor: an asker) into a warden."""
+    facts = {}
+    keeper_.recv(1)  # our ids and our cgroup are there
     walls = raise_walls(namespaces, uid, facts)
     prctl(PR_DUMPABLE, int(namespaces))  # a run's id maps must be its own files
     prctl(PR_DEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
@@ -1545,103 +1063,68 @@ def zygote(control, report, namespaces, uid, facts):
     pages = [0] * 6 if PORTABLE else list(map(int, Path("/proc/self/statm").read_text().split()))
     walls["own"], walls["data"] = (pages[1] - pages[2]) * resource.getpagesize(), pages[5] * resource.getpagesize()
     walls["neighbours"] = 1 if namespaces else 4 * (os.cpu_count() or 1) * 64  # whom the count of a user's processes also counts
-    layers = [facts[name].startswith("in force") for name in ("namespaces", "landlock", "seccomp")]
+    layers = [facts.get(name, "").startswith("in force") for name in ("namespaces", "landlock", "seccomp")]
     walls["level"] = "full" if all(layers) else "reduced" if layers[2] and any(layers[:2]) else "minimal"
-    control.sendall(framed(json.dumps({"level": walls["level"], **facts}).encode()))
-    report.close()
+    send(keeper_, {"level": walls["level"], **facts})
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
-            os._exit(0)
-        try:
-            child = clone(NAMESPACES if namespaces else 0)
-        except OSError as error:
-            child = -1
-            os.write(descriptors[0], framed(json.dumps({"error": f"no new process: {error.strerror}"}).encode()))
-        if child == 0:
-            control.close()
-            start_warden(socket.socket(fileno=out_of_the_way(descriptors[0])), walls)
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
-def start_warden(asker, walls):
-    """A warden's life; what breaks it is told to whoever asked, and is never a verdict. Never returns."""
-    try:
-        warden(asker, walls)
-    except (Gone, ConnectionError):
-        pass
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            asker.sendall(framed(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()))
-    finally:
-        os._exit(0)
-
-
-def cgroup_folders():
-    """Where this process's memory and pids are counted: {controller: (folder of its cgroup, file of the memory limit)}."""
-    found = {}
-    for line in Path("/proc/self/cgroup").read_text().split():
-        _, names, path = line.split(":", 2)
-        for name in set(names.split(",")) & {"memory", "pids"}:
-            found[name] = (f"/sys/fs/cgroup/{name}{path}", "memory.limit_in_bytes")
-        if not names:
-            folder = next((root + path for root in ("/sys/fs/cgroup/unified", "/sys/fs/cgroup") if os.path.isdir(root + path)), "/")
-            control = Path(folder, "cgroup.subtree_control")
-            for name in set(control.read_text().split() if control.exists() else ()) & {"memory", "pids"} - found.keys():
-                found[name] = (folder, "memory.max")
-    return found
+            return
+        with socket.socket(fileno=out_of_the_way(descriptors[0])) as asker:
+            try:
+                spawn(functools.partial(warden, asker, walls, (control, keeper_)), asker, NAMESPACES if namespaces else 0)
+            except OSError as error:
+                send(asker, {"error": f"no new process: {error.strerror}"})
 
 
 def cage(pid, facts):
     """A ceiling on everything together, in a cgroup, where we may make one: the kernel's own backstop behind the wardens' looks."""
-    made, memory = [], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
-    facts["cgroup"] = "missing: no controller is ours to use"
-    try:
-        for name, (folder, limit) in cgroup_folders().items():
-            folder = f"{folder}/sandbox-{pid}"
-            if folder not in made:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
+    ceilings = {"memory.max": memory, "memory.limit_in_bytes": memory, "pids.max": 8192}  # of version 2, of version 1, of both
+    made, why, here = [], "no controller is ours to use", Path("/proc/self/cgroup")
+    version_2 = "unified" if os.path.isdir("/sys/fs/cgroup/unified") else "."
+    facts["cgroup"] = ""
+    for line in here.read_text().splitlines() if here.exists() else ():
+        _, names, path = line.split(":", 2)
+        for name in {"memory", "pids", ""}.intersection(names.split(",")):
+            folder = f"/sys/fs/cgroup/{name or version_2}{path}/sandbox-{pid}"
+            try:
                 os.mkdir(folder)
                 made.append(folder)
-            file, most = (limit, memory) if name == "memory" else ("pids.max", 8192)
-            Path(folder, file).write_text(str(most))
-            Path(folder, "cgroup.procs").write_text(str(pid))
-            facts["cgroup"] = f"in force: all runs together, {memory >> 20} MB and 8192 processes"
-    except OSError as error:
-        facts["cgroup"] = f"missing: {error.strerror}"
+                known = [file for file in ceilings if os.path.exists(f"{folder}/{file}")]
+                for file in known:
+                    Path(folder, file).write_text(str(ceilings[file]))
+                if known:
+                    Path(folder, "cgroup.procs").write_text(str(pid))
+                    facts["cgroup"] = f"in force: all runs together, {memory >> 20} MB and {ceilings['pids.max']} processes"
+            except OSError as error:
+                why = error.strerror
+    facts["cgroup"] = facts["cgroup"] or f"missing: {why}"
     return made
 
 
 def start_zygote(control, namespaces, facts):
-    """-> (pid, its cgroups), or None and the reason in `facts` where this kernel or this machine does not allow it."""
-    uid, told, made, (near, far) = os.getuid(), dict(facts), [], socket.socketpair()
+    """-> (pid, our end of a socket to it, its cgroups), or None and the reason in `facts` where this machine does not allow it."""
+    uid, made, (near, far) = os.getuid(), [], socket.socketpair()
     try:
-        pid = clone(NAMESPACES | NEW_HOSTNAME if namespaces else 0)
+        pid = spawn(lambda: near.close() or zygote(control, far, namespaces, uid), far, NAMESPACES | NEW_HOSTNAME if namespaces else 0)
     except OSError as error:
         facts["namespaces"] = f"missing: {error.strerror} (AppArmor, a container's seccomp filter or a sysctl forbids them)"
         return None
-    if pid == 0:
-        near.close()
-        try:
-            zygote(control, far, namespaces, uid, json.loads(far.recv(4096)))
-        except BaseException as error:
-            far.send(str(error).encode())
-        finally:
-            os._exit(1)
     far.close()
     try:
         if namespaces:
             map_ids(pid, uid or OUTSIDE_ID, os.getgid() if uid else OUTSIDE_ID, uid == 0)
-        made = cage(pid, told)
-        near.send(json.dumps(told).encode())
-        said = near.recv(4096).decode()
+        made = [] if PORTABLE else cage(pid, facts)
+        near.send(b"g")
+        told = receive(near)
     except OSError as error:
-        said = str(error)
-    near.close()
-    if not said:
-        return pid, made
-    facts["namespaces"] = f"missing: {said}"
+        told = {"error": str(error)}
+    if "error" not in told:
+        send(control, {**told, **facts})
+        return pid, near, made
+    facts["namespaces"] = f"missing: {told['error']}"
     end_zygote(pid, made)
     return None
 
@@ -1662,25 +1145,18 @@ def end_zygote(pid, made):
 def keeper(control_fd, parent):
     """Start the zygote behind the strongest walls there are, wait until it or the trainer has gone, see to it that nothing stays."""
     control, facts = socket.socket(fileno=control_fd), {}
-    if PORTABLE:
-        try:
-            zygote(control, socket.socket(), False, os.getuid(), facts)
-        except OSError as error:
-            control.sendall(framed(json.dumps({"error": error.strerror}).encode()))
-        return
-    trainer = os.pidfd_open(parent)
+    trainer = [] if PORTABLE else [os.pidfd_open(parent)]  # elsewhere the zygote sees it go, by the end of `control`
     prctl(PR_DUMPABLE, 1)
-    started = start_zygote(control, True, facts) or start_zygote(control, False, facts)
-    if started is None:
-        control.sendall(framed(json.dumps({"error": facts["namespaces"]}).encode()))
-        return
+    started = not PORTABLE and start_zygote(control, True, facts) or start_zygote(control, False, facts)
+    if not started:
+        return send(control, {"error": facts["namespaces"]})
     control.close()
-    select.select([trainer, os.pidfd_open(started[0])], [], [])
-    end_zygote(*started)
+    pid, link, made = started
+    select.select([link, *trainer], [], [])
+    end_zygote(pid, made)
 
 
-# ---- our own side --------------------------------------------------------------------------------------------------------------
-
+# ---- our own side of a run ------------------------------------------------------------------------------------------------------
 
 AT_ONCE = 2 * (os.cpu_count() or 1)  # more runs would only wait for each other
 
@@ -1688,12 +1164,12 @@ AT_ONCE = 2 * (os.cpu_count() or 1)  # more runs would only wait for each other
 class Machinery:
     """The zygote of this process: started when it is first needed, replaced when it has died, gone when we go."""
 
-    lock, slots, current, hooked = threading.Lock(), threading.BoundedSemaphore(AT_ONCE), None, False
+    lock, slots, current = threading.Lock(), threading.BoundedSemaphore(AT_ONCE), None
     BOOT = "import marshal, sys\nwith open(int(sys.argv[2]), 'rb') as file: code = file.read()\nexec(marshal.loads(code))"
 
     def __init__(self):
         self.idle, (self.control, far) = [], socket.socketpair()
-        keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some interpreters need it to start
+        keep = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}  # some interpreters need it to start
         with far, tempfile.TemporaryFile() as code:
             code.write(marshal.dumps(__loader__.get_code(__name__)))  # compiled over there, it would leave 7 MB that every run forks
             code.seek(0)
@@ -1705,7 +1181,7 @@ class Machinery:
             )  # fmt: skip
         self.control.settimeout(60)
         try:
-            self.facts = json.loads(read_frame(self.control))
+            self.facts = receive(self.control)
         except OSError:
             self.facts = {"error": "the zygote ended at its start"}
         if "error" in self.facts:
@@ -1739,10 +1215,7 @@ class Machinery:
         with cls.lock:
             if cls.current is None:
                 cls.current = cls()
-                if not cls.hooked:
-                    cls.hooked = True
-                    atexit.register(stop)
-                    os.register_at_fork(after_in_child=cls.after_fork)
+                atexit.register(stop), os.register_at_fork(after_in_child=cls.after_fork)  # twice does no harm
             return cls.current
 
     @classmethod
@@ -1764,35 +1237,48 @@ def stop():
 
 
 class Flight:
-    """One run under way: begun by its construction, ended by land()."""
+    """
+    One run under way: begun by its construction, ended by land(). With `talks`, self.link is our end of a socket to the program, for
+    which it is descriptor 3; `beside` is a socket that it gets as descriptor 4.
+    """
 
-    def __init__(self, job, limits, link=None, questions=(), frames=0, ends_run=True, tree=False):
-        self.limits, self.tree = limits, tree
-        order = {"limits": asdict(limits), "questions": list(map(len, questions)), "frames": frames, "ends_run": ends_run, "tree": tree}
-        text = json.dumps(order).encode()
+    def __init__(self, job, limits, talks=False, beside=None, tree=False):
+        self.tree, self.finished, self.patience_s = tree, False, patience_of(asdict(limits)) + 70
+        self.link, theirs = socket.socketpair()
+        self.link.settimeout(self.patience_s)
+        links = [link.fileno() for link in (theirs if talks else None, beside) if link]
+        order = json.dumps({"limits": asdict(limits), "tree": tree}).encode()
         for attempt in (1, 2):
             self.machinery = Machinery.now()
             try:
                 self.sock = self.machinery.warden()
-                socket.send_fds(self.sock, [b"r"], [link.fileno()] if link else [])
+                socket.send_fds(self.sock, [b"r"], links)
                 break
             except OSError:  # it has died since it was last used; nothing was begun, so nothing is lost
                 self.machinery.replace()
                 if attempt == 2:
                     raise
+        theirs.close()
         with contextlib.suppress(OSError):  # what breaks now, land() will say
-            self.sock.sendall(b"".join([framed(text), framed(marshal.dumps(job)), *map(framed, questions)]))
+            self.sock.sendall(framed(order) + framed(marshal.dumps(job)))
+
+    def enough(self, finished):
+        """End the run: nothing more is asked of it. Where it has `finished`, its own end no longer matters."""
+        self.finished = finished
+        with contextlib.suppress(OSError):
+            self.sock.send(ENOUGH)
 
     def land(self):
-        """Wait for the end: (Run, frames that the program sent, the files it left). What breaks here is ours: a sandbox error."""
-        self.sock.settimeout(patience_of(asdict(self.limits)) + 70)
+        """Wait for the end: (Run, the files it left). What breaks here is ours: a sandbox error."""
+        self.link.close()
+        self.sock.settimeout(self.patience_s)
         try:
-            result, tree = json.loads(read_frame(self.sock)), None
+            result, tree = receive(self.sock), None
             if "error" in result:
                 raise OSError(result["error"])
-            blobs = [read_frame(self.sock) for _ in range(result["blobs"])]
+            outputs = [read_frame(self.sock) for _ in range(2)]
             if self.tree:
-                about, data, start, tree = json.loads(read_frame(self.sock)), read_frame(self.sock), 0, {}
+                about, data, start, tree = receive(self.sock), read_frame(self.sock), 0, {}
                 for path, mode, size in about:
                     tree[path], start = (mode, data[start : start + size]), start + size
         except (OSError, ValueError) as error:
@@ -1800,18 +1286,18 @@ class Flight:
             with contextlib.suppress(subprocess.TimeoutExpired):  # was it this place alone, or has the zygote died with all of them?
                 self.machinery.process.wait(0.5)
                 self.machinery.replace()
-            return Run("sandbox error", reason=f"the run was lost: {error}"), [], None
+            return Run("sandbox error", reason=f"the run was lost: {error}"), None
         self.machinery.idle.append(self.sock)
-        return as_run(result, blobs), blobs[2:], tree
+        return as_run(result, outputs, self.finished), tree
 
 
-def as_run(result, blobs):
+def as_run(result, outputs, finished):
     """A Run from what a warden reports."""
-    stdout, stderr = (text_of(blob) + f"\n[cut after {len(blob) // 1024} kB]" * cut for blob, cut in zip(blobs, result["cut"]))
+    stdout, stderr = (text_of(data) + f"\n[cut after {len(data) // 1024} kB]" * cut for data, cut in zip(outputs, result["cut"]))
     code = result["exit_code"]
     if result["broken"]:
         status, reason = result["broken"]
-    elif result["finished"] or code == 0:
+    elif finished or code == 0:
         status, reason = "ok", ""
     elif code == -signal.SIGXCPU:
         status, reason = "timeout", "the CPU limit"
@@ -1825,10 +1311,10 @@ def as_run(result, blobs):
     return Run(status, stdout, stderr, code, reason=reason, **used)
 
 
-def trace_of(frames):
-    """What the Tracer sent, or what it should have sent: the program may have forged it, and then it is None."""
-    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
-        told = json.loads(frames[0])
+def trace_of(link):
+    """What the Tracer sends, or what it should have sent: the program may have forged it, and then it is None."""
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
+        told = receive(link, ANSWER_BYTES)
         lines = {int(line): int(times) for line, times in told["lines"].items()}
         steps = [str(step) for step in told["steps"]]
         return {"lines": lines, "steps": steps, "text": "\n".join(steps), "cut": bool(told["cut"])}
@@ -1880,7 +1366,7 @@ def run_each(source, stdins, files, limits, language, trace=False):
             raise ValueError(f"language {language!r} needs {tool}, which is not on this machine")
     files = {**as_files(files), **as_files({name: source, **({"main.py": SQL} if language == "sql" else {})})}
     if make:
-        made, _, tree = Flight(job_of("command", files, argv=make.split()), limits, tree=True).land()
+        made, tree = Flight(job_of("command", files, argv=make.split()), limits, tree=True).land()
         if made.status != "ok":
             return [], made
         files["main"] = tree["main"]
@@ -1888,8 +1374,9 @@ def run_each(source, stdins, files, limits, language, trace=False):
     job = job_of("command", files, argv=start.split()) if start else job_of("python", files, trace=trace)
     for stdin in stdins:
         job["stdin"] = stdin.encode("utf-8", "surrogatepass") if isinstance(stdin, str) else stdin
-        done, frames, _ = Flight(job, limits, frames=int(trace), ends_run=False).land()
-        runs.append(replace(done, trace=trace_of(frames)) if trace else done)
+        flight = Flight(job, limits, talks=trace)
+        told = trace_of(flight.link) if trace else None
+        runs.append(replace(flight.land()[0], trace=told))
     return runs, None
 
 
@@ -1900,22 +1387,210 @@ def run(source, stdin="", files=None, limits=Limits(), language="python", trace=
     return made or runs[0]
 
 
-def judge_call(call, nonce, answer):
-    """-> (passed, reason) of one answer of a candidate. Whatever it is, it is no more than data."""
+# ---- the grade: plain data ------------------------------------------------------------------------------------------------------
+# What crosses the boundary is JSON. None, bool, int, float, str and list are themselves; everything else is {tag: body}.
+
+ANSWER_BYTES = 1 << 20
+DEPTH = 64
+
+
+class Unsendable(ValueError):
+    """A value that is not plain data."""
+
+
+PLAIN = {  # type: its JSON, by the type's own methods, so that a lying __iter__ has no say; subclasses are what they extend
+    type(None): lambda value, _: value,
+    bool: lambda value, _: value,
+    int: lambda value, _: int.__index__(value),
+    float: lambda value, _: float.__float__(value),
+    str: lambda value, _: str.__str__(value),
+    list: lambda value, deeper: deeper(list.__iter__(value)),
+    tuple: lambda value, deeper: deeper(tuple.__iter__(value)),
+    set: lambda value, deeper: deeper(set.__iter__(value)),
+    frozenset: lambda value, deeper: deeper(frozenset.__iter__(value)),
+    dict: lambda value, deeper: [deeper(pair) for pair in dict.items(value)],
+    bytes: lambda value, _: bytes.decode(value, "latin-1"),
+    bytearray: lambda value, _: bytearray.decode(value, "latin-1"),
+    complex: lambda value, _: [complex.__complex__(value).real, complex.__complex__(value).imag],
+}
+
+
+def pack(value, other=None, depth=0):
+    """A value as a JSON tree. `other(value)` makes a tree of what is not plain."""
+    if depth > DEPTH:
+        raise Unsendable(f"nested deeper than {DEPTH}, or in itself")
+    kind = next((each for each in PLAIN if issubclass(type(value), each)), None)
+    if kind is None:
+        if other is None:
+            raise Unsendable(f"{type(value).__name__} is not plain data")
+        return other(value)
+    body = PLAIN[kind](value, lambda items: [pack(item, other, depth + 1) for item in items])
+    if kind is int and body.bit_length() >= 4096:
+        return {"int": hex(body)}  # hex has no limit on digits
+    return body if kind in (type(None), bool, int, float, str, list) else {kind.__name__: body}
+
+
+def unpack(tree, other=None):
+    """The value of a JSON tree: the inverse of pack."""
+    if isinstance(tree, list):
+        return [unpack(item, other) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    ((tag, body),) = tree.items()
+    if tag in ("tuple", "set", "frozenset", "dict"):
+        return getattr(builtins, tag)(unpack(body, other))
+    if tag in ("bytes", "bytearray"):
+        return getattr(builtins, tag)(body, "latin-1")
+    if tag == "int":
+        return int(body, 16)
+    if tag == "complex":
+        return complex(*body)
+    if other is None:
+        raise ValueError(f"unknown tag {tag!r}")
+    return other(tag, body)
+
+
+def canonical(tree, depth=0):
+    """The tree with sets and dictionaries in one order. Nothing is hashed on the way: a candidate could choose keys that collide."""
+    if depth > 2 * DEPTH + 2:
+        raise ValueError("nested too deep")
+    if isinstance(tree, list):
+        return [canonical(item, depth + 1) for item in tree]
+    if isinstance(tree, dict):
+        ((tag, body),) = tree.items()
+        body = canonical(body, depth + 1)
+        return {tag: sorted(body, key=json.dumps) if tag in ("set", "frozenset", "dict") else body}
+    return tree
+
+
+def same(want, got, tolerance=0.0):
+    """Two canonical trees: equal types, equal values, floats within the tolerance, nan equal to nan."""
+    if type(want) is not type(got):
+        return False
+    if isinstance(want, float):
+        near = math.isfinite(want) and abs(want - got) <= tolerance * max(1.0, abs(want))  # anything is near to infinity
+        return want == got or (want != want and got != got) or near
+    if isinstance(want, list):
+        return len(want) == len(got) and all(same(a, b, tolerance) for a, b in zip(want, got))
+    if isinstance(want, dict):
+        return want.keys() == got.keys() and all(same(want[tag], got[tag], tolerance) for tag in want)
+    return want == got
+
+
+# ---- the grade: questions to a candidate ----------------------------------------------------------------------------------------
+
+
+def serve(job):
+    """
+    Load the program (or wait for imports), then answer questions until there are no more: [nonce, module, object, names, args, kwargs]
+    gets [nonce, "value", tree] or [nonce, "raised", type names, message]. All this runs in the candidate's own process. It can forge
+    any frame, and has won no more than the right to give an answer.
+    """
+    channel, main, kept = socket.socket(fileno=3), fresh_main("main.py", "<program>"), []  # imported, not started; a name no module has
+
+    def keep(value):
+        """Hand out an object, which the other side can then name by its number."""
+        if len(kept) >= 10_000:
+            raise Unsendable("more than 10,000 objects in use")
+        kept.append(value)
+        bases = value.__mro__ if isinstance(value, type) else ()
+        return {"object": [len(kept) - 1, [base.__name__ for base in bases[:8]]]}
+
+    def look_up(module, start, names, args, kwargs):
+        """Follow names from an object or a module; call what they lead to, or (args None) just read it."""
+        find = lambda tag, body: kept[body[0]]
+        value = kept[start] if start is not None else main if module == "__main__" else __import__(module, fromlist=["*"])
+        for name in names:
+            value = getattr(value, name)
+        if args is None:
+            return value
+        return value(*(unpack(arg, find) for arg in args), **{key: unpack(arg, find) for key, arg in kwargs.items()})
+
+    nonce, work = None, functools.partial(execute, "main.py", main) if job["load"] else lambda: None
+    while True:
+        try:
+            reply = [nonce, "value", pack(work(), keep)]
+        except BaseException as error:
+            reply = [nonce, "raised", [base.__name__ for base in type(error).__mro__[:8]], message_of(error)]
+        frame = json.dumps(reply).encode()
+        if len(frame) > ANSWER_BYTES:
+            frame = json.dumps([nonce, "raised", ["Unsendable"], f"an answer of {len(frame)} bytes, {ANSWER_BYTES} at most"]).encode()
+        channel.sendall(framed(frame))
+        try:
+            nonce, *question = receive(channel)
+        except ConnectionError:
+            return
+        work = functools.partial(look_up, *question)
+
+
+def message_of(error):
     try:
-        came_with, kind, *rest = json.loads(answer)
-        if came_with != nonce:
-            return False, "no answer: it came before its question"
-        if kind == "raised":
-            return False, f"raised {rest[0][0]}: {rest[1]}"[:500]
-        got = canonical(rest[0])
-        if same(canonical(pack(call.expected)), got, call.tolerance):
-            return True, ""
-        # a long answer is not made into objects: its keys could be chosen to collide, and hashing them takes for ever
-        value = short(unpack(got, lambda *_: "?")) if len(answer) < 4000 else f"a value of {len(answer)} bytes"
-        return False, f"{call.function}({', '.join(map(short, call.args))}) is {value}, want {short(call.expected)}"
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        return False, f"no answer: {type(error).__name__}"
+        return str(error)[:2000]
+    except BaseException as second:
+        return f"({type(second).__name__} while its message was read)"
+
+
+class CandidateError(Exception):
+    """The candidate raised something that is no built-in exception."""
+
+
+class NoAnswer(BaseException):
+    """The candidate has ended, or sent what is no answer: nothing that a test could have expected, and no test can catch it."""
+
+
+class Line:
+    """The asking end of the socket to a candidate."""
+
+    def __init__(self, link):
+        self.link, self.errors = link, {}
+        self.loaded = self.receive(None)
+
+    def receive(self, nonce):
+        try:
+            got, *answer = receive(self.link, ANSWER_BYTES)
+            if got == nonce:
+                return answer
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise NoAnswer(f"no answer: {message_of(error)}") from None
+        raise NoAnswer("no answer: it came before its question")
+
+    def answer(self, module, start, names, args=None, kwargs=None):
+        """What became of names of a module's or an object's, called where there are args: ["value", tree] or ["raised", ...]."""
+        nonce = os.urandom(8).hex()
+        args = None if args is None else [pack(arg, self.reference) for arg in args]
+        kwargs = {key: pack(arg, self.reference) for key, arg in (kwargs or {}).items()}
+        with contextlib.suppress(OSError):  # it has gone: receive() will say
+            send(self.link, [nonce, module, start, names, args, kwargs])
+        return self.receive(nonce)
+
+    def ask(self, module, start, names, args=None, kwargs=None):
+        """The same as a value, or raised here."""
+        answer = self.answer(module, start, names, args, kwargs)
+        if answer[0] == "raised" and "StopIteration" in answer[1] and names != ["next"]:  # a loop of the test's would just end there
+            raise CandidateError("StopIteration outside of an iterator")
+        return self.value(answer)
+
+    def value(self, answer):
+        if answer[0] == "value":
+            return unpack(answer[1], self.remote)
+        raise self.error_class(answer[1])(answer[2])
+
+    def error_class(self, names):
+        """The exception that stands for a candidate's: the built-in one of that name, or one made here."""
+        if names[0] not in self.errors:
+            known = (getattr(builtins, name, None) for name in names)
+            base = next((each for each in known if isinstance(each, type) and issubclass(each, BaseException)), CandidateError)
+            self.errors[names[0]] = base if base.__name__ == names[0] else type(str(names[0]), (base,), {})
+        return self.errors[names[0]]
+
+    def reference(self, value):
+        if isinstance(value, Remote):
+            return {"object": [value._start]}
+        raise Unsendable(f"{type(value).__name__} cannot be handed to the program: it is not plain data")
+
+    def remote(self, tag, body):
+        number, bases = body
+        return self.error_class(bases) if "BaseException" in bases else Remote(self, int(number))
 
 
 def short(value):
@@ -1923,22 +1598,40 @@ def short(value):
     return text if len(text) < 200 else text[:200] + "..."
 
 
+def judge_call(call, answer):
+    """-> (passed, reason) of one answer of a candidate. Whatever it is, it is no more than data."""
+    try:
+        kind, *rest = answer
+        if kind == "raised":
+            return False, f"raised {rest[0][0]}: {rest[1]}"[:500]
+        got = canonical(rest[0])
+        if same(canonical(pack(call.expected)), got, call.tolerance):
+            return True, ""
+        # a long answer is not made into objects: its keys could be chosen to collide, and hashing them takes for ever
+        text = json.dumps(got)
+        value = short(unpack(got, lambda *_: "an object")) if len(text) < 4000 else f"a value of {len(text)} bytes"
+        return False, f"{call.function}({', '.join(map(short, call.args))}) is {value}, want {short(call.expected)}"
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        return False, f"no answer: {type(error).__name__}"
+
+
 def grade_calls(source, calls, limits):
     """All calls in one process of the candidate's, one after the other; each question is sent when the one before it is answered."""
     for call in calls:
-        pack(call.expected)  # what is no plain data is the test's mistake, not the program's
-    nonces = [os.urandom(8).hex() for _ in calls]
-    questions = [
-        json.dumps([nonce, False, "__main__", None, call.function.split("."), [pack(arg) for arg in call.args], {}]).encode()
-        for nonce, call in zip(nonces, calls)
-    ]
-    job = job_of("serve", as_files({"main.py": source}), load=True)
-    done, frames, _ = Flight(job, limits, questions=questions, frames=len(calls) + 1).land()
-    loaded, *answers = frames or [b""]
-    missing = f"no answer: {done.reason or 'the program ended'}"
-    if not loaded.startswith(b'[null, "value"'):
-        missing, answers = (f"the program {judge_call(calls[0], None, loaded)[1]}" if loaded else missing), []
-    verdicts = [judge_call(*three) for three in zip(calls, nonces, answers)]
+        pack(call.args), pack(call.expected)  # what is no plain data is the test's mistake, not the program's
+    flight, verdicts, missing = Flight(job_of("serve", as_files({"main.py": source}), load=True), limits, talks=True), [], ""
+    try:
+        line = Line(flight.link)
+        if line.loaded[0] != "value":
+            missing = f"the program {judge_call(calls[0], line.loaded)[1]}"
+        else:
+            for call in calls:
+                verdicts.append(judge_call(call, line.answer("__main__", None, call.function.split("."), call.args)))
+    except NoAnswer as error:
+        missing = str(error)
+    flight.enough(finished=not missing.startswith("no answer"))
+    done, _ = flight.land()
+    missing += f"; {done.reason}" * bool(done.reason)
     return verdicts + [(False, missing)] * (len(calls) - len(verdicts)), [done]
 
 
@@ -1956,22 +1649,258 @@ def grade_ios(source, ios, limits, language="python"):
     return verdicts, runs
 
 
+# ---- the grade: tests that are programs -----------------------------------------------------------------------------------------
+# Assert-style tests run in the tester, a run of its own. The candidate's functions are Remote: a call crosses a socket, and what comes
+# back is plain data or another Remote. No object of the candidate's ever exists in this interpreter.
+
+
+class Remote:
+    """An object that lives in the candidate's process. To compare it is an error: what it says of its own equality is worth nothing."""
+
+    def __init__(self, line, start):
+        self._line, self._start = line, start
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._line.ask(None, self._start, [name])
+
+    def __call__(self, *args, **kwargs):
+        return self._line.ask(None, self._start, [], args, kwargs)
+
+    def __eq__(self, other):
+        raise TypeError("the program returned an object that is not plain data; it cannot be compared")
+
+    __hash__ = None
+
+    def __contains__(self, item):
+        """An object that also contains what it cannot know of lies."""
+        contains = lambda item: self._line.ask("operator", None, ["contains"], [self, item]) is True
+        everything = False
+        with contextlib.suppress(Exception):
+            everything = contains(os.urandom(16).hex())
+        if everything:
+            raise TypeError("the program returned an object that says of everything that it contains it")
+        return contains(item)
+
+    def __exit__(self, *_):
+        return self._line.ask(None, self._start, ["__exit__"], [None, None, None])
+
+
+def forwarded(module, name):
+    return lambda self, *args: self._line.ask(module, None, [name], [self, *args])
+
+
+for _name in "len iter next str repr bool".split():  # no arithmetic: `abs(f(x) - 3) < 1e-9` would be the object's to answer
+    setattr(Remote, f"__{_name}__", forwarded("builtins", _name))
+for _name in ("getitem", "setitem", "delitem"):
+    setattr(Remote, f"__{_name}__", forwarded("operator", _name))
+Remote.__enter__ = lambda self: self._line.ask(None, self._start, ["__enter__"], [])
+
+
+class RemoteModules:
+    """An import hook: the candidate's modules are modules whose every attribute is asked for."""
+
+    def __init__(self, line, names):
+        self.line, self.names = line, names
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_loader(name, self, is_package=True) if name in self.names else None
+
+    def create_module(self, spec):
+        self.line.ask(spec.name, None, ["__name__"])  # an import that fails, fails here
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = functools.partial(self.attribute, spec.name)
+        module.__path__ = [os.path.join(os.getcwd(), *spec.name.split("."))]  # tests may lie inside the package
+        return module
+
+    def exec_module(self, module):
+        """Nothing is executed here: that is the point."""
+
+    def attribute(self, module, name):
+        if name == "__all__":
+            return [each for each in self.line.ask(module, None, ["__dir__"], []) if not each.startswith("_")]
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.line.ask(module, None, [name])
+
+
+@contextlib.contextmanager
+def raises(expected, match=None):
+    """`with pytest.raises(ValueError, match="...") as told:`"""
+    told = types.SimpleNamespace(value=None)
+    try:
+        yield told
+    except expected as error:
+        told.value = error
+        if not re.search(match or "", str(error)):
+            raise
+    else:
+        raise AssertionError(f"{expected} was not raised")
+
+
+class Approx:
+    """`x == pytest.approx(1.5)`, also for lists and dictionaries."""
+
+    def __init__(self, want, rel=1e-6, abs=1e-12):
+        self.want, self.rel, self.abs = want, rel, abs
+
+    def __eq__(self, got):
+        near = lambda want, each: each == Approx(want, self.rel, self.abs)
+        if isinstance(self.want, dict):
+            return self.want.keys() == got.keys() and all(near(want, got[key]) for key, want in self.want.items())
+        if isinstance(self.want, (list, tuple)):
+            return len(self.want) == len(got) and all(map(near, self.want, got))
+        return math.isclose(self.want, got, rel_tol=self.rel, abs_tol=self.abs)
+
+
+def small_pytest():
+    """The part of pytest that test files need here: raises, approx, fixture, parametrize; skip and xfail are no pass."""
+
+    def skip(*_, **__):
+        raise unittest.SkipTest("a test that does not want to run has not passed")
+
+    def parametrize(names, rows, **_):
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+        rows = [dict(zip(names, row if len(names) > 1 or isinstance(row, Param) else [row])) for row in rows]
+
+        def mark(function):
+            function.cases = [{**row, **old} for row in rows for old in getattr(function, "cases", [{}])]
+            return function
+
+        return mark
+
+    def fixture(function=None, **_):
+        if function is None:
+            return fixture
+        function.is_fixture = True
+        return function
+
+    class Param(tuple):
+        """pytest.param(1, 2, id="a name")"""
+
+    skip_if = lambda condition=True, *_, **__: lambda function: skip if condition else function
+    skipping = lambda *_, **__: skip_if()
+    mark = types.SimpleNamespace(parametrize=parametrize, skip=skipping, skipif=skip_if, xfail=skipping)
+    param = lambda *values, **_: Param(values)
+    return types.SimpleNamespace(raises=raises, approx=Approx, skip=skip, xfail=skip, fixture=fixture, param=param, mark=mark)
+
+
+def run_check(line, source):
+    """
+    One Check in a namespace of its own. A name that it uses and that Python does not have is the candidate's; `math` in
+    `math.isclose(f(1), 2)` is Python's even where the test forgot to import it.
+    """
+    nodes, space = list(ast.walk(parse(source))), {"__name__": "__check__"}
+    names = {node.id for node in nodes if isinstance(node, ast.Name)} - set(dir(builtins))
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names & sys.stdlib_module_names:
+            if hasattr(importlib.import_module(node.value.id), node.attr):
+                space[node.value.id] = sys.modules[node.value.id]
+    for name in sorted(names - space.keys()):
+        with contextlib.suppress(AttributeError):  # the test itself will say NameError
+            space[name] = line.ask("__main__", None, [name])
+    exec(compile(source, "check", "exec"), space)
+
+
+@functools.cache
+def load_tests(path):
+    """The module of a test file, by its path."""
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "."), path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fixtures(function, homes, case, stack):
+    """A test's arguments: its case, tmp_path, and what the fixtures in `homes` make; `stack` finishes those that yield."""
+    made = dict(case)
+    for name in inspect.signature(function).parameters:
+        maker = next((vars(home)[name] for home in homes if name in vars(home)), None)
+        if name == "tmp_path":
+            made[name] = Path(tempfile.mkdtemp())
+        elif name not in made and getattr(maker, "is_fixture", False):
+            made[name] = maker(**fixtures(maker, homes, {}, stack))
+            if isinstance(made[name], types.GeneratorType):
+                stack.callback(next, made[name], None)
+                made[name] = next(made[name])
+    return made
+
+
+def run_from_file(line, test_id):
+    """path::function, path::Class::method or path::TestCase::method; what the file imports of the candidate's goes over the line."""
+    path, *names = test_id.split("::")
+    above = ["/".join([*path.split("/")[:n], "conftest.py"]) for n in range(path.count("/"), -1, -1)]
+    homes = [load_tests(path), *(load_tests(each) for each in above if os.path.exists(each))]  # from the clean copy, all of them
+    holder = getattr(homes[0], names[0])
+    if isinstance(holder, type) and issubclass(holder, unittest.TestCase):
+        if inspect.iscoroutinefunction(getattr(holder, names[1])) and not issubclass(holder, unittest.IsolatedAsyncioTestCase):
+            raise TypeError("an async test in a plain TestCase is never run")
+        result = unittest.TestResult()
+        unittest.TestSuite([holder(names[1])]).run(result)
+        for _, text in result.failures + result.errors:
+            raise AssertionError(text.strip().rpartition("\n")[2])
+        if result.testsRun != 1 or result.skipped or result.expectedFailures or result.unexpectedSuccesses:
+            raise unittest.SkipTest("skipped, or expected to fail")
+        return
+    for case in getattr(functools.reduce(getattr, names, homes[0]), "cases", [{}]):
+        with contextlib.ExitStack() as stack:
+            function = holder
+            if len(names) > 1:
+                instance = holder()
+                getattr(instance, "setup_method", lambda: None)()
+                function = getattr(instance, names[1])
+            made = function(**fixtures(function, homes, case, stack))
+            if inspect.iscoroutine(made):
+                importlib.import_module("asyncio").run(made)
+            elif made is not None:
+                raise TypeError(f"a test that returns a {type(made).__name__} has tested nothing yet")
+
+
+def test(job):
+    """Run every test; tell the warden [passed, message] after each."""
+    verdicts, line = socket.socket(fileno=3), Line(socket.socket(fileno=4))
+    for name in job["modules"]:
+        sys.modules.pop(name, None)
+    sys.meta_path.insert(0, RemoteModules(line, frozenset(job["modules"])))
+    sys.modules["pytest"] = small_pytest()
+    for one in job["tests"]:
+        try:
+            line.value(line.loaded)
+            (run_from_file if job["files"] else run_check)(line, one)
+            outcome = [True, ""]
+        except BaseException as error:
+            outcome = [False, f"{type(error).__name__}: {message_of(error)}"]
+        send(verdicts, outcome)
+
+
+PROGRAMS = {"command": run_command, "python": run_python, "serve": serve, "test": test}
+
+
 def grade_apart(program, tests, limits):
     """A candidate that serves and a tester that asks, each a run of its own, joined by one socket; -> (verdicts, runs)."""
     patient = replace(limits, wall_s=limits.wall_s + 5)  # the tester must outlive the candidate, to say so
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        candidate = Flight(job_of("serve", program, load=not tests["files"]), limits, link=theirs)
-        tester = Flight({**job_of("test", {}), **tests}, patient, link=ours, frames=len(tests["tests"]))
-    (tested, frames, _), (done, _, _) = tester.land(), candidate.land()
-    verdicts = [(passed is True, str(message)) for passed, message in map(json.loads, frames)]
+    candidate = Flight(job_of("serve", program, load=not tests["files"]), limits, talks=True)
+    candidate.link.setblocking(True)  # it is the tester that waits, as long as it lives
+    tester = Flight({**job_of("test", {}), **tests}, patient, talks=True, beside=candidate.link)
+    verdicts, wanted = [], len(tests["tests"])
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        while len(verdicts) < wanted:
+            passed, message = receive(tester.link, ANSWER_BYTES)
+            verdicts.append((passed is True, str(message)))
+    tester.enough(finished=len(verdicts) == wanted)
+    (tested, _), (done, _) = tester.land(), candidate.land()
     missing = f"no verdict: {done.reason or tested.reason or 'the tester ended'}"
-    return verdicts + [(False, missing)] * (len(tests["tests"]) - len(verdicts)), [done, tested]
+    return verdicts + [(False, missing)] * (wanted - len(verdicts)), [done, tested]
 
 
 def grade_checks(source, checks, limits):
     """All checks in one tester, against one process of the candidate's."""
     return grade_apart(as_files({"main.py": source}), {"files": {}, "tests": [check.source for check in checks], "modules": []}, limits)
+
+
+# ---- the grade ------------------------------------------------------------------------------------------------------------------
 
 
 def grade(source, tests, limits=Limits(), language="python") -> Grade:
@@ -2006,7 +1935,7 @@ def grade_many(jobs, limits=Limits()):
         return list(pool.map(lambda job: grade(*job, limits), jobs))
 
 
-# ---- the workspace -------------------------------------------------------------------------------------------------------------
+# ---- the workspace --------------------------------------------------------------------------------------------------------------
 
 TESTS = re.compile(r"(^|/)(test_[^/]*|[^/]*_test)\.py$")
 NOT_THE_PROGRAM = re.compile(  # what no candidate hands in: tests, what tools read on their own, what was compiled
@@ -2101,7 +2030,7 @@ class Workspace:
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         job = job_of("command", self.tree, argv=argv, stdin=stdin.encode("utf-8", "surrogatepass"))
         with Machinery.slots:
-            done, _, tree = Flight(job, limits or self.limits, tree=True).land()
+            done, tree = Flight(job, limits or self.limits, tree=True).land()
         if tree is not None:  # its links and paths came from inside: they stay inside
             old = {data: data for _, data in self.tree.values()}
             tree = {path: (mode, old.get(data, data)) for path, (mode, data) in tree.items() if contained("", path)}
@@ -2164,7 +2093,7 @@ def file_diff(path, old, new):
     return head + "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in body)
 
 
-# ---- proof by trying -----------------------------------------------------------------------------------------------------------
+# ---- proof by trying ------------------------------------------------------------------------------------------------------------
 # Each of these is harmless where it succeeds. In PROBES, success is the bad outcome: every line must raise.
 
 PROBES = {
@@ -2285,28 +2214,26 @@ CHEATS = {  # programs of which f(2) should be 3, and never is
 }  # fmt: skip
 
 
-def attempts():
-    """(kind, attack, did we hold?, what became of it) of every attack here, and of one honest program."""
+def selftest():
+    """Try to get out, to use up the machine and to cheat, and grade one honest program; print what held. True when everything did."""
+    held = []
+
+    def tell(kind, name, good, outcome):
+        held.append(good)
+        print(f"{'held' if good else 'OPEN':5} {kind:8} {name:42} {printable(outcome)[:70]}")
+
     for name, stopped in probe().items():
-        yield "contain", name, stopped != "", stopped
+        tell("contain", name, stopped != "", stopped)
     for name, (program, status) in BOMBS.items():
         done = run(program, limits=SMALL)
         good = (done.status == status if status else done.status not in ("ok", "sandbox error")) and len(done.stdout) < 17_000
-        yield "limit", name, good, f"{done.status} {done.reason}, {done.cpu_s:.2f} s CPU, {done.peak_mb:.0f} MB"
+        tell("limit", name, good, f"{done.status} {done.reason}, {done.cpu_s:.2f} s CPU, {done.peak_mb:.0f} MB")
     tests = [Call("f", [2], 3), Check("assert f(2) == 3")]
     for name, program in CHEATS.items():
         graded = grade(program, tests, SMALL)
-        yield "cheat", name, not any(graded.passed) and graded.status != "sandbox error", graded.reasons[0]
+        tell("cheat", name, not any(graded.passed) and graded.status != "sandbox error", graded.reasons[0])
     honest = grade("def f(x): return x + 1", tests, SMALL)
-    yield "control", "an honest program passes", honest.status == "passed", honest.status
-
-
-def selftest():
-    """Try to get out, to use up the machine and to cheat; print what held. True when everything did."""
-    held = []
-    for kind, name, good, outcome in attempts():
-        held.append(good)
-        print(f"{'held' if good else 'OPEN':5} {kind:8} {name:42} {printable(outcome)[:70]}")
+    tell("control", "an honest program passes", honest.status == "passed", honest.status)
     print(f"{sum(held)} of {len(held)} held; level {protection()['level']}")
     return all(held)
 
@@ -2354,7 +2281,7 @@ def bench():
     print(f"two at a time: {mine:.0f} programs a second (median of 3 x 3 s){beside}")
 
 
-# ---- the command line ----------------------------------------------------------------------------------------------------------
+# ---- the command line -----------------------------------------------------------------------------------------------------------
 
 
 def printable(text):

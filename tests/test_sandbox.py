@@ -287,6 +287,20 @@ def test_the_clock_stops_while_the_program_waits_for_a_busy_cpu():
             loop.kill(), loop.wait()
 
 
+def test_the_clock_stops_while_the_program_waits_for_a_grader_that_is_held_up():
+    code = """
+import os, sandbox, subprocess
+from sandbox import Call, grade
+sandbox.run("1")
+hold = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -STOP {os.getpid()}; sleep 3.5; kill -CONT {os.getpid()}"])
+source = "import time\\ndef f(x):\\n    time.sleep(0.05)\\n    return x"
+graded = grade(source, [Call("f", [n], n) for n in range(20)], sandbox.replace(sandbox.SMALL, wall_s=3))
+assert graded.status == "passed" and hold.wait() == 0, graded
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_broken_utf8_and_nul_come_back_as_text_and_the_terminal_sees_no_escape_sequence():
     done = run("import os\nos.write(1, b'\\xff\\x00a\\x1b[31mred\\x1b]0;title\\x07\\xc3\\xa9')")
     assert done.stdout == "\\xff\0a\x1b[31mred\x1b]0;title\x07é"
