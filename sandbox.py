@@ -81,6 +81,15 @@ class Limits:
             if not 0 < value < 1e6:
                 raise ValueError(f"Limits.{name} = {value}: it must be positive and below a million")
 
+    @property
+    def patience_s(self):
+        """The wall clock's last word, however busy the machine is."""
+        return 10 * self.wall_s + 20
+
+    @property
+    def inodes(self):
+        return max(256, 64 * self.disk_mb)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -172,14 +181,13 @@ def send(sock, value):
 
 def read_exactly(sock, size):
     """So many bytes; ConnectionError where they end before."""
-    data = bytearray(size)
-    room = memoryview(data)
-    while room:
-        got = sock.recv_into(room)
-        if got == 0:
+    data = sock.recv(size, socket.MSG_WAITALL)
+    while len(data) < size:  # a signal came between
+        more = sock.recv(size - len(data), socket.MSG_WAITALL)
+        if not more:
             raise ConnectionError("the other side has gone")
-        room = room[got:]
-    return bytes(data)
+        data += more
+    return data
 
 
 def read_frame(sock, most=1 << 30):
@@ -536,10 +544,10 @@ def raise_filters(walls, facts):
 def confine(limits, walls):
     """The last thing before the program: what this process may use (rlimits) and do (capabilities, Landlock, seccomp), for good."""
     for name, value in {
-        "CPU": math.ceil(limits["cpu_s"]) + 1,
-        "FSIZE": limits["file_mb"] << 20,
-        "DATA": walls["data"] + (limits["memory_mb"] << 20),
-        "NPROC": limits["processes"] + walls["neighbours"],
+        "CPU": math.ceil(limits.cpu_s) + 1,
+        "FSIZE": limits.file_mb << 20,
+        "DATA": walls["data"] + (limits.memory_mb << 20),
+        "NPROC": limits.processes + walls["neighbours"],
         "NOFILE": 256,
         "STACK": 8 << 20,
         "CORE": 1,  # with 0, a core handler of the host's would still run; 1 byte is too little for either
@@ -622,10 +630,6 @@ def read_tree(folder, room=1 << 40):
     return dict(sorted(tree.items()))
 
 
-def inodes_of(disk_mb):
-    return max(256, 64 * disk_mb)
-
-
 def remove_folder(folder):
     with contextlib.suppress(RecursionError):
         shutil.rmtree(folder, ignore_errors=True)
@@ -645,7 +649,7 @@ def live(asker, ready, pipes, limits, walls):
     gc.enable()
     sys.modules["random"].seed()
     if walls["namespaces"]:  # the one place where a run can write, seen by nobody else; bare, a folder of the host's
-        size = f"size={limits['disk_mb']}m,nr_inodes={inodes_of(limits['disk_mb'])},mode=755"
+        size = f"size={limits.disk_mb}m,nr_inodes={limits.inodes},mode=755"
         mount("disk", walls["disk"], "tmpfs", NOSUID | NODEV, size)
         local_network(walls["settings"])
         prctl(PR_DUMPABLE, 1)
@@ -678,30 +682,29 @@ def run_command(job):
         return 127
 
 
-def fresh_main(path, called="__main__"):
+def fresh_main(called="__main__"):
     """An empty `__main__` in the place of ours, as `python FILE` would have it; files beside it go before the standard library's."""
     for name in os.listdir():
         sys.modules.pop(name.removesuffix(".py"), None)
     main = types.ModuleType(called)
-    main.__file__, main.__builtins__ = path, builtins
-    sys.modules["__main__"], sys.modules[called], sys.argv = main, main, [path]
+    main.__file__, main.__builtins__ = "main.py", builtins
+    sys.modules["__main__"], sys.modules[called], sys.argv = main, main, ["main.py"]
     sys.path[:0] = [os.getcwd(), os.getcwd() + "/src"]
     sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
     return main
 
 
-def execute(path, main):
-    exec(compile(Path(path).read_bytes(), path, "exec"), main.__dict__)
+def execute(main):
+    exec(compile(Path("main.py").read_bytes(), "main.py", "exec"), main.__dict__)
 
 
 def run_python(job):
     """Run main.py to its end, as `python main.py` would, in this warm interpreter. Returns the exit code."""
-    path, tracer = "main.py", Tracer(3) if job["trace"] else None
-    code, main = 0, fresh_main(path)
+    code, main, tracer = 0, fresh_main(), Tracer(3) if job["trace"] else None
     try:
         if tracer:
             sys.settrace(tracer)
-        execute(path, main)
+        execute(main)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         if code and not isinstance(stop.code, int):
@@ -785,10 +788,6 @@ ENOUGH = b"e"  # from whoever asked for a run: end it now
 FREE_DESCRIPTORS, BUFFER_BYTES = 32, 1 << 18
 
 
-class Gone(Exception):
-    """Whoever asked for this run has hung up."""
-
-
 def below(pid):
     """All descendants of a process, by reading who is whose child."""
     found, todo = [], [pid]
@@ -825,11 +824,6 @@ def unheard(links):
     return not PORTABLE and any(fcntl.ioctl(link, termios.TIOCOUTQ, bytes(4)) != bytes(4) for link in links)
 
 
-def patience_of(limits):
-    """The wall clock's last word, however busy the machine is."""
-    return 10 * limits["wall_s"] + 20
-
-
 class Tree:
     """The processes of a run: who there is, what they use, what those used who have ended; and the end of them all."""
 
@@ -855,16 +849,16 @@ class Tree:
             disk = sum(max(1 << 14, about.st_blocks * 512) for _, _, about in below_folder(self.walls["disk"]))
         self.peak = max(self.peak, memory)
         elapsed = time.monotonic() - self.started
-        if memory > limits["memory_mb"] << 20:
-            return "memory", f"more than {limits['memory_mb']} MB in all its processes and files"
-        if disk > limits["disk_mb"] << 20:  # a tmpfs would not have let it come to this
-            return "failed", f"more than {limits['disk_mb']} MB of files"
-        if len(pids) > limits["processes"]:
-            return "failed", f"more than {limits['processes']} processes"
-        if sum(self.seen.values()) > limits["cpu_s"]:
-            return "timeout", f"more than {limits['cpu_s']:g} s of CPU"
-        if elapsed > limits["wall_s"] and elapsed - waited_for_cpu(self.child) > limits["wall_s"] or elapsed > patience_of(limits):
-            return "timeout", f"longer than {limits['wall_s']:g} s"
+        if memory > limits.memory_mb << 20:
+            return "memory", f"more than {limits.memory_mb} MB in all its processes and files"
+        if disk > limits.disk_mb << 20:  # a tmpfs would not have let it come to this
+            return "failed", f"more than {limits.disk_mb} MB of files"
+        if len(pids) > limits.processes:
+            return "failed", f"more than {limits.processes} processes"
+        if sum(self.seen.values()) > limits.cpu_s:
+            return "timeout", f"more than {limits.cpu_s:g} s of CPU"
+        if elapsed > limits.wall_s and elapsed - waited_for_cpu(self.child) > limits.wall_s or elapsed > limits.patience_s:
+            return "timeout", f"longer than {limits.wall_s:g} s"
         return None
 
     def reap(self, how=os.WNOHANG):
@@ -893,16 +887,13 @@ class Tree:
             time.sleep(0.001)
 
 
-def buffer(size):
-    """Memory that goes back to the kernel with its last user; never Python's own, from which later programs are forked."""
-    return memoryview(mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANON))
-
-
 class Inbox:
     """What a program sends by one descriptor: the first bytes are kept, the rest is read and dropped."""
 
     def __init__(self, descriptor, most):
-        self.descriptor, self.most, self.room, self.filled, self.cut = descriptor, most, buffer(most + (1 << 16)), 0, False
+        self.descriptor, self.most, self.filled, self.cut = descriptor, most, 0, False
+        # memory that goes back to the kernel with its last user; never Python's own, from which later programs are forked
+        self.room = memoryview(mmap.mmap(-1, most + (1 << 16), flags=mmap.MAP_PRIVATE | mmap.MAP_ANON))
         os.set_blocking(descriptor, False)
 
     def read(self):
@@ -930,12 +921,13 @@ def attend(tree, work, limits, outputs, links, asker, wake):
                 over = over or tree.status is not None
             elif descriptor == asker.fileno():
                 if not asker.recv(1):
-                    raise Gone
+                    raise ConnectionError("whoever asked for this run has hung up")
                 over = True
             elif readers[descriptor].read():
                 poll.unregister(descriptor)
-        if not over and time.monotonic() >= next_look:
-            tree.started += LOOK_EVERY_S * unheard(links)
+        late = time.monotonic() - next_look
+        if not over and late >= 0:
+            tree.started += (LOOK_EVERY_S + late) * unheard(links)
             broken = tree.look(work, limits)
             over = broken is not None
             next_look = time.monotonic() + LOOK_EVERY_S
@@ -946,9 +938,9 @@ def attend(tree, work, limits, outputs, links, asker, wake):
             while not output.read():
                 pass
     return {
-        "exit_code": os.waitstatus_to_exitcode(tree.status), "wall_s": wall_s, "cpu_s": max(tree.cpu_s, sum(tree.seen.values())),
-        "peak_mb": max(tree.peak_kb / 1024, tree.peak / 2**20), "cut": [output.cut for output in outputs], "broken": broken,
-        "level": tree.walls["level"],
+        "used": {"wall_s": wall_s, "cpu_s": max(tree.cpu_s, sum(tree.seen.values())), "level": tree.walls["level"],
+                 "peak_mb": max(tree.peak_kb / 1024, tree.peak / 2**20), "exit_code": os.waitstatus_to_exitcode(tree.status)},
+        "cut": [output.cut for output in outputs], "broken": broken,
     }  # fmt: skip
 
 
@@ -985,16 +977,19 @@ def warden(asker, walls, not_ours):
 
 def one_run(order, links, asker, wake, walls):
     """Pipes, fork, attend, report. The order holds limits and numbers; the rest of the request is for the program's process alone."""
-    limits, (out_r, out_w), (err_r, err_w), (told, ready) = order["limits"], os.pipe(), os.pipe(), socket.socketpair()
+    limits, (out_r, out_w), (err_r, err_w), (told, ready) = Limits(**order["limits"]), os.pipe(), os.pipe(), socket.socketpair()
     ready = socket.socket(fileno=out_of_the_way(ready.detach()))
     pipes = [out_w, err_w, *(link.fileno() for link in links)]
     child = spawn(lambda: live(asker, ready, pipes, limits, walls), ready, NEW_IN_EACH_RUN if walls["namespaces"] else 0)
     tree = Tree(child, walls)
     ready.close(), os.close(out_w), os.close(err_w)
     try:
-        work = started(told)
-        outputs = [Inbox(descriptor, limits["output_kb"] * 1024) for descriptor in (out_r, err_r)]
-        result = attend(tree, work, limits, outputs, links, asker, wake)
+        told.settimeout(60)
+        said, work = socket.recv_fds(told, 4096, 1)[:2]
+        if said != b"ready":  # the walls do not stand: our own failure
+            raise OSError(f"the program could not be started: {text_of(said[4:]) or 'no word'}")
+        outputs = [Inbox(descriptor, limits.output_kb * 1024) for descriptor in (out_r, err_r)]
+        result = attend(tree, work[0], limits, outputs, links, asker, wake)
     finally:
         tree.fell()
         for link in links:  # nobody need wait for another word, even where a process of the run's has got away
@@ -1006,25 +1001,16 @@ def one_run(order, links, asker, wake, walls):
         asker.sendall(struct.pack("!I", output.filled))
         asker.sendall(output.room[: output.filled])
     if order["tree"]:
-        reader = spawn(lambda: send_tree(asker, work, limits))  # yet another process, so that no file's content stays in this one
+        reader = spawn(lambda: send_tree(asker, work[0], limits))  # yet another process, so that no file's content stays in this one
         if os.waitpid(reader, 0)[1]:
-            raise Gone  # whatever it said, this place is used no more
-    os.close(work)
-
-
-def started(told):
-    """Wait until a run's process has raised its walls: its work directory. Anything else is our own failure."""
-    told.settimeout(60)
-    said, descriptors = socket.recv_fds(told, 4096, 1)[:2]
-    if said != b"ready":
-        raise OSError(f"the program could not be started: {text_of(said[4:]) or 'no word'}")
-    return descriptors[0]
+            raise OSError("the files could not be read back")  # this place is used no more
+    os.close(work[0])
 
 
 def send_tree(asker, work, limits):
     """In a process of its own: hand the files that a run has left to whoever asked."""
     os.fchdir(work)
-    tree = read_tree(".", limits["disk_mb"] << 20)
+    tree = read_tree(".", limits.disk_mb << 20)
     send(asker, [[path, mode, len(data)] for path, (mode, data) in tree.items()])
     asker.sendall(framed(b"".join(data for _, data in tree.values())))
 
@@ -1243,9 +1229,10 @@ class Flight:
     """
 
     def __init__(self, job, limits, talks=False, beside=None, tree=False):
-        self.tree, self.finished, self.patience_s = tree, False, patience_of(asdict(limits)) + 70
+        self.tree, self.finished = tree, False
+        self.patience = struct.pack("ll", int(limits.patience_s + 70), 0)  # by the kernel's clock: settimeout() makes two calls of each
         self.link, theirs = socket.socketpair()
-        self.link.settimeout(self.patience_s)
+        self.link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, self.patience)
         links = [link.fileno() for link in (theirs if talks else None, beside) if link]
         order = json.dumps({"limits": asdict(limits), "tree": tree}).encode()
         for attempt in (1, 2):
@@ -1271,7 +1258,7 @@ class Flight:
     def land(self):
         """Wait for the end: (Run, the files it left). What breaks here is ours: a sandbox error."""
         self.link.close()
-        self.sock.settimeout(self.patience_s)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, self.patience)
         try:
             result, tree = receive(self.sock), None
             if "error" in result:
@@ -1294,7 +1281,7 @@ class Flight:
 def as_run(result, outputs, finished):
     """A Run from what a warden reports."""
     stdout, stderr = (text_of(data) + f"\n[cut after {len(data) // 1024} kB]" * cut for data, cut in zip(outputs, result["cut"]))
-    code = result["exit_code"]
+    code = result["used"]["exit_code"]
     if result["broken"]:
         status, reason = result["broken"]
     elif finished or code == 0:
@@ -1307,8 +1294,7 @@ def as_run(result, outputs, finished):
         status, reason = "memory", "MemoryError"
     else:
         status, reason = "failed", f"exit code {code}"
-    used = {name: result[name] for name in ("wall_s", "cpu_s", "peak_mb", "level")}
-    return Run(status, stdout, stderr, code, reason=reason, **used)
+    return Run(status, stdout, stderr, reason=reason, **result["used"])
 
 
 def trace_of(link):
@@ -1486,7 +1472,7 @@ def serve(job):
     gets [nonce, "value", tree] or [nonce, "raised", type names, message]. All this runs in the candidate's own process. It can forge
     any frame, and has won no more than the right to give an answer.
     """
-    channel, main, kept = socket.socket(fileno=3), fresh_main("main.py", "<program>"), []  # imported, not started; a name no module has
+    channel, main, kept = socket.socket(fileno=3), fresh_main("<program>"), []  # imported, not started; a name no module has
 
     def keep(value):
         """Hand out an object, which the other side can then name by its number."""
@@ -1506,7 +1492,7 @@ def serve(job):
             return value
         return value(*(unpack(arg, find) for arg in args), **{key: unpack(arg, find) for key, arg in kwargs.items()})
 
-    nonce, work = None, functools.partial(execute, "main.py", main) if job["load"] else lambda: None
+    nonce, work = None, functools.partial(execute, main) if job["load"] else lambda: None
     while True:
         try:
             reply = [nonce, "value", pack(work(), keep)]
@@ -1528,10 +1514,6 @@ def message_of(error):
         return str(error)[:2000]
     except BaseException as second:
         return f"({type(second).__name__} while its message was read)"
-
-
-class CandidateError(Exception):
-    """The candidate raised something that is no built-in exception."""
 
 
 class NoAnswer(BaseException):
@@ -1567,7 +1549,7 @@ class Line:
         """The same as a value, or raised here."""
         answer = self.answer(module, start, names, args, kwargs)
         if answer[0] == "raised" and "StopIteration" in answer[1] and names != ["next"]:  # a loop of the test's would just end there
-            raise CandidateError("StopIteration outside of an iterator")
+            answer[1] = [name for name in answer[1] if name != "StopIteration"]
         return self.value(answer)
 
     def value(self, answer):
@@ -1579,7 +1561,7 @@ class Line:
         """The exception that stands for a candidate's: the built-in one of that name, or one made here."""
         if names[0] not in self.errors:
             known = (getattr(builtins, name, None) for name in names)
-            base = next((each for each in known if isinstance(each, type) and issubclass(each, BaseException)), CandidateError)
+            base = next((each for each in known if isinstance(each, type) and issubclass(each, BaseException)), Exception)
             self.errors[names[0]] = base if base.__name__ == names[0] else type(str(names[0]), (base,), {})
         return self.errors[names[0]]
 
@@ -1622,7 +1604,7 @@ def grade_calls(source, calls, limits):
     flight, verdicts, missing = Flight(job_of("serve", as_files({"main.py": source}), load=True), limits, talks=True), [], ""
     try:
         line = Line(flight.link)
-        if line.loaded[0] != "value":
+        if line.loaded[:1] != ["value"]:
             missing = f"the program {judge_call(calls[0], line.loaded)[1]}"
         else:
             for call in calls:
@@ -1691,10 +1673,10 @@ def forwarded(module, name):
     return lambda self, *args: self._line.ask(module, None, [name], [self, *args])
 
 
-for _name in "len iter next str repr bool".split():  # no arithmetic: `abs(f(x) - 3) < 1e-9` would be the object's to answer
-    setattr(Remote, f"__{_name}__", forwarded("builtins", _name))
-for _name in ("getitem", "setitem", "delitem"):
-    setattr(Remote, f"__{_name}__", forwarded("operator", _name))
+# no arithmetic: `abs(f(x) - 3) < 1e-9` would be the object's to answer
+for _module, _names in {"builtins": "len iter next str repr bool", "operator": "getitem setitem delitem"}.items():
+    for _name in _names.split():
+        setattr(Remote, f"__{_name}__", forwarded(_module, _name))
 Remote.__enter__ = lambda self: self._line.ask(None, self._start, ["__enter__"], [])
 
 
@@ -1859,7 +1841,7 @@ def run_from_file(line, test_id):
 
 
 def test(job):
-    """Run every test; tell the warden [passed, message] after each."""
+    """Run every test; tell whoever grades [passed, message] after each."""
     verdicts, line = socket.socket(fileno=3), Line(socket.socket(fileno=4))
     for name in job["modules"]:
         sys.modules.pop(name, None)
@@ -1878,26 +1860,28 @@ def test(job):
 PROGRAMS = {"command": run_command, "python": run_python, "serve": serve, "test": test}
 
 
-def grade_apart(program, tests, limits):
-    """A candidate that serves and a tester that asks, each a run of its own, joined by one socket; -> (verdicts, runs)."""
+def grade_apart(program, tests, limits, files=None, modules=()):
+    """
+    A candidate that serves and a tester that asks, each a run of its own, joined by one socket; -> (verdicts, runs). `tests` are sources
+    of checks, or names of tests in `files`, for which the `modules` are the candidate's.
+    """
     patient = replace(limits, wall_s=limits.wall_s + 5)  # the tester must outlive the candidate, to say so
-    candidate = Flight(job_of("serve", program, load=not tests["files"]), limits, talks=True)
-    candidate.link.setblocking(True)  # it is the tester that waits, as long as it lives
-    tester = Flight({**job_of("test", {}), **tests}, patient, talks=True, beside=candidate.link)
-    verdicts, wanted = [], len(tests["tests"])
+    candidate = Flight(job_of("serve", program, load=not files), limits, talks=True)
+    tester = Flight(job_of("test", files or {}, tests=tests, modules=modules), patient, talks=True, beside=candidate.link)
+    verdicts = []
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        while len(verdicts) < wanted:
+        while len(verdicts) < len(tests):
             passed, message = receive(tester.link, ANSWER_BYTES)
             verdicts.append((passed is True, str(message)))
-    tester.enough(finished=len(verdicts) == wanted)
+    tester.enough(finished=len(verdicts) == len(tests))
     (tested, _), (done, _) = tester.land(), candidate.land()
     missing = f"no verdict: {done.reason or tested.reason or 'the tester ended'}"
-    return verdicts + [(False, missing)] * (wanted - len(verdicts)), [done, tested]
+    return verdicts + [(False, missing)] * (len(tests) - len(verdicts)), [done, tested]
 
 
 def grade_checks(source, checks, limits):
     """All checks in one tester, against one process of the candidate's."""
-    return grade_apart(as_files({"main.py": source}), {"files": {}, "tests": [check.source for check in checks], "modules": []}, limits)
+    return grade_apart(as_files({"main.py": source}), [check.source for check in checks], limits)
 
 
 # ---- the grade ------------------------------------------------------------------------------------------------------------------
@@ -1969,7 +1953,7 @@ def test_ids(path, source):
 def fits(tree, limits):
     """Can these files be written to a private disk? One that held files with holes, or one file under many names, may have more."""
     pages = sum(-(-len(data) // 4096) for _, data in tree.values())
-    return pages * 4096 <= limits.disk_mb << 20 and len(tree) + 8 <= inodes_of(limits.disk_mb)
+    return pages * 4096 <= limits.disk_mb << 20 and len(tree) + 8 <= limits.inodes
 
 
 class Workspace:
@@ -2068,9 +2052,8 @@ class Workspace:
         files = {**clean, **given}
         beside = {Path(path).stem for path in files if path.endswith(".py")}  # a `helpers.py` that lies beside the tests is the tests'
         modules = (new | module_names(self.base) & module_names(program)) - beside  # and a new `json.py` is nobody's json
-        tests = {"files": files, "tests": ids, "modules": sorted(modules)}
         with Machinery.slots:
-            verdicts, runs = grade_apart(program, tests, limits or self.limits)
+            verdicts, runs = grade_apart(program, ids, limits or self.limits, files, sorted(modules))
         return as_grade(verdicts, runs, ids)
 
 

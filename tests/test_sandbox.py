@@ -376,6 +376,7 @@ CHEATS = {
     "the argument changed": "def f(x):\n    x = 3\n    return None",
     "answers from the inputs": "seen = []\ndef f(x):\n    seen.append(x)\n    return seen[0] if len(seen) > 1 else 0",
     "a skipped test": "import unittest\ndef f(x): raise unittest.SkipTest",
+    "an empty word on the channel": "import os\nos.write(3, b'\\0\\0\\0\\x06[null]')\ndef f(x): return 0",
     "a deadlock with the channel": "import socket\ns = socket.socket(fileno=3)\ns.recv(9999)\ndef f(x): return 3",
     "json NaN and infinities": "def f(x): return [float('nan'), float('inf')]",
     "bool for int": "def f(x): return True",
