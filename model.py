@@ -445,7 +445,7 @@ class PackedWeights:
     """
     The weights of a model for one-token steps: q, k, v in one matrix, gate and up in one, each times the gain of the norm before it.
 
-    They lie as (in, out): with few rows a CPU multiplies by them faster so.
+    Which side a matrix stands on, and whether it lies as (in, out), is what a CPU multiplies few rows by fastest.
     """
 
     def __init__(self, model):
@@ -457,16 +457,16 @@ class PackedWeights:
 
         def after(norm, *linears):
             w = torch.cat([x.weight for x in linears]) * norm.weight * (1 if self.root is None else math.sqrt(C))
-            return w.to(dtype).T.contiguous()
+            return w.to(dtype)
 
         self.layers = []
         for i, layer in enumerate(model.model.layers):
             a, m, gate = layer.self_attn, layer.mlp, model.model.gate_projections[i] if loop else None
             self.layers.append(SimpleNamespace(
-                qkv=after(layer.input_layernorm, a.q_proj, a.k_proj, a.v_proj), o=a.o_proj.weight.to(dtype).T,
+                qkv=after(layer.input_layernorm, a.q_proj, a.k_proj, a.v_proj).T.contiguous(), o=a.o_proj.weight.to(dtype).T,
                 gate_up=after(layer.post_attention_layernorm, m.gate_proj, m.up_proj), down=m.down_proj.weight.to(dtype).T,
                 gate=gate.weight.to(dtype) if loop else None, bias=gate.bias.to(dtype) if loop else None))
-        self.head = after(model.model.norm, model.lm_head)
+        self.head = after(model.model.norm, model.lm_head).T.contiguous()
 
     def unit(self, x):
         """x / rms(x): sqrt(sum x^2 + C eps) in three calls, where torch's own norm is ten on a CPU; sqrt(C) is in the weights."""
@@ -747,6 +747,8 @@ class LoopCoder(nn.Module):
         limit, weight = self.config.max_position_embeddings, self.lm_head.weight
         if capacity > limit:
             raise ValueError(f"a context of {capacity} tokens is longer than the model's {limit} (max_position_embeddings)")
+        if weight.device.type == "cpu":
+            keep_freed_memory()
         return Cache(self.config, rows, capacity, weight.device, self.compute_dtype or weight.dtype)
 
     @torch.no_grad()
@@ -811,8 +813,8 @@ class LoopCoder(nn.Module):
                     ring = kv[:, :, : at.ring_end].split(KV, dim=1)
                     o = loop_attention_step(q, *k1v1[i], *ring, w.gate, w.bias, at.total, at.mask, at.ring_mask)
                 x = torch.addmm(x, o.view(B, H * D), w.o)
-                gate, up = torch.mm(packed.unit(x), w.gate_up).chunk(2, dim=-1)
-                x = torch.addmm(x, F.silu(gate).mul_(up), w.down)
+                gate, up = torch.mm(w.gate_up, packed.unit(x).T).chunk(2)        # (I, B): a wide product is faster from this side
+                x = torch.addmm(x, F.silu(gate).mul_(up).T, w.down)
             if turn and self.loop_alpha is not None:
                 x = torch.lerp(x_before, x, self.loop_alpha.to(x.dtype))
         cache.lengths += 1 if active is None else active
