@@ -1025,12 +1025,34 @@ def peer_llama():
         num_key_value_heads=c.num_key_value_heads, max_position_embeddings=4096, tie_word_embeddings=False))
 
 
+def training_limits(B, T):
+    """Seconds that a step of our nano model takes for matrix products alone and for attention alone, forward and backward, float32."""
+    c = LoopCoderConfig.preset("nano")
+    C, I, V, H, KV, D = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+
+    def products(rows, k, n):
+        x, w, d = torch.randn(rows, k), torch.randn(n, k), torch.randn(rows, n)
+        return median_seconds(lambda: (x @ w.T, d @ w, d.T @ x))
+
+    layer = sum(products(B * T, k, n) for k, n in ((C, (H + 2 * KV) * D), (H * D, C), (C, 2 * I), (I, C)))
+    head = products(LOSS_CHUNK, C, V) * B * T / LOSS_CHUNK
+    q, *kv = inputs = [torch.randn(B, heads, T, D, requires_grad=True) for heads in (H, KV, KV, KV, KV)]
+    gate = torch.zeros(H, D), torch.zeros(H)
+    first = median_seconds(lambda: torch.autograd.grad(causal_attention(*inputs[:3]).sum(), inputs[:3]))
+    later = median_seconds(lambda: torch.autograd.grad(loop_attention(q, *kv, *gate, c.loop_window_size).sum(), inputs))
+    return c.num_hidden_layers * c.loop_num * layer + head, c.num_hidden_layers * (first + (c.loop_num - 1) * later)
+
+
 def bench_training(B=8, T=512):
     """Training tokens/s, eager and compiled, float32 and bfloat16: the peer first, then ours; the best of each is compared."""
     ids, best = torch.randint(0, 8192, (B, T + 1)), {}
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     peaks = {dtype: matmul_peak(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     print("matmul peak: " + ", ".join(f"{str(d)[6:]} {p / 1e9:.0f} GFLOP/s" for d, p in peaks.items()))
+    keep_freed_memory()                                                          # for both sides
+    products, attention = training_limits(B, T)
+    print(f"training  our step in float32 holds {products * 1e3:.0f} ms of matrix products and {attention * 1e3:.0f} ms of attention: "
+          f"with all else free, {B * T / (products + attention):.0f} tok/s")
     for who in ("transformers", "ours"):
         for dtype in peaks:
             for compiled in (False, True):
