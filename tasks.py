@@ -135,7 +135,11 @@ def behaviour(code, name: str, inputs) -> list[str]:
 
 
 def graded(source: str, tests) -> list[bool]:
-    """One bool a test, from the sandbox."""
+    """One bool a test, from the sandbox; what is no Python need not go there."""
+    try:
+        parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return [False] * len(tests)
     result = grade(source, tests, LIMITS)
     if result.status == "sandbox error":
         raise RuntimeError("the sandbox broke while it graded an answer")
@@ -323,10 +327,28 @@ def competitive(family: str):
     return draft
 
 
+PRINTED = """
+import contextlib, io, sys
+def printed(inputs):
+    texts = []
+    for sys.stdin in map(io.StringIO, inputs):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(program, "main.py", "exec"), {"__name__": "__main__"})
+        texts.append(out.getvalue().rstrip())
+    return texts
+"""
+
+
 def verify_tests(task, answer):
-    """The share of calls that return, or of inputs for which the program prints, exactly what they should."""
-    tests = [Call(*call) for call in task.tests.get("calls", ())] + [Io(*io) for io in task.tests.get("io", ())]
-    return sum(graded(code_of(answer), tests)) / len(tests)
+    """
+    The share of calls that return, or of inputs for which the program prints, exactly what they should. A program gets a process for
+    each input, and a tenth of the time where it is right: one process that runs it on all inputs is asked first.
+    """
+    code, calls, io = code_of(answer), task.tests.get("calls", ()), task.tests.get("io", ())
+    together = Call("printed", [[stdin for stdin, _ in io]], [stdout.rstrip() for _, stdout in io])
+    if io and all(graded(f"program = {code!r}" + PRINTED, [together])):
+        return 1.0
+    return np.mean(graded(code, [Call(*call) for call in calls] + [Io(*each) for each in io]))
 
 
 # ---- crux_output, crux_input: what does this program answer, and what was it asked? ----------------------------------
@@ -387,15 +409,17 @@ def crux(direction: str):
 
 
 def verify_crux(task, answer):
-    """Output: the literal is the value, type included. Input: any literal will do that gives the value when the program runs."""
+    """
+    Output: the literal is the value, type included. Input: any literal will do that gives the value when the program runs, here, for the
+    program is ours and the answer a literal: its steps take time and room in proportion to its length.
+    """
     t = task.tests
     try:
         value = ast.literal_eval(parse(code_of(answer).strip(), "eval"))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return 0.0
-    if task.family == "crux_output":
-        return repr(value) == repr(t["result"])
-    return all(graded(t["source"], [Call(re.match(r"def (\w+)", t["source"])[1], [value], t["result"])]))
+    found = repr(value) if task.family == "crux_output" else behaviour(t["source"], re.match(r"def (\w+)", t["source"])[1], [(value,)])[0]
+    return found == repr(t["result"])
 
 
 # ---- math: a formula is right when it equals the solution, however it is written -------------------------------------
@@ -912,7 +936,8 @@ def verify_terminal(task, answer):
 
 APIS = {  # domain: {function: (parameters, words, effect on the state)}
     "stock": {"add": ({"item": "str", "count": "int"}, "add {count} {item}", lambda s, item, count: s.update({item: s[item] + count})),
-              "remove": ({"item": "str", "count": "int"}, "remove {count} {item}", lambda s, item, count: s.update({item: s[item] - count})),
+              "remove": ({"item": "str", "count": "int"}, "remove {count} {item}",
+                         lambda s, item, count: s.update({item: s[item] - count})),
               "clear": ({"item": "str"}, "clear {item}", lambda s, item: s.update({item: 0})),
               "get": ({"item": "str"}, "", lambda s, item: s[item])},
     "page": {"show": ({"part": "str", "on": "bool"}, "turn {part} {on}", lambda s, part, on: s.update({part + " on": on})),

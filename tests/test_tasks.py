@@ -150,6 +150,19 @@ def test_programs_earn_the_share_of_tests_they_pass():
     assert verify(task, "import sys\nsys.exit(0)") == verify(task, "def f(v):\n    raise SystemExit(0)") == 0.0
 
 
+def test_a_program_is_judged_by_fresh_runs_where_one_process_for_all_inputs_does_not_settle_it():
+    task = dataclasses.replace(generate("stdin", 1, 0), tests={"io": [("1 2\n", "3\n"), ("4\n", "4\n"), ("5 5\n", "10\n")]})
+    total = "print(sum(map(int, {}.split())))"
+    for text in (total.format("input()"), "import sys\n" + total.format("sys.stdin.buffer.read()"), total.format("open(0).read()"),
+                 total.format("input()") + "\nraise SystemExit",
+                 "import os\n" + total.format("input()")[:-1] + ", flush=True)\nos._exit(0)"):
+        assert verify(task, text) == 1.0, text
+    once = "import sys\nif hasattr(sys, 'ran'):\n    print(0)\nelse:\n    sys.ran = " + total.format("input()")
+    assert verify(task, once) == 1.0  # its second run in one process would print 0
+    assert verify(task, "print(4)") == verify(task, "import sys\nprint(4)\nsys.stdin = None") == 1 / 3
+    assert verify(task, "print(") == verify(task, "return 3") == 0.0
+
+
 def test_an_output_must_have_the_right_type_and_any_input_that_works_is_right():
     task = dataclasses.replace(generate("crux_output", 1, 0), tests={"source": "def f(x):\n    return x", "result": 1})
     assert [verify(task, text) for text in ("1", "True", "1.0", "2", "__import__('os')")] == [1, 0, 0, 0, 0]
