@@ -994,14 +994,18 @@ def tools(rng, level):
                tests={"domain": domain, "state": state, "goal": goal, "most": len(calls) + 1})
 
 
-def verify_tools(task, answer):
-    """Every call is well-typed and the state at the end is the goal; the order of arguments, and of independent calls, is free."""
-    t = task.tests
-    try:
-        state, results = run_calls(t["domain"], t["state"], code_of(answer))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return 0.0
-    return state == t["goal"] and len(results) <= t["most"]
+def stepwise(execute):
+    """
+    The verifier of steps on a state machine: all can be done, the state at the end is the goal, and there are few more than needed. The
+    order of arguments, and of independent steps, is free.
+    """
+    def judge(task, answer):
+        try:
+            state, done = execute(task, code_of(answer))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return 0.0
+        return state == task.tests["goal"] and len(done) <= task.tests["most"]
+    return judge
 
 
 # ---- web: a small WSGI application over SQLite -----------------------------------------------------------------------
@@ -1127,6 +1131,15 @@ class Screen(HTMLParser):
         return [self.page, self.values, self.saved]
 
 
+def run_actions(pages: dict, text: str) -> tuple[list, list]:
+    """The state after the actions, one a line, and the page that each led to. ValueError: one could not be done."""
+    screen, seen = Screen(pages), []
+    for act in text.splitlines():
+        screen.act(act)
+        seen.append(screen.page)
+    return screen.state(), seen
+
+
 def gui(rng, level):
     """Level 1 one action, 2 and 3 fields that must be saved, 4 and 5 the same on another page."""
     home, other = rng.sample(PLACES, 2)
@@ -1140,26 +1153,13 @@ def gui(rng, level):
     said, acts = ([ACTS[kind][part].format(name, text) for kind, name, text in given] for part in (0, 1))
     said = [f"open {other}"] * (level >= 4) + said + ["save"] * (level >= 2)
     acts = [f"click {other}"] * (level >= 4) + acts + ["click save"] * (level >= 2)
-    screen, turns = Screen(pages), []
-    for act in acts:
-        screen.act(act)
-        turns += [("assistant", act), ("tool", f"page {screen.page}")]
+    goal, seen = run_actions(pages, "\n".join(acts))
+    turns = [turn for act, page in zip(acts, seen) for turn in (("assistant", act), ("tool", f"page {page}"))]
     wrong = [*acts[:-1], rng.choice(["click clear", f"click {other if level < 4 else home}"])]
     html = lines("{}: {}", *zip(*list(pages.items())[:1 + (level >= 4)]))
     yield dict(prompt=f"{html}\n{sentence(*said)}", solution="\n".join(acts), wrong="\n".join(wrong), trace=lines("{}: {}", said, acts),
-               files=pages, turns=(*turns, ("assistant", "done")), tests={"state": screen.state(), "most": len(acts) + 1},
+               files=pages, turns=(*turns, ("assistant", "done")), tests={"goal": goal, "most": len(acts) + 1},
                names=(home, other))
-
-
-def verify_gui(task, answer):
-    """All actions can be done, and leave the page, the values and what was saved as they should be."""
-    screen, acts = Screen(task.files), code_of(answer).splitlines()
-    try:
-        for act in acts:
-            screen.act(act)
-    except ValueError:
-        return 0.0
-    return screen.state() == task.tests["state"] and len(acts) <= task.tests["most"]
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -1182,9 +1182,9 @@ FAMILIES = {
     "edit": Family(edit, verify_edit),
     "swe": Family(swe, verify_swe, lambda task, other: task.tests["candidates"][other.seed % len(task.tests["candidates"])]),
     "terminal": Family(terminal, verify_terminal),
-    "tools": Family(tools, verify_tools),
+    "tools": Family(tools, stepwise(lambda task, text: run_calls(task.tests["domain"], task.tests["state"], text))),
     "web": Family(web, verify_web),
-    "gui": Family(gui, verify_gui),
+    "gui": Family(gui, stepwise(lambda task, text: run_actions(task.files, text))),
 }
 
 
@@ -1439,7 +1439,7 @@ def admit(samples, contaminated: Contamination | None = None, refusals=None) -> 
 
 
 # ---- the teacher: an endpoint, a checkpoint of ours, or the program --------------------------------------------------
-# An author is a function (task, n) -> up to n answers. A checkpoint's author is made where checkpoints are known; all are treated alike.
+# An author is a function (task, n) -> up to n answers. What it writes is judged alike, whoever it is.
 
 
 class BudgetSpent(Exception):
@@ -1509,6 +1509,24 @@ def program(task: Task, n: int, thinking: bool = False) -> list[str]:
 def from_teacher(teacher: Teacher):
     """The author that asks an endpoint."""
     return lambda task, n: teacher.ask(task.prompt + "\nGive only the answer.", n)
+
+
+def from_checkpoint(folder, device: str = "cpu", longest: int = 160):
+    """The author that is a checkpoint of ours: what it draws and execution accepts, it may learn from (self-training by rejection)."""
+    import torch  # and two files from above: only the command line comes here
+
+    from data import Tokenizer
+    from model import LoopCoder
+
+    model, tokenizer = LoopCoder.from_pretrained(folder, device=device).eval(), Tokenizer.load(folder)
+    stop, rng = tokenizer.special["<|im_end|>"], torch.Generator(device=device)
+
+    def author(task, n):
+        prompt = tokenizer.encode_parts(prompt_parts(task))[0]
+        rows = torch.tensor([prompt] * n, device=device)
+        drawn = model.generate(rows, longest, stop_ids=(stop,), generator=rng.manual_seed(task.seed))[:, len(prompt):].tolist()
+        return [tokenizer.decode(row[:row.index(stop)] if stop in row else row) for row in drawn]
+    return author
 
 
 def write_samples(tasks, author, path, n: int = 1, contaminated: Contamination | None = None) -> Counter:
@@ -1640,14 +1658,19 @@ def main(argv=None) -> int:
     parser.add_argument("--processes", type=int, default=2, help="for --check and --bench (default 2)")
     parser.add_argument("--write", metavar="FILE", help="write verified samples of N seeds a family as JSON lines (see --n)")
     parser.add_argument("--n", type=int, default=100, help="seeds a family for --write (default 100)")
+    parser.add_argument("--ckpt", metavar="DIR", help="with --write: a checkpoint of ours answers instead of the program")
     parser.add_argument("--teacher", metavar="URL", help="with --write: an OpenAI-compatible endpoint answers instead of the program")
     parser.add_argument("--model", default="default", help="the teacher's model name (default: default)")
+    parser.add_argument("--answers", type=int, default=1, help="answers asked of a checkpoint or an endpoint for each task (default 1)")
     parser.add_argument("--budget", type=int, default=1_000_000, help="tokens of the teacher, earlier runs included (default 1000000)")
     args = parser.parse_args(argv)
-    if wrong := [name for name in ("check", "processes", "n", "budget") if getattr(args, name) is not None and getattr(args, name) < 1]:
-        raise ValueError(f"--{wrong[0]} {getattr(args, wrong[0])}: give a positive number")
-    if args.teacher and not args.write:
-        raise ValueError("--teacher answers tasks to be written: say where with --write FILE")
+    for name in ("check", "processes", "n", "budget", "answers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: give a positive number")
+    if (args.teacher or args.ckpt) and not args.write:
+        raise ValueError(f"--{'teacher' if args.teacher else 'ckpt'} answers tasks to be written: say where with --write FILE")
+    if args.teacher and args.ckpt:
+        raise ValueError("--teacher and --ckpt: one of them answers, not both")
     families = [args.family] if args.family else list(FAMILIES)
     if args.bench or args.check is not None:
         with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
@@ -1658,8 +1681,10 @@ def main(argv=None) -> int:
         return int(bool(found))
     tasks = (generate(family, args.difficulty, seed, args.split) for family in families for seed in range(args.seed, args.seed + args.n))
     if args.write:
-        author = from_teacher(Teacher(args.teacher, args.model, args.write + ".cache", args.budget)) if args.teacher else program
-        print("\n".join(f"{count:6d} {reason}" for reason, count in write_samples(tasks, author, args.write).most_common()))
+        author = from_checkpoint(args.ckpt) if args.ckpt else program
+        if args.teacher:
+            author = from_teacher(Teacher(args.teacher, args.model, args.write + ".cache", args.budget))
+        print("\n".join(f"{count:6d} {reason}" for reason, count in write_samples(tasks, author, args.write, args.answers).most_common()))
     else:
         for family in families:
             show(generate(family, args.difficulty, args.seed, args.split))

@@ -16,10 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tasks
+from data import Tokenizer
+from model import LoopCoder, LoopCoderConfig
 from tasks import generate, verify
 
 ROOT = Path(tasks.__file__).parent
@@ -561,6 +564,29 @@ def test_rejection_keeps_the_right_answers_and_resumes_after_a_crash(endpoint, t
     assert [tuple(r["id"]) for r in records] == [(t.family, t.difficulty, t.seed, t.split) for t in todo] and len(endpoint.asked) == 4
     assert [r["answers"] for r in records] == [[t.solution] for t in todo] and table == {"admitted": 2, "does not verify": 2}
     assert tasks.program(todo[0], 1, thinking=True)[0].endswith("</think>\n\n" + todo[0].solution)
+
+
+def test_a_checkpoint_trains_itself_on_what_it_got_right(tmp_path):
+    """A model that has learned one question by heart answers it and no other: rejection keeps just that answer."""
+    known, *others = [t for t in some("crux_output", 12) if len(t.solution) == 1][:3]
+    tokenizer = Tokenizer.train([t.prompt for t in (known, *others)] * 9, 270)
+    torch.manual_seed(0)
+    model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                      num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=512))
+    ids, in_loss = tokenizer.encode_parts(tasks.task_parts(known))
+    targets = torch.tensor([[token if learned else -100 for token, learned in zip(ids[1:], in_loss[1:])]])
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    for _ in range(40):
+        loss = model.loss(torch.tensor([ids[:-1]]), targets)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    model.save_pretrained(tmp_path / "ckpt"), tokenizer.save(tmp_path / "ckpt")
+    author = tasks.from_checkpoint(tmp_path / "ckpt", longest=8)
+    assert author(known, 4) == [known.solution] * 4 == author(known, 4)
+    others = [t for t in others if t.solution != known.solution]
+    table = tasks.write_samples([known, *others], author, tmp_path / "samples.jsonl", n=4)
+    records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [r["answers"] for r in records] == [[known.solution]] + [[]] * len(others) and others
+    assert table["admitted"] == 1 and table["duplicate"] == 3 and table["does not verify"] == 4 * len(others)
 
 
 # ---- debate ---------------------------------------------------------------------------------------------------------------------
