@@ -52,7 +52,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import termios
 import threading
 import time
 import types
@@ -179,23 +178,25 @@ def send(sock, value):
     sock.sendall(framed(json.dumps(value).encode()))
 
 
-def read_exactly(sock, size):
-    """So many bytes; ConnectionError where they end before."""
-    data = sock.recv(size, socket.MSG_WAITALL)
-    while len(data) < size:  # a signal came between
-        more = sock.recv(size - len(data), socket.MSG_WAITALL)
-        if not more:
+def read_into(sock, room):
+    """Fill a memoryview; ConnectionError where the data ends before."""
+    while len(room):
+        size = sock.recv_into(room)
+        if size == 0:
             raise ConnectionError("the other side has gone")
-        data += more
-    return data
+        room = room[size:]
 
 
 def read_frame(sock, most=1 << 30):
     """One frame; ValueError where it claims more than `most` bytes."""
-    (size,) = struct.unpack("!I", read_exactly(sock, 4))
+    head = bytearray(4)
+    read_into(sock, memoryview(head))
+    size = int.from_bytes(head, "big")
     if size > most:
         raise ValueError(f"a frame of {size} bytes, {most} at most")
-    return read_exactly(sock, size)
+    data = bytearray(size)
+    read_into(sock, memoryview(data))
+    return bytes(data)
 
 
 def receive(sock, most=1 << 30):
@@ -784,7 +785,6 @@ class Tracer:
 # zygote: what a run was given is read by the run, and what comes out of it lies in buffers that are unmapped before the next begins.
 
 LOOK_EVERY_S = 0.02
-ENOUGH = b"e"  # from whoever asked for a run: end it now
 FREE_DESCRIPTORS, BUFFER_BYTES = 32, 1 << 18
 
 
@@ -817,11 +817,6 @@ def waited_for_cpu(pid):
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):
         return 0.0
-
-
-def unheard(links):
-    """Has the program said what nobody has read yet? Then it waits for us, and the clock stops."""
-    return not PORTABLE and any(fcntl.ioctl(link, termios.TIOCOUTQ, bytes(4)) != bytes(4) for link in links)
 
 
 class Tree:
@@ -887,13 +882,16 @@ class Tree:
             time.sleep(0.001)
 
 
+def buffer(size):
+    """Memory that goes back to the kernel with its last user; never Python's own, from which later programs are forked."""
+    return memoryview(mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANON))
+
+
 class Inbox:
     """What a program sends by one descriptor: the first bytes are kept, the rest is read and dropped."""
 
     def __init__(self, descriptor, most):
-        self.descriptor, self.most, self.filled, self.cut = descriptor, most, 0, False
-        # memory that goes back to the kernel with its last user; never Python's own, from which later programs are forked
-        self.room = memoryview(mmap.mmap(-1, most + (1 << 16), flags=mmap.MAP_PRIVATE | mmap.MAP_ANON))
+        self.descriptor, self.most, self.room, self.filled, self.cut = descriptor, most, buffer(most + (1 << 16)), 0, False
         os.set_blocking(descriptor, False)
 
     def read(self):
@@ -904,43 +902,88 @@ class Inbox:
         return size == 0
 
 
-def attend(tree, work, limits, outputs, links, asker, wake):
+class Talk(Inbox):
     """
-    Watch a program until it ends, breaks a limit or `asker`, the socket of whoever wants this run, has had enough; then kill every
-    process of the run and count. When `asker` hangs up, nobody needs the answer.
+    What a program says by its channel, in frames: when one has come, the next of `questions` goes; `wanted` frames are all, and if it
+    `ends_run` nothing more is waited for. It never blocks, for that would stop the clock; it understands nothing of what it carries.
     """
-    poll, readers = select.poll(), {output.descriptor: output for output in outputs}
-    for descriptor in (wake, asker.fileno(), *readers):
+
+    def __init__(self, channel, questions, wanted, ends_run):
+        super().__init__(channel.fileno(), 16 * ANSWER_BYTES)
+        self.channel, self.questions, self.wanted, self.ends_run = channel, questions, wanted, ends_run
+        self.answers, self.scanned, self.unsent = [], 0, []
+
+    def complete(self):
+        return len(self.answers) == self.wanted
+
+    def write(self):
+        try:
+            self.unsent[0] = self.unsent[0][self.channel.send(self.unsent[0]) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.unsent = []  # reading will tell
+        self.unsent = [piece for piece in self.unsent if len(piece)]
+
+    def read(self):
+        """Take what has come. True when the conversation is over: all is said, or it is broken, or the other side has gone."""
+        try:
+            over = super().read() or self.cut
+        except ConnectionResetError:
+            over = True
+        while not self.complete() and self.filled >= self.scanned + 4:
+            start = self.scanned + 4
+            end = start + struct.unpack_from("!I", self.room, self.scanned)[0]
+            if end > start + ANSWER_BYTES:
+                return True
+            if end > self.filled:
+                break
+            self.answers.append(self.room[start:end])
+            self.unsent += self.questions[len(self.answers) - 1 : len(self.answers)]
+            self.scanned = end
+        return over or self.complete()
+
+
+def attend(tree, work, limits, outputs, talk, asker, wake):
+    """
+    Watch a program until it ends, breaks a limit or has said all it was asked; then kill every process of the run and count. When
+    `asker`, the socket of whoever wants this run, hangs up, nobody needs the answer.
+    """
+    poll, readers = select.poll(), {reader.descriptor: reader for reader in (*outputs, talk) if reader}
+    for descriptor in (wake, *readers):
         poll.register(descriptor, select.POLLIN)
+    poll.register(asker, 0)
     broken, over, next_look = None, False, tree.started + LOOK_EVERY_S
     while not over:
-        for descriptor, _ in poll.poll(max(0, (next_look - time.monotonic()) * 1000)):
+        if talk in readers.values():
+            poll.register(talk.descriptor, select.POLLIN | (select.POLLOUT if talk.unsent else 0))
+        for descriptor, event in poll.poll(max(0, (next_look - time.monotonic()) * 1000)):
             if descriptor == wake:
                 os.read(wake, 4096)
                 tree.reap()
                 over = over or tree.status is not None
             elif descriptor == asker.fileno():
-                if not asker.recv(1):
-                    raise ConnectionError("whoever asked for this run has hung up")
-                over = True
+                raise ConnectionError("whoever asked for this run has hung up")
+            elif event == select.POLLOUT:
+                talk.write()
             elif readers[descriptor].read():
+                over = over or readers.pop(descriptor) is talk and talk.ends_run
                 poll.unregister(descriptor)
-        late = time.monotonic() - next_look
-        if not over and late >= 0:
-            tree.started += (LOOK_EVERY_S + late) * unheard(links)
+        if not over and time.monotonic() >= next_look:
             broken = tree.look(work, limits)
             over = broken is not None
             next_look = time.monotonic() + LOOK_EVERY_S
     wall_s = time.monotonic() - tree.started
     tree.fell()
-    for output in outputs:  # all writers are dead: what is left in the pipes is all there will ever be
+    for reader in readers.values():  # all writers are dead: what is left in the pipes is all there will ever be
         with contextlib.suppress(BlockingIOError):  # unless one has left the process group, where that is all we can kill
-            while not output.read():
+            while not reader.read():
                 pass
     return {
         "used": {"wall_s": wall_s, "cpu_s": max(tree.cpu_s, sum(tree.seen.values())), "level": tree.walls["level"],
                  "peak_mb": max(tree.peak_kb / 1024, tree.peak / 2**20), "exit_code": os.waitstatus_to_exitcode(tree.status)},
         "cut": [output.cut for output in outputs], "broken": broken,
+        "finished": bool(talk and talk.ends_run and talk.complete() and not broken),
     }  # fmt: skip
 
 
@@ -960,16 +1003,14 @@ def warden(asker, walls, not_ours):
         prctl(PR_SUBREAPER, 1)
     prctl(PR_DUMPABLE, 0)
     while True:
-        word, links = socket.recv_fds(asker, 1, 2)[:2]
+        word, links = socket.recv_fds(asker, 1, 1)[:2]
         if not word:
             return
-        if word == ENOUGH:  # said when the run was already over
-            continue
-        order = receive(asker)
+        order, links = receive(asker), list(map(out_of_the_way, links))
         if not walls["namespaces"]:
             walls["disk"] = tempfile.mkdtemp(prefix="sandbox-")
         try:
-            one_run(order, [socket.socket(fileno=link) for link in links], asker, wake, walls)
+            one_run(order, links, asker, wake, walls)
         finally:
             if not walls["namespaces"]:
                 remove_folder(walls["disk"])
@@ -977,29 +1018,33 @@ def warden(asker, walls, not_ours):
 
 def one_run(order, links, asker, wake, walls):
     """Pipes, fork, attend, report. The order holds limits and numbers; the rest of the request is for the program's process alone."""
-    limits, (out_r, out_w), (err_r, err_w), (told, ready) = Limits(**order["limits"]), os.pipe(), os.pipe(), socket.socketpair()
-    ready = socket.socket(fileno=out_of_the_way(ready.detach()))
-    pipes = [out_w, err_w, *(link.fileno() for link in links)]
+    limits, talk, (told, ready), (near, far) = Limits(**order["limits"]), None, socket.socketpair(), socket.socketpair()
+    (out_r, out_w), (err_r, err_w), ready = os.pipe(), os.pipe(), socket.socket(fileno=out_of_the_way(ready.detach()))
+    pipes = [out_w, err_w, *([far.fileno()] if order["frames"] else []), *links]
     child = spawn(lambda: live(asker, ready, pipes, limits, walls), ready, NEW_IN_EACH_RUN if walls["namespaces"] else 0)
     tree = Tree(child, walls)
-    ready.close(), os.close(out_w), os.close(err_w)
+    for descriptor in (ready.detach(), far.detach(), out_w, err_w, *links):
+        os.close(descriptor)
     try:
         told.settimeout(60)
         said, work = socket.recv_fds(told, 4096, 1)[:2]
         if said != b"ready":  # the walls do not stand: our own failure
             raise OSError(f"the program could not be started: {text_of(said[4:]) or 'no word'}")
+        if order["frames"]:
+            questions = [buffer(4 + size) for size in order["questions"]]
+            for question in questions:
+                read_into(asker, question)
+            talk = Talk(near, questions, order["frames"], order["ends_run"])
         outputs = [Inbox(descriptor, limits.output_kb * 1024) for descriptor in (out_r, err_r)]
-        result = attend(tree, work[0], limits, outputs, links, asker, wake)
+        result = attend(tree, work[0], limits, outputs, talk, asker, wake)
     finally:
         tree.fell()
-        for link in links:  # nobody need wait for another word, even where a process of the run's has got away
-            with contextlib.suppress(OSError), link:
-                link.shutdown(socket.SHUT_RDWR)
-    told.close(), os.close(out_r), os.close(err_r)
-    send(asker, result)
-    for output in outputs:
-        asker.sendall(struct.pack("!I", output.filled))
-        asker.sendall(output.room[: output.filled])
+    told.close(), near.close(), os.close(out_r), os.close(err_r)
+    blobs = [output.room[: output.filled] for output in outputs] + (talk.answers if talk else [])
+    send(asker, {**result, "blobs": len(blobs)})
+    for blob in blobs:
+        asker.sendall(struct.pack("!I", len(blob)))
+        asker.sendall(blob)
     if order["tree"]:
         reader = spawn(lambda: send_tree(asker, work[0], limits))  # yet another process, so that no file's content stays in this one
         if os.waitpid(reader, 0)[1]:
@@ -1224,46 +1269,35 @@ def stop():
 
 class Flight:
     """
-    One run under way: begun by its construction, ended by land(). With `talks`, self.link is our end of a socket to the program, for
-    which it is descriptor 3; `beside` is a socket that it gets as descriptor 4.
+    One run under way: begun by its construction, ended by land(). Where it is to send `frames`, its descriptor 3 takes them, and gets the
+    next of `questions` for each; with the last one the run ends, if that `ends_run`. `link` is a socket that the program gets besides.
     """
 
-    def __init__(self, job, limits, talks=False, beside=None, tree=False):
-        self.tree, self.finished = tree, False
-        self.patience = struct.pack("ll", int(limits.patience_s + 70), 0)  # by the kernel's clock: settimeout() makes two calls of each
-        self.link, theirs = socket.socketpair()
-        self.link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, self.patience)
-        links = [link.fileno() for link in (theirs if talks else None, beside) if link]
-        order = json.dumps({"limits": asdict(limits), "tree": tree}).encode()
+    def __init__(self, job, limits, link=None, questions=(), frames=0, ends_run=True, tree=False):
+        self.limits, self.tree = limits, tree
+        order = {"limits": asdict(limits), "questions": list(map(len, questions)), "frames": frames, "ends_run": ends_run, "tree": tree}
+        text = json.dumps(order).encode()
         for attempt in (1, 2):
             self.machinery = Machinery.now()
             try:
                 self.sock = self.machinery.warden()
-                socket.send_fds(self.sock, [b"r"], links)
+                socket.send_fds(self.sock, [b"r"], [link.fileno()] if link else [])
                 break
             except OSError:  # it has died since it was last used; nothing was begun, so nothing is lost
                 self.machinery.replace()
                 if attempt == 2:
                     raise
-        theirs.close()
         with contextlib.suppress(OSError):  # what breaks now, land() will say
-            self.sock.sendall(framed(order) + framed(marshal.dumps(job)))
-
-    def enough(self, finished):
-        """End the run: nothing more is asked of it. Where it has `finished`, its own end no longer matters."""
-        self.finished = finished
-        with contextlib.suppress(OSError):
-            self.sock.send(ENOUGH)
+            self.sock.sendall(b"".join([framed(text), framed(marshal.dumps(job)), *map(framed, questions)]))
 
     def land(self):
-        """Wait for the end: (Run, the files it left). What breaks here is ours: a sandbox error."""
-        self.link.close()
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, self.patience)
+        """Wait for the end: (Run, frames that the program sent, the files it left). What breaks here is ours: a sandbox error."""
+        self.sock.settimeout(self.limits.patience_s + 70)
         try:
             result, tree = receive(self.sock), None
             if "error" in result:
                 raise OSError(result["error"])
-            outputs = [read_frame(self.sock) for _ in range(2)]
+            blobs = [read_frame(self.sock) for _ in range(result["blobs"])]
             if self.tree:
                 about, data, start, tree = receive(self.sock), read_frame(self.sock), 0, {}
                 for path, mode, size in about:
@@ -1273,18 +1307,18 @@ class Flight:
             with contextlib.suppress(subprocess.TimeoutExpired):  # was it this place alone, or has the zygote died with all of them?
                 self.machinery.process.wait(0.5)
                 self.machinery.replace()
-            return Run("sandbox error", reason=f"the run was lost: {error}"), None
+            return Run("sandbox error", reason=f"the run was lost: {error}"), [], None
         self.machinery.idle.append(self.sock)
-        return as_run(result, outputs, self.finished), tree
+        return as_run(result, blobs), blobs[2:], tree
 
 
-def as_run(result, outputs, finished):
+def as_run(result, blobs):
     """A Run from what a warden reports."""
-    stdout, stderr = (text_of(data) + f"\n[cut after {len(data) // 1024} kB]" * cut for data, cut in zip(outputs, result["cut"]))
+    stdout, stderr = (text_of(data) + f"\n[cut after {len(data) // 1024} kB]" * cut for data, cut in zip(blobs, result["cut"]))
     code = result["used"]["exit_code"]
     if result["broken"]:
         status, reason = result["broken"]
-    elif finished or code == 0:
+    elif result["finished"] or code == 0:
         status, reason = "ok", ""
     elif code == -signal.SIGXCPU:
         status, reason = "timeout", "the CPU limit"
@@ -1297,10 +1331,10 @@ def as_run(result, outputs, finished):
     return Run(status, stdout, stderr, reason=reason, **result["used"])
 
 
-def trace_of(link):
-    """What the Tracer sends, or what it should have sent: the program may have forged it, and then it is None."""
-    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
-        told = receive(link, ANSWER_BYTES)
+def trace_of(frames):
+    """What the Tracer sent, or what it should have sent: the program may have forged it, and then it is None."""
+    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
+        told = json.loads(frames[0])
         lines = {int(line): int(times) for line, times in told["lines"].items()}
         steps = [str(step) for step in told["steps"]]
         return {"lines": lines, "steps": steps, "text": "\n".join(steps), "cut": bool(told["cut"])}
@@ -1352,7 +1386,7 @@ def run_each(source, stdins, files, limits, language, trace=False):
             raise ValueError(f"language {language!r} needs {tool}, which is not on this machine")
     files = {**as_files(files), **as_files({name: source, **({"main.py": SQL} if language == "sql" else {})})}
     if make:
-        made, tree = Flight(job_of("command", files, argv=make.split()), limits, tree=True).land()
+        made, _, tree = Flight(job_of("command", files, argv=make.split()), limits, tree=True).land()
         if made.status != "ok":
             return [], made
         files["main"] = tree["main"]
@@ -1360,9 +1394,8 @@ def run_each(source, stdins, files, limits, language, trace=False):
     job = job_of("command", files, argv=start.split()) if start else job_of("python", files, trace=trace)
     for stdin in stdins:
         job["stdin"] = stdin.encode("utf-8", "surrogatepass") if isinstance(stdin, str) else stdin
-        flight = Flight(job, limits, talks=trace)
-        told = trace_of(flight.link) if trace else None
-        runs.append(replace(flight.land()[0], trace=told))
+        done, frames, _ = Flight(job, limits, frames=int(trace), ends_run=False).land()
+        runs.append(replace(done, trace=trace_of(frames)) if trace else done)
     return runs, None
 
 
@@ -1536,18 +1569,14 @@ class Line:
             raise NoAnswer(f"no answer: {message_of(error)}") from None
         raise NoAnswer("no answer: it came before its question")
 
-    def answer(self, module, start, names, args=None, kwargs=None):
-        """What became of names of a module's or an object's, called where there are args: ["value", tree] or ["raised", ...]."""
+    def ask(self, module, start, names, args=None, kwargs=None):
+        """What names of a module's or an object's lead to, called where there are args."""
         nonce = os.urandom(8).hex()
         args = None if args is None else [pack(arg, self.reference) for arg in args]
         kwargs = {key: pack(arg, self.reference) for key, arg in (kwargs or {}).items()}
         with contextlib.suppress(OSError):  # it has gone: receive() will say
             send(self.link, [nonce, module, start, names, args, kwargs])
-        return self.receive(nonce)
-
-    def ask(self, module, start, names, args=None, kwargs=None):
-        """The same as a value, or raised here."""
-        answer = self.answer(module, start, names, args, kwargs)
+        answer = self.receive(nonce)
         if answer[0] == "raised" and "StopIteration" in answer[1] and names != ["next"]:  # a loop of the test's would just end there
             answer[1] = [name for name in answer[1] if name != "StopIteration"]
         return self.value(answer)
@@ -1580,18 +1609,19 @@ def short(value):
     return text if len(text) < 200 else text[:200] + "..."
 
 
-def judge_call(call, answer):
+def judge_call(call, nonce, answer):
     """-> (passed, reason) of one answer of a candidate. Whatever it is, it is no more than data."""
     try:
-        kind, *rest = answer
+        came_with, kind, *rest = json.loads(answer)
+        if came_with != nonce:
+            return False, "no answer: it came before its question"
         if kind == "raised":
             return False, f"raised {rest[0][0]}: {rest[1]}"[:500]
         got = canonical(rest[0])
         if same(canonical(pack(call.expected)), got, call.tolerance):
             return True, ""
         # a long answer is not made into objects: its keys could be chosen to collide, and hashing them takes for ever
-        text = json.dumps(got)
-        value = short(unpack(got, lambda *_: "an object")) if len(text) < 4000 else f"a value of {len(text)} bytes"
+        value = short(unpack(got, lambda *_: "an object")) if len(answer) < 4000 else f"a value of {len(answer)} bytes"
         return False, f"{call.function}({', '.join(map(short, call.args))}) is {value}, want {short(call.expected)}"
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         return False, f"no answer: {type(error).__name__}"
@@ -1600,20 +1630,19 @@ def judge_call(call, answer):
 def grade_calls(source, calls, limits):
     """All calls in one process of the candidate's, one after the other; each question is sent when the one before it is answered."""
     for call in calls:
-        pack(call.args), pack(call.expected)  # what is no plain data is the test's mistake, not the program's
-    flight, verdicts, missing = Flight(job_of("serve", as_files({"main.py": source}), load=True), limits, talks=True), [], ""
-    try:
-        line = Line(flight.link)
-        if line.loaded[:1] != ["value"]:
-            missing = f"the program {judge_call(calls[0], line.loaded)[1]}"
-        else:
-            for call in calls:
-                verdicts.append(judge_call(call, line.answer("__main__", None, call.function.split("."), call.args)))
-    except NoAnswer as error:
-        missing = str(error)
-    flight.enough(finished=not missing.startswith("no answer"))
-    done, _ = flight.land()
-    missing += f"; {done.reason}" * bool(done.reason)
+        pack(call.expected)  # what is no plain data is the test's mistake, not the program's
+    nonces = [os.urandom(8).hex() for _ in calls]
+    questions = [
+        json.dumps([nonce, "__main__", None, call.function.split("."), [pack(arg) for arg in call.args], {}]).encode()
+        for nonce, call in zip(nonces, calls)
+    ]
+    job = job_of("serve", as_files({"main.py": source}), load=True)
+    done, frames, _ = Flight(job, limits, questions=questions, frames=len(calls) + 1).land()
+    loaded, *answers = frames or [b""]
+    missing = f"no answer: {done.reason or 'the program ended'}"
+    if not loaded.startswith(b'[null, "value"'):
+        missing, answers = (f"the program {judge_call(calls[0], None, loaded)[1]}" if loaded else missing), []
+    verdicts = [judge_call(*three) for three in zip(calls, nonces, answers)]
     return verdicts + [(False, missing)] * (len(calls) - len(verdicts)), [done]
 
 
@@ -1866,15 +1895,12 @@ def grade_apart(program, tests, limits, files=None, modules=()):
     of checks, or names of tests in `files`, for which the `modules` are the candidate's.
     """
     patient = replace(limits, wall_s=limits.wall_s + 5)  # the tester must outlive the candidate, to say so
-    candidate = Flight(job_of("serve", program, load=not files), limits, talks=True)
-    tester = Flight(job_of("test", files or {}, tests=tests, modules=modules), patient, talks=True, beside=candidate.link)
-    verdicts = []
-    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        while len(verdicts) < len(tests):
-            passed, message = receive(tester.link, ANSWER_BYTES)
-            verdicts.append((passed is True, str(message)))
-    tester.enough(finished=len(verdicts) == len(tests))
-    (tested, _), (done, _) = tester.land(), candidate.land()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        candidate = Flight(job_of("serve", program, load=not files), limits, link=theirs)
+        tester = Flight(job_of("test", files or {}, tests=tests, modules=modules), patient, link=ours, frames=len(tests))
+    (tested, frames, _), (done, _, _) = tester.land(), candidate.land()
+    verdicts = [(passed is True, str(message)) for passed, message in map(json.loads, frames)]
     missing = f"no verdict: {done.reason or tested.reason or 'the tester ended'}"
     return verdicts + [(False, missing)] * (len(tests) - len(verdicts)), [done, tested]
 
@@ -2014,7 +2040,7 @@ class Workspace:
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         job = job_of("command", self.tree, argv=argv, stdin=stdin.encode("utf-8", "surrogatepass"))
         with Machinery.slots:
-            done, tree = Flight(job, limits or self.limits, tree=True).land()
+            done, _, tree = Flight(job, limits or self.limits, tree=True).land()
         if tree is not None:  # its links and paths came from inside: they stay inside
             old = {data: data for _, data in self.tree.values()}
             tree = {path: (mode, old.get(data, data)) for path, (mode, data) in tree.items() if contained("", path)}
