@@ -1070,7 +1070,7 @@ def web(rng, level):
     said = [f"{kind}(db, form) -> " + HANDLERS[kind][0].format(**v) for kind in kinds]
     code = "\n".join(f"def {kind}(db, form):\n    " + HANDLERS[kind][1].format(**v) for kind in kinds)
     rows = [[n, rng.choice(values), *rng.sample(range(1, 30), 2)] for n in rng.sample(["Ada", "Bo", "Cy", "<i>Di", "Ed", "Flo & Co"], 5)]
-    forms = [{name: "<b>Zed", cat: values[0], v["num"]: "7"}, {name: "x", cat: "x' OR 1=1 --", v["num"]: "8"}]
+    forms = [{name: "<b>Zed", cat: rows[0][1], v["num"]: "7"}, {name: "x", cat: "x' OR 1=1 --", v["num"]: "8"}]
     visit = [f"CREATE TABLE {t} ({name}, {cat}, {numbers[0]} INTEGER, {numbers[1]} INTEGER)", f"INSERT INTO {t} VALUES (?, ?, ?, ?)", rows,
              [[kind, form] for form in forms for kind in kinds] + [["nothing", {}]]]
     spoiled = [re.sub("<(p|b|i|li)>", "<td>", code), code.replace("select ", "select 1+")]
