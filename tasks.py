@@ -988,10 +988,15 @@ def tools(rng, level):
     needed = {json.loads(call)["name"] for call in calls}
     shown = needed | {rng.choice([f for f in APIS[domain] if f not in needed] or [*needed])}  # one that is not needed, where there is one
     signatures = ", ".join(f"{f}({', '.join(f'{k}: {t}' for k, t in APIS[domain][f][0].items())})" for f in APIS[domain] if f in shown)
-    turns = [turn for call, r in zip(calls, results) for turn in (("assistant", call), ("tool", "ok" if r is None else json.dumps(r)))]
+    seen = ["ok" if result is None else json.dumps(result) for result in results]
     yield dict(prompt=f"{signatures}\n{sentence(*said)}", solution="\n".join(calls), wrong=wrong,
-               trace=lines("{}: {}", said, kinds), turns=(*turns, ("assistant", "done")),
+               trace=lines("{}: {}", said, kinds), turns=episode(calls, seen),
                tests={"domain": domain, "state": state, "goal": goal, "most": len(calls) + 1})
+
+
+def episode(steps, seen) -> tuple:
+    """The turns of an agent that does these steps, sees this after each, and is done."""
+    return *(turn for step, text in zip(steps, seen) for turn in (("assistant", step), ("tool", text))), ("assistant", "done")
 
 
 def stepwise(execute):
@@ -1075,7 +1080,8 @@ def web(rng, level):
              [[kind, form] for form in forms for kind in kinds] + [["nothing", {}]]]
     spoiled = [re.sub("<(p|b|i|li)>", "<td>", code), code.replace("select ", "select 1+")]
     yield dict(prompt=f"{t}({name}, {cat}, {', '.join(numbers)})\nPython: {'; '.join(said)}.", solution=fenced(code),
-               wrong=fenced(spoiled[rng.random() < 0.5 and "select " in code]), trace="\n".join(said),
+               wrong=fenced(spoiled[rng.random() < 0.5 and "select " in code]),
+               trace=lines("{}: {}", kinds, re.findall('"((?:select|insert) [^"]*)"', code)),  # first the queries
                tests={"visit": visit, "pages": build(WEB + code, "visit")(*visit)}, names=(t,))
 
 
@@ -1154,11 +1160,10 @@ def gui(rng, level):
     said = [f"open {other}"] * (level >= 4) + said + ["save"] * (level >= 2)
     acts = [f"click {other}"] * (level >= 4) + acts + ["click save"] * (level >= 2)
     goal, seen = run_actions(pages, "\n".join(acts))
-    turns = [turn for act, page in zip(acts, seen) for turn in (("assistant", act), ("tool", f"page {page}"))]
     wrong = [*acts[:-1], rng.choice(["click clear", f"click {other if level < 4 else home}"])]
     html = lines("{}: {}", *zip(*list(pages.items())[:1 + (level >= 4)]))
     yield dict(prompt=f"{html}\n{sentence(*said)}", solution="\n".join(acts), wrong="\n".join(wrong), trace=lines("{}: {}", said, acts),
-               files=pages, turns=(*turns, ("assistant", "done")), tests={"goal": goal, "most": len(acts) + 1},
+               files=pages, turns=episode(acts, [f"page {page}" for page in seen]), tests={"goal": goal, "most": len(acts) + 1},
                names=(home, other))
 
 
