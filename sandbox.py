@@ -12,8 +12,9 @@ comparison of types and values happens on our side of a socket. Ending early, ex
     process)    up after   Python   └── warden ── tester         tester: assert-style tests, in an interpreter of their own, that
                 both                                                     reach a candidate's functions by remote calls only
 
-Read live() and attend() (how a run is walled in and watched), serve() (how answers leave it), then grade(). Sources: the manual pages
-namespaces(7), landlock(7), seccomp(2); the IQuest-Coder report's RL and SWE-RL sections (verdicts, isolated trajectories, captured
+The file goes from what is promised through the walls, one by one, to the run, the grade, the workspace, the proof by trying and the
+command. Read live() and attend() (how a run is walled in and watched), serve() (how answers leave it), then grade(). Sources: the manual
+pages namespaces(7), landlock(7), seccomp(2); the IQuest-Coder report's RL and SWE-RL sections (verdicts, isolated trajectories, captured
 execution traces). Departures: the report runs containers, this is one file that needs no root, no Docker and no package. Without
 namespaces Landlock and seccomp stand alone; other systems than Linux get rlimits, a clean environment and a watched process group, and
 protection() says so. Grades are honest in all of these cases.
@@ -60,7 +61,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# ---- what callers see -----------------------------------------------------------------------------------------------------------
+# ---- what callers see ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def parse(text, mode="exec"):
         return ast.parse(text, mode=mode)
 
 
-# ---- messages -------------------------------------------------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------------------------------------
 # Between our own processes, and to a program: 4 bytes of length and then the bytes, which are mostly JSON.
 
 
@@ -207,7 +208,7 @@ def text_of(data):
     return bytes(data).decode("utf-8", "backslashreplace")
 
 
-# ---- the kernel, through ctypes -------------------------------------------------------------------------------------------------
+# ---- the kernel, through ctypes ------------------------------------------------------------------------------------------------
 
 libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the calls are short, and clone() must not give the interpreter's lock away
 ARM = os.uname().machine == "aarch64"
@@ -286,7 +287,7 @@ def out_of_the_way(descriptor):
     return higher
 
 
-# ---- first wall: who a program is, and what it sees -----------------------------------------------------------------------------
+# ---- first wall: who a program is, and what it sees ----------------------------------------------------------------------------
 
 INSIDE_ID = 1000  # the user and group that everybody is inside
 OUTSIDE_ID = 65534  # who that is outside when we are root; otherwise it is us
@@ -394,7 +395,7 @@ def local_network(settings):
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sH14x", b"lo", 1 | 64))  # SIOCSIFFLAGS: up, running
 
 
-# ---- second wall: Landlock ------------------------------------------------------------------------------------------------------
+# ---- second wall: Landlock -----------------------------------------------------------------------------------------------------
 # What a process may do with files, for good. Rights are bits; each version of the kernel's interface knows more of them.
 
 READING = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, read a directory
@@ -417,7 +418,7 @@ def landlock_rules(version, readable, writable, devices):
     return out_of_the_way(ruleset)
 
 
-# ---- third wall: seccomp --------------------------------------------------------------------------------------------------------
+# ---- third wall: seccomp -------------------------------------------------------------------------------------------------------
 # Which system calls there are at all. Name: number on x86-64, on arm64 (0: it is not there).
 
 REFUSED = {
@@ -487,7 +488,7 @@ def seccomp(program):
     prctl(PR_SECCOMP, 2, ctypes.byref(header))
 
 
-# ---- the walls together ---------------------------------------------------------------------------------------------------------
+# ---- the walls together --------------------------------------------------------------------------------------------------------
 
 FULL = {
     "namespaces": "in force: mounts, network, ipc new for each run; users, processes one set a warden, emptied between runs",
@@ -569,7 +570,7 @@ def confine(limits, walls):
         seccomp(walls["filter"])
 
 
-# ---- files, in and out ----------------------------------------------------------------------------------------------------------
+# ---- files, in and out ---------------------------------------------------------------------------------------------------------
 # {path: (mode, bytes)}: that is how a tree of files travels, and all that ever leaves a run's disk.
 
 HISTORY = {".git", ".hg", ".svn", ".bzr", ".jj"}
@@ -639,7 +640,7 @@ def remove_folder(folder):
             subprocess.run([*command.split(), folder], stderr=subprocess.DEVNULL)
 
 
-# ---- the program ----------------------------------------------------------------------------------------------------------------
+# ---- the program ---------------------------------------------------------------------------------------------------------------
 
 
 def live(asker, ready, pipes, limits, walls):
@@ -780,7 +781,7 @@ class Tracer:
             channel.sendall(framed(json.dumps(report).encode()[:ANSWER_BYTES]))
 
 
-# ---- the warden -----------------------------------------------------------------------------------------------------------------
+# ---- the warden ----------------------------------------------------------------------------------------------------------------
 # A warden outlives its runs: user and process namespace are its own, every run gets new ones of the rest. It stays as clean as the
 # zygote: what a run was given is read by the run, and what comes out of it lies in buffers that are unmapped before the next begins.
 
@@ -905,7 +906,8 @@ class Inbox:
 class Talk(Inbox):
     """
     What a program says by its channel, in frames: when one has come, the next of `questions` goes; `wanted` frames are all, and if it
-    `ends_run` nothing more is waited for. It never blocks, for that would stop the clock; it understands nothing of what it carries.
+    `ends_run` nothing more is waited for. It never blocks, for that would stop the clock; it understands nothing of what it carries. It is
+    here because a grader that asks by itself waits for its interpreter's lock at every answer: a fifth fewer programs a second.
     """
 
     def __init__(self, channel, questions, wanted, ends_run):
@@ -1060,7 +1062,7 @@ def send_tree(asker, work, limits):
     asker.sendall(framed(b"".join(data for _, data in tree.values())))
 
 
-# ---- the zygote and its keeper --------------------------------------------------------------------------------------------------
+# ---- the zygote and its keeper -------------------------------------------------------------------------------------------------
 
 WARM = "abc bisect collections copy datetime heapq io itertools linecache operator random site string traceback typing warnings".split()
 
@@ -1187,7 +1189,7 @@ def keeper(control_fd, parent):
     end_zygote(pid, made)
 
 
-# ---- our own side of a run ------------------------------------------------------------------------------------------------------
+# ---- our own side of a run -----------------------------------------------------------------------------------------------------
 
 AT_ONCE = 2 * (os.cpu_count() or 1)  # more runs would only wait for each other
 
@@ -1406,7 +1408,7 @@ def run(source, stdin="", files=None, limits=Limits(), language="python", trace=
     return made or runs[0]
 
 
-# ---- the grade: plain data ------------------------------------------------------------------------------------------------------
+# ---- the grade: plain data -----------------------------------------------------------------------------------------------------
 # What crosses the boundary is JSON. None, bool, int, float, str and list are themselves; everything else is {tag: body}.
 
 ANSWER_BYTES = 1 << 20
@@ -1496,7 +1498,7 @@ def same(want, got, tolerance=0.0):
     return want == got
 
 
-# ---- the grade: questions to a candidate ----------------------------------------------------------------------------------------
+# ---- the grade: questions to a candidate ---------------------------------------------------------------------------------------
 
 
 def serve(job):
@@ -1660,7 +1662,7 @@ def grade_ios(source, ios, limits, language="python"):
     return verdicts, runs
 
 
-# ---- the grade: tests that are programs -----------------------------------------------------------------------------------------
+# ---- the grade: tests that are programs ----------------------------------------------------------------------------------------
 # Assert-style tests run in the tester, a run of its own. The candidate's functions are Remote: a call crosses a socket, and what comes
 # back is plain data or another Remote. No object of the candidate's ever exists in this interpreter.
 
@@ -1910,7 +1912,7 @@ def grade_checks(source, checks, limits):
     return grade_apart(as_files({"main.py": source}), [check.source for check in checks], limits)
 
 
-# ---- the grade ------------------------------------------------------------------------------------------------------------------
+# ---- the grade -----------------------------------------------------------------------------------------------------------------
 
 
 def grade(source, tests, limits=Limits(), language="python") -> Grade:
@@ -1945,7 +1947,7 @@ def grade_many(jobs, limits=Limits()):
         return list(pool.map(lambda job: grade(*job, limits), jobs))
 
 
-# ---- the workspace --------------------------------------------------------------------------------------------------------------
+# ---- the workspace -------------------------------------------------------------------------------------------------------------
 
 TESTS = re.compile(r"(^|/)(test_[^/]*|[^/]*_test)\.py$")
 NOT_THE_PROGRAM = re.compile(  # what no candidate hands in: tests, what tools read on their own, what was compiled
@@ -2102,7 +2104,7 @@ def file_diff(path, old, new):
     return head + "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in body)
 
 
-# ---- proof by trying ------------------------------------------------------------------------------------------------------------
+# ---- proof by trying -----------------------------------------------------------------------------------------------------------
 # Each of these is harmless where it succeeds. In PROBES, success is the bad outcome: every line must raise.
 
 PROBES = {
@@ -2290,7 +2292,7 @@ def bench():
     print(f"two at a time: {mine:.0f} programs a second (median of 3 x 3 s){beside}")
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------------------------------------
 
 
 def printable(text):
