@@ -306,7 +306,7 @@ def competitive(family: str):
         frame, source = rng.choice(FRAMES[family]), in_steps(code)
         yield pairs(names, f"{frame} {names[0]}")
         shown = [[rng.randint(0, 9) for _ in range(rng.randint(3, 4))] for _ in range(40)]
-        inputs = {(): None} | {tuple(rng.randint(-9, 9) for _ in range(rng.randint(1, 8))): None for _ in range(200)}
+        inputs = {(): None} | {tuple(rng.choices(range(-9, 10), k=rng.randint(1, 8))): None for _ in range(200)}
         inputs = [(list(xs),) for xs in inputs if list(xs) not in shown]
         if len(set(behaviour(source, "f", inputs))) < 8:
             return  # nearly constant: tests could not tell right from wrong
