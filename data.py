@@ -49,6 +49,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import urllib.parse
 import zlib
@@ -1051,6 +1052,7 @@ def line_marks(text, width=16):
 
 @contextlib.contextmanager
 def one_thread():
+    """So small a model waits for its threads longer than it computes; and its sums come out the same in every process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -1064,6 +1066,7 @@ class Proxy:
     A small transformer of model.py's blocks over lines: a line is the mean of its marks, every line attends to every other, and one
     linear layer on the mean and the maximum of all lines says each of the oracle's shares; their sum is the score.
     """
+    @one_thread()
     def __init__(self, texts, goals, width=64, epochs=10, batch=32, crop=64):
         goals, state, rng = np.asarray(goals, float), torch.random.get_rng_state(), np.random.default_rng(0)
         torch.manual_seed(0)
@@ -1106,6 +1109,7 @@ class Proxy:
         counts = counts[..., None].float()
         return self.head(torch.cat([(h * counts).sum(1) / counts.sum(1), (h + (counts - 1) * 1e4).amax(1)], 1))
 
+    @one_thread()
     @torch.no_grad()
     def __call__(self, texts):
         rows, shares = [line_marks(text) for text in texts], np.zeros((len(texts), len(self.mean)))
@@ -1242,27 +1246,33 @@ def refit(points):
     return dict(zip(("rms", "A", "B", "floor", "alpha_N", "alpha_D"), min(fits)))
 
 
-def small_runs(folder, widths=(32, 64), steps=120):
+def small_runs(folder, widths=(32, 64), steps=120, batch=8, context=256):
     """[(language, parameters, tokens, loss)]: dense models on each large language; every batch is new, so its loss is held out."""
     file, tokenizer, rows = TokenFile(Path(folder) / "train", "code"), Tokenizer.load(Path(folder) / "tokenizer"), []
-    of_language = {name: [file.ids(i) for i in range(len(file.lengths)) if file.language(i) == name] for name in file.languages}
-    large = sorted(name for name, ids in of_language.items() if sum(map(len, ids)) > 2100 * steps)
+    documents, size, needed = defaultdict(list), Counter(), int(1.05 * steps * batch * context)
+    for i in np.random.default_rng(0).permutation(len(file.lengths)).tolist():
+        if size[language := file.language(i)] < needed:
+            documents[language].append(file.ids(i))
+            size[language] += len(documents[language][-1])
+    large = sorted(language for language in size if size[language] >= needed)
+    if not large:
+        raise ValueError(f"{folder}: no language has {needed} tokens to train on; build a larger corpus")
     for language, width in itertools.product(large, widths):
         torch.manual_seed(0)
         model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, hidden_size=width, intermediate_size=3 * width, loop_num=1,
                                           num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=width // 2))
-        size = sum(p.numel() for p in model.model.layers.parameters())
-        optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-        batch = list(map(torch.from_numpy, pack(of_language[language], 256)))
-        order, losses = torch.randperm(len(batch[0])), []
-        for step in range(min(steps, len(order) // 8)):
-            loss = model.loss(*(x[order[8 * step:8 * step + 8]] for x in batch))
+        parameters = sum(p.numel() for p in model.model.layers.parameters())
+        optimizer, losses = torch.optim.AdamW(model.parameters(), 5e-3), []
+        packed = list(map(torch.from_numpy, pack(documents[language], context)))
+        order = torch.randperm(len(packed[0]))
+        for step in range(steps):
+            loss = model.loss(*(x[order[batch * step:batch * (step + 1)]] for x in packed))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
             if (step + 1) % (steps // 4) == 0:
-                rows.append((language, size, (step + 1) * 2048, float(np.mean(losses[-10:]))))
+                rows.append((language, parameters, (step + 1) * batch * context, float(np.mean(losses[-10:]))))
         print("refit   {:12s}{:8d} parameters {:8d} tokens: loss {:.3f}".format(*rows[-1]))
     return rows
 
@@ -1914,8 +1924,14 @@ def documents(fates, split):
 WORK = []  # in a process of parallel(): its work, found in memory, for it was forked; so it may be a closure that holds a model
 
 
-def begin(work):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children
+def begin(work, parent):
+    """A process of parallel() begins. Ctrl-C is for its parent; if that is killed, this one ends, too."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
     WORK.append(work)
 
 
@@ -1928,7 +1944,7 @@ def parallel(work, jobs, workers):
     if workers == 1:
         yield from map(work, jobs)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), begin, (work,))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), begin, (work, os.getpid()))
     under_way = collections.deque()
     try:
         for job in jobs:
@@ -2141,10 +2157,9 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
     tokenizer = Tokenizer.train((doc.text for doc in documents(fates, "train") if digest(doc.path) % 1000 < portion), vocab_size)
     tokenizer.save(out / "tokenizer")
     stamp("tokens", f"vocabulary of {tokenizer.vocab_size}")
-    with one_thread():  # so small a model waits for its threads longer than it computes
-        scorer = code_scorer(documents(fates, "train"), tokenizer, teacher, log)
-        stamp("quality", "of code learned")
-        splits = write_splits(out, fates, scorer, tokenizer, histories(sources, git), held_out, context, workers)
+    scorer = code_scorer(documents(fates, "train"), tokenizer, teacher, log)
+    stamp("quality", "of code learned")
+    splits = write_splits(out, fates, scorer, tokenizer, histories(sources, git), held_out, context, workers)
     manifest = {"sources": sources, "vocab_size": vocab_size, "context": context, "heldout_projects": sorted(held_out), "splits": splits,
                 "tokenizer_sha256": hashlib.sha256((out / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
                 "drops": {rule: {"documents": row["documents"], "bytes": row["bytes"]} for rule, row in drops.items()}}
@@ -2174,13 +2189,15 @@ def timed(work, times=3):
 
 
 def bench_tokenizer(texts):
-    """Training to 8192 on 32 MB of the texts beside the `tokenizers` package; the last 300 are held out."""
+    """Training to 8192 on 32 MB of the texts beside the `tokenizers` package, and on what a build takes; the last 300 are held out."""
     heldout, sizes = texts[-300:], np.cumsum(list(map(len, texts[:-300])))
-    training = texts[:np.searchsorted(sizes, 32e6)]
+    training, enough = (texts[:np.searchsorted(sizes, size)] for size in (32e6, BPE_BYTES))
+    held_out_tokens = lambda tokenizer: sum(len(tokenizer.encode(text)) for text in heldout)
     seconds, ours = timed(lambda: Tokenizer.train(training, 8192))
-    tokens = sum(len(ours.encode(text)) for text in heldout)
+    tokens = held_out_tokens(ours)
     print(f"BPE to 8192 on {sum(map(len, training)) / 1e6:.0f} MB: {seconds:.2f} s, "
-          f"{sum(map(len, heldout)) / tokens:.3f} characters a held-out token")
+          f"{sum(map(len, heldout)) / tokens:.3f} characters a held-out token; "
+          f"on {BPE_BYTES / 1e6:.0f} MB {held_out_tokens(Tokenizer.train(enough, 8192)) / tokens - 1:+.2%} tokens")
     import tokenizers
 
     def train():

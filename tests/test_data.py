@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -523,8 +524,13 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.wfile.write(part[:len(part) // 2] if fault == "cut" else part)
 
     def do_POST(self):
-        rows = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
-        answer = json.dumps({"data": [{"index": i, "embedding": [len(text), 1.0]} for i, text in reversed(list(enumerate(rows)))]}).encode()
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path.endswith("/embeddings"):
+            answer = {"data": [{"index": i, "embedding": [len(text), 1.0]} for i, text in reversed(list(enumerate(asked["input"])))]}
+        else:
+            said = next((said for part, said in self.files.items() if part in asked["messages"][0]["content"]), "no idea")
+            answer = {"choices": [{"message": {"content": said}}] * asked["n"]}
+        answer = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -610,6 +616,25 @@ def test_a_plain_wet_file_is_text_by_site(tmp_path):
 def test_a_teachers_embeddings_are_put_in_order_and_to_unit_length(web):
     vectors = data.embed(["aaa", "b"], teacher=f"{web}/v1#model")
     np.testing.assert_allclose(vectors, np.array([[3, 1], [1, 1]]) / np.sqrt([[10], [2]]), rtol=1e-6)
+
+
+def test_a_teachers_score_is_its_number_and_its_wording_is_taken_only_where_it_leads_to_the_same_answer(web, tmp_path):
+    teacher = data.tasks.Teacher(f"{web}/v1", "big", tmp_path)
+    Server.files |= {"def good": "Score: 7.5 out of 10", "def best": "a 95!", "Rephrase": "Where does dumps live?", "Where does": "`json`"}
+    assert [data.teacher_score(teacher, "code", f"def {name}(): ...") for name in ("good", "best", "odd")] == [7.5, 10.0, None]
+    fact = data.Fact("Which module defines `dumps`?", "json", ("module", "json", "dumps", ""))
+    assert data.rephrased(teacher, fact) == fact._replace(question="Where does dumps live?")
+    assert data.rephrased(teacher, fact._replace(answer="pickle")).question == fact.question
+
+
+def test_embeddings_from_a_model_of_ours_are_unit_vectors_that_tell_texts_apart(library, tokenizer):
+    torch.manual_seed(0)
+    model = data.LoopCoder(data.LoopCoderConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                                num_attention_heads=2, num_key_value_heads=2, head_dim=16))
+    texts = [text for _, text in library[:6]]
+    vectors = data.embed(texts + texts, model, tokenizer)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1) and vectors.shape == (12, 32)
+    assert data.embedding_duplicates(vectors, 0.999) == [0, 1, 2, 3, 4, 5] * 2
 
 
 # ------------------------------------------------------------------------------------------------ proxies, mixture law, facts
