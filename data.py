@@ -984,13 +984,17 @@ MATHS = re.compile(r"\b(?:matri|polynom|equation|theorem|integral|derivative|alg
                    r"probabilit|distribution)", re.I)
 
 
+DOCSTRING = re.compile(r'"""((?:[^"\\]|\\.|"(?!""))*)"""')
+
+
 def samples_of(doc):
     """(kind, text) of a document: code itself, and the longer docstrings of Python as text, or as maths where they speak of it."""
     yield ("text" if doc.language in TEXT else "code"), doc.text
     if doc.language == "python":
-        for found in re.finditer(r'"""((?:[^"\\]|\\.|"(?!"")){300,}?)"""', doc.text):
-            text = inspect.cleandoc(found[1])
-            yield ("maths" if len(MATHS.findall(text)) >= 3 else "text"), text
+        for found in DOCSTRING.finditer(doc.text):  # all of them, also the short ones: else a match could begin at an end
+            if len(found[1]) >= 300:
+                text = inspect.cleandoc(found[1])
+                yield ("maths" if len(MATHS.findall(text)) >= 3 else "text"), text
 
 
 READ_LINES = 256                     # lines of a document that a scorer reads
@@ -1140,17 +1144,18 @@ def quality_table(docs, tokenizer, teacher=None, kinds=tuple(RUBRICS), most=1500
     Train the proxies and their baselines on some projects' documents, judge both on other projects', print AUC (of the better half by
     the oracle) and Spearman. -> {kind: the scorer of texts that was better there}. The oracle is the rubric, or a larger model's score.
     """
-    by_kind, better = defaultdict(list), {}
+    found, better = defaultdict(dict), {}
     for doc in docs:
         for kind, text in samples_of(doc):
-            shares = RUBRICS[kind](text) if kind in kinds and (kind != "code" or doc.language == "python") else None
+            if kind in kinds and (kind != "code" or doc.language == "python"):
+                found[kind][digest(text)] = doc.project, text
+    for kind in kinds:
+        rows = {True: [], False: []}                          # by whether the source is held out: the texts with their shares
+        for _, (project, text) in sorted(found[kind].items())[:most]:
+            shares = teacher_score(teacher, kind, text) if teacher else RUBRICS[kind](text)
             if shares is not None:
-                by_kind[kind].append((digest(text), digest(doc.project) % 4 == 0, text, np.array(shares, float) * 10 / len(shares)))
-    for kind, rows in by_kind.items():
-        rows = sorted(rows, key=lambda row: row[0])[:most]
-        if teacher:
-            rows = [(*row[:3], np.array([rated])) for row in rows if (rated := teacher_score(teacher, kind, row[2])) is not None]
-        learn, judge = ([row[2:] for row in rows if row[1] == held_out] for held_out in (False, True))
+                rows[digest(project) % 4 == 0].append((text, np.array(shares, float) * 10 / len(shares)))
+        learn, judge = rows[False], rows[True]
         if len(learn) < 64 or len(judge) < 16:
             log(f"proxy   {kind}: only {len(learn)} documents to learn from and {len(judge)} to judge on; left out")
             continue
@@ -1158,8 +1163,8 @@ def quality_table(docs, tokenizer, teacher=None, kinds=tuple(RUBRICS), most=1500
         scorers = {"proxy": Proxy(texts, goals), "n-grams": NgramScorer(texts, goals, tokenizer)}
         truth = np.array([shares.sum() for shares in truth])
         for name, scorer in scorers.items():
-            found = scorer(unseen)
-            marks[name] = auc(found, truth > np.median(truth)), spearman(found, truth)
+            scores = scorer(unseen)
+            marks[name] = auc(scores, truth > np.median(truth)), spearman(scores, truth)
             log(f"{name:8s}{kind}: {len(learn)} documents, held-out sources {len(judge)}: "
                 f"AUC {marks[name][0]:.3f}, Spearman {marks[name][1]:.3f}")
         best = max(marks, key=marks.get)
@@ -1169,11 +1174,11 @@ def quality_table(docs, tokenizer, teacher=None, kinds=tuple(RUBRICS), most=1500
 
 
 def teacher_score(teacher, kind, text):
-    """A larger model's score from 0 to 10, or None where it gave no number."""
+    """A larger model's opinion, as the one share of a rubric; None where it gave no number."""
     reply = teacher.ask(f"Rate this {kind} for readability, clarity and usefulness as training text. Answer with a number from 0 to 10."
                         f"\n\n{text[:6000]}")
     number = re.search(r"\d+(?:\.\d+)?", reply[0] if reply else "")
-    return min(float(number[0]), 10.0) if number else None
+    return [min(float(number[0]) / 10, 1.0)] if number else None
 
 
 # ------------------------------------------------------------------------------------------------ how much of which language
@@ -1232,28 +1237,28 @@ def language_mixture(available, budget):
 def refit(points):
     """
     Fit L = A N^-a + B D^-b + floor to [(parameters, tokens, loss)]: for every pair of exponents of a grid the rest is linear; the
-    best by squared error, with A, B, floor >= 0. -> dict.
+    best by squared error, with A, B, floor >= 0; A is 0 where size has not helped. -> dict.
     """
-    (n, d, loss), fits = np.array(points, float).T, []
-    for a, b in itertools.product(np.linspace(0.05, 1.5, 59), repeat=2):
-        design = np.stack([(n / n.max()) ** -a * (len(set(n)) > 1), (d / d.max()) ** -b, np.ones_like(n)], 1)  # one size says nothing of A
+    (n, d, loss), exponents, fits = np.array(points, float).T, np.linspace(0.05, 1.5, 59).tolist(), []
+    for a, b in itertools.product([0.0] + exponents * (len(set(n)) > 1), exponents):
+        design = np.stack([(n / n.max()) ** -a * (a > 0), (d / d.max()) ** -b, np.ones_like(n)], 1)
         weight = np.linalg.lstsq(design, loss, rcond=None)[0]
         if (weight >= -1e-9).all():
             A, B, floor = weight.tolist()
             fits.append((((design @ weight - loss) ** 2).mean() ** 0.5, A * n.max()**a, B * d.max()**b, floor, a, b))
     if not fits:
         raise ValueError(f"no falling law fits these {len(points)} losses: {points[:3]}...; train longer or on more sizes")
-    return dict(zip(("rms", "A", "B", "floor", "alpha_N", "alpha_D"), min(fits)))
+    return dict(zip(("rms", "A", "B", "floor", "alpha_N", "alpha_D"), map(float, min(fits))))
 
 
 def small_runs(folder, widths=(32, 64), steps=120, batch=8, context=256):
     """[(language, parameters, tokens, loss)]: dense models on each large language; every batch is new, so its loss is held out."""
     file, tokenizer, rows = TokenFile(Path(folder) / "train", "code"), Tokenizer.load(Path(folder) / "tokenizer"), []
-    documents, size, needed = defaultdict(list), Counter(), int(1.05 * steps * batch * context)
+    taken, size, needed = defaultdict(list), Counter(), int(1.05 * steps * batch * context)
     for i in np.random.default_rng(0).permutation(len(file.lengths)).tolist():
         if size[language := file.language(i)] < needed:
-            documents[language].append(file.ids(i))
-            size[language] += len(documents[language][-1])
+            taken[language].append(file.ids(i))
+            size[language] += len(taken[language][-1])
     large = sorted(language for language in size if size[language] >= needed)
     if not large:
         raise ValueError(f"{folder}: no language has {needed} tokens to train on; build a larger corpus")
@@ -1262,13 +1267,15 @@ def small_runs(folder, widths=(32, 64), steps=120, batch=8, context=256):
         model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, hidden_size=width, intermediate_size=3 * width, loop_num=1,
                                           num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=width // 2))
         parameters = sum(p.numel() for p in model.model.layers.parameters())
-        optimizer, losses = torch.optim.AdamW(model.parameters(), 5e-3), []
-        packed = list(map(torch.from_numpy, pack(documents[language], context)))
+        optimizer, losses = torch.optim.AdamW(model.parameters(), 2e-3), []
+        packed = list(map(torch.from_numpy, pack(taken[language], context)))
         order = torch.randperm(len(packed[0]))
         for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 10)  # then constant: every length is a run of its own
             loss = model.loss(*(x[order[batch * step:batch * (step + 1)]] for x in packed))
             optimizer.zero_grad()
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             losses.append(loss.item())
             if (step + 1) % (steps // 4) == 0:
@@ -2309,7 +2316,8 @@ def main(argv=None):
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--teacher", default="", help="URL#MODEL of an OpenAI-compatible server: it scores quality and rephrases facts")
     add("--explain", metavar="RULE", help="show what a rule removed in the last build")
-    add("--proxies", action="store_true", help="train the quality proxies for code, text and maths and judge them beside n-grams")
+    add("--proxies", action="store_true", help="train the quality proxies for code, text and maths on the running "
+        "Python's files and judge them beside n-grams")
     add("--facts", type=int, metavar="N", help="print N facts")
     add("--mixture", action="store_true", help="print the allocation of tokens to languages: the report's, and the solver's")
     add("--refit", action="store_true", help="fit the scaling law to small runs on the built corpus")
@@ -2331,9 +2339,10 @@ def main(argv=None):
         for language in sorted({row[0] for row in rows}):
             print(language, {name: round(value, 4) for name, value in refit([row[1:] for row in rows if row[0] == language]).items()})
     elif args.proxies:
-        files = draw_sample([e for e in running_python() if e.size <= LARGEST_FILE], int(args.max_mb * 1e6))
-        docs = [Document(text, e.language, e.project, e.path) for e, raw in zip(files, read_all(files)) if (text := decode(raw))]
-        quality_table(docs, Tokenizer.train((doc.text for doc in docs[::4]), args.vocab_size), teacher)
+        entries = [e for e in running_python() if e.language == "python" and 0 < e.size <= LARGEST_FILE]
+        read = lambda chosen: ((text, e) for e, raw in zip(chosen, read_all(chosen)) if (text := decode(raw)))
+        tokenizer = Tokenizer.train((text for text, _ in read(draw_sample(entries, 8_000_000))), args.vocab_size)
+        quality_table((Document(text, e.language, e.project, e.path) for text, e in read(entries)), tokenizer, teacher)
     else:
         build(args.out, args.source, args.vocab_size, int(args.max_mb * 1e6), args.heldout, args.context, args.git, args.benchmark,
               teacher, args.workers)

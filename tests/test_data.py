@@ -621,7 +621,7 @@ def test_a_teachers_embeddings_are_put_in_order_and_to_unit_length(web):
 def test_a_teachers_score_is_its_number_and_its_wording_is_taken_only_where_it_leads_to_the_same_answer(web, tmp_path):
     teacher = data.tasks.Teacher(f"{web}/v1", "big", tmp_path)
     Server.files |= {"def good": "Score: 7.5 out of 10", "def best": "a 95!", "Rephrase": "Where does dumps live?", "Where does": "`json`"}
-    assert [data.teacher_score(teacher, "code", f"def {name}(): ...") for name in ("good", "best", "odd")] == [7.5, 10.0, None]
+    assert [data.teacher_score(teacher, "code", f"def {name}(): ...") for name in ("good", "best", "odd")] == [[0.75], [1.0], None]
     fact = data.Fact("Which module defines `dumps`?", "json", ("module", "json", "dumps", ""))
     assert data.rephrased(teacher, fact) == fact._replace(question="Where does dumps live?")
     assert data.rephrased(teacher, fact._replace(answer="pickle")).question == fact.question
@@ -721,6 +721,8 @@ def test_refit_recovers_a_planted_law():
     found = data.refit([(n, d, law(n, d)) for n in (1e4, 3e4, 1e5) for d in (1e5, 3e5, 1e6, 3e6)])
     assert found["alpha_N"] == pytest.approx(0.35, abs=0.03) and found["alpha_D"] == pytest.approx(0.45, abs=0.03)
     assert found["floor"] == pytest.approx(1.7, abs=0.15) and found["rms"] < 1e-2
+    worse = data.refit([(n, d, 2000 * d**-0.45 + 1.7 + n / 1e6) for n in (1e4, 1e5) for d in (1e5, 3e5, 1e6, 3e6)])  # size has not helped
+    assert worse["A"] == worse["alpha_N"] == 0 and worse["alpha_D"] == pytest.approx(0.45, abs=0.05)
 
 
 def test_every_fact_is_what_the_running_python_says_and_changing_or_ambiguous_ones_are_refused():
