@@ -1173,10 +1173,18 @@ def quality_table(docs, tokenizer, teacher=None, kinds=tuple(RUBRICS), most=1500
     return better
 
 
+def ask(teacher, prompt, n=1):
+    """The teacher's n answers; none once its budget is spent."""
+    try:
+        return teacher.ask(prompt, n)
+    except tasks.BudgetSpent:
+        return []
+
+
 def teacher_score(teacher, kind, text):
     """A larger model's opinion, as the one share of a rubric; None where it gave no number."""
-    reply = teacher.ask(f"Rate this {kind} for readability, clarity and usefulness as training text. Answer with a number from 0 to 10."
-                        f"\n\n{text[:6000]}")
+    reply = ask(teacher, f"Rate this {kind} for readability, clarity and usefulness as training text. Answer with a number from 0 to 10."
+                         f"\n\n{text[:6000]}")
     number = re.search(r"\d+(?:\.\d+)?", reply[0] if reply else "")
     return [min(float(number[0]) / 10, 1.0)] if number else None
 
@@ -1270,7 +1278,7 @@ def small_runs(folder, widths=(32, 64), steps=120, batch=8, context=256):
         optimizer, losses = torch.optim.AdamW(model.parameters(), 2e-3), []
         packed = list(map(torch.from_numpy, pack(taken[language], context)))
         order = torch.randperm(len(packed[0]))
-        for step in range(steps):
+        for step in range(min(steps, len(order) // batch)):
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 10)  # then constant: every length is a run of its own
             loss = model.loss(*(x[order[batch * step:batch * (step + 1)]] for x in packed))
             optimizer.zero_grad()
@@ -1372,9 +1380,9 @@ def code_facts(count=500, teacher=None):
 
 def rephrased(teacher, fact):
     """The teacher's wording where, asked without the answer, it gives that answer; else ours."""
-    reply = teacher.ask(f"Rephrase this question, keeping its one answer. Reply with the question alone.\n{fact.question}")
+    reply = ask(teacher, f"Rephrase this question, keeping its one answer. Reply with the question alone.\n{fact.question}")
     question = (reply or [""])[0].strip()
-    answers = teacher.ask(f"{question}\nReply with the answer alone.", 2) if question else []
+    answers = ask(teacher, f"{question}\nReply with the answer alone.", 2) if question else []
     return fact._replace(question=question) if answers and all(a.strip().strip("`") == fact.answer for a in answers) else fact
 
 
@@ -2344,7 +2352,7 @@ def main(argv=None):
         tokenizer = Tokenizer.train((text for text, _ in read(draw_sample(entries, 8_000_000))), args.vocab_size)
         quality_table((Document(text, e.language, e.project, e.path) for text, e in read(entries)), tokenizer, teacher)
     else:
-        build(args.out, args.source, args.vocab_size, int(args.max_mb * 1e6), args.heldout, args.context, args.git, args.benchmark,
+        build(args.out, args.source, args.vocab_size, args.max_mb * 1e6, args.heldout, args.context, args.git, args.benchmark,
               teacher, args.workers)
 
 

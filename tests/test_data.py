@@ -625,6 +625,9 @@ def test_a_teachers_score_is_its_number_and_its_wording_is_taken_only_where_it_l
     fact = data.Fact("Which module defines `dumps`?", "json", ("module", "json", "dumps", ""))
     assert data.rephrased(teacher, fact) == fact._replace(question="Where does dumps live?")
     assert data.rephrased(teacher, fact._replace(answer="pickle")).question == fact.question
+    teacher.budget = 0
+    new = fact._replace(question="New?")
+    assert data.teacher_score(teacher, "code", "def new(): ...") is None and data.rephrased(teacher, new) == new
 
 
 def test_embeddings_from_a_model_of_ours_are_unit_vectors_that_tell_texts_apart(library, tokenizer):
@@ -853,6 +856,10 @@ def test_a_shard_that_loses_all_its_documents_does_not_stop_the_others(tmp_path)
     data.clean_shard((entries[1:], paths[1], None))
     assert [len(rows) for rows in data.deduplicate(paths).values()] == [1, 0, 0]
     assert [doc.path for doc in data.documents({paths[0]: [], paths[1]: ["train", None]}, "train")] == ["good.py"]
+    data.clean_shard((entries, tmp_path / "2", data.Decontaminator({"bench": [GOOD]})))
+    drops = data.drop_table([tmp_path / "2"], {"index line not understood": 7})
+    assert {rule: row["documents"] for rule, row in drops.items()} == {
+        "benchmark bench": 2, "index line not understood": 7, "mean line": 1, "too few words": 1, "too short": 1}
 
 
 def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_path):
@@ -876,7 +883,8 @@ def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_pat
 @pytest.mark.parametrize("arguments, words", [
     (["--source", "/nowhere/at/all"], "no such folder"), (["--source", "EMPTY"], "nothing to train on"),
     (["--explain", "no rule", "--out", "EMPTY"], "finished build"),
-    (["--max-mb", "-1"], "max_bytes=-1000000"), (["--git", "/nowhere"], "no such git repository"), (["--heldout", "2"], "heldout=2.0"),
+    (["--max-mb", "-1"], "max_bytes=-1000000"), (["--max-mb", "nan"], "max_bytes=nan"),
+    (["--git", "/nowhere"], "no such git repository"), (["--heldout", "2"], "heldout=2.0"),
     (["--source", "CORPUS", "--vocab-size", "100"], "vocab_size=100"),
     (["--source", "CORPUS", "--vocab-size", "60000", "--max-mb", "0.3"], "more than the corpus"),
     (["--source", "missing.jsonl"], "no such file"), (["--facts", "-3"], "-3 facts"), (["--benchmark", "nowhere.jsonl"], "nowhere.jsonl"),
