@@ -756,12 +756,17 @@ def normal(text):
     return "\n".join(filter(None, map(str.rstrip, text.split("\n"))))
 
 
-def exact_duplicates(docs):
-    """For each text the index of the one kept in its place. The smallest of the equal ones stays, whatever the order."""
-    first, keys = {}, [normal(text) for text in docs]
-    for i in sorted(range(len(docs)), key=docs.__getitem__):
+def firsts(keys, rank):
+    """For each the index of the one of lowest rank that has the same key."""
+    first = {}
+    for i in sorted(range(len(keys)), key=rank.__getitem__):
         first.setdefault(keys[i], i)
     return [first[key] for key in keys]
+
+
+def exact_duplicates(docs):
+    """For each text the index of the one kept in its place. The smallest of the equal ones stays, whatever the order."""
+    return firsts(list(map(normal, docs)), docs)
 
 
 PERMUTATIONS = SEEDS.integers(0, 2**31, 128, dtype=U32) * U32(2) + U32(1)  # odd: h -> p h mod 2^32 permutes the 32-bit numbers
@@ -820,15 +825,15 @@ def survivors(pairs, rank):
     return list(map(root, parent))
 
 
-def near_pairs(signatures, sets, threshold):
-    """Pairs of a Jaccard of at least `threshold`: MinHash finds the candidates, the sets of shingles themselves decide."""
-    return [(i, j) for i, j in meetings(signatures, *bands(threshold)).tolist() if jaccard(sets[i], sets[j]) >= threshold]
+def near_pairs(signatures, read, threshold):
+    """Pairs of a Jaccard of at least `threshold`: MinHash finds the candidates, their sets of shingles, read(i), decide."""
+    return [(i, j) for i, j in meetings(signatures, *bands(threshold)).tolist() if jaccard(read(i), read(j)) >= threshold]
 
 
 def near_duplicates(docs, threshold=0.7):
     """Texts whose 5-grams of tokens are that alike. Groups are transitive; the longest text of each stays, whatever their order."""
     sets, rank = list(map(shingles, docs)), [(-len(text), text) for text in docs]
-    return survivors(near_pairs(np.array(list(map(signature, sets)), U32).reshape(len(docs), -1), sets, threshold), rank)
+    return survivors(near_pairs(np.array(list(map(signature, sets)), U32).reshape(len(docs), -1), sets.__getitem__, threshold), rank)
 
 
 EMBEDDING, SHAPE_SHARE = 256, 0.7
@@ -1896,8 +1901,8 @@ def read_benchmarks(paths):
 
 def clean_shard(job):
     """
-    Read, decode, edit, judge and fingerprint one shard. Leaves PATH.npz and PATH.npy (what deduplication compares), PATH.documents, and
-    PATH (what each document is called, and the drops), which comes last, so that a killed build finds whole shards or none.
+    Read, decode, edit, judge and fingerprint one shard. Leaves PATH.npz and PATH.shingles (what deduplication compares), PATH.documents,
+    and PATH (what each document is called, and the drops), which comes last, so that a killed build finds whole shards or none.
     """
     entries, path, decontaminator = job
     if Path(path).exists():
@@ -1924,7 +1929,7 @@ def clean_shard(job):
             for name, value in zip(("exact", "size", "varied", "signature", "vector"), row):
                 prints[name].append(value)
     np.savez(f"{path}.npz", **{name: np.array(rows) for name, rows in prints.items()})
-    np.save(f"{path}.npy", np.concatenate(sets))
+    np.concatenate(sets).tofile(f"{path}.shingles")
     write_atomic(f"{path}.documents", found)
     write_atomic(path, {"about": [(project, name, len(fim.to_bytes(text))) for text, _, project, name in found], "drops": drops})
 
@@ -1979,23 +1984,26 @@ def deduplicate(paths, near=0.7, alike=0.8):
     {rule: [(number of a document that goes, number of the one kept)]}: exact copies, then near ones, then renamed ones, each among what
     is left. In memory are the fingerprints; the shingles stay on disk. The rank (longest first) does not know the input order.
     """
-    parts, gone, first = [np.load(f"{path}.npz") for path in paths], {}, {}
-    column = lambda name: np.concatenate([part[name] for part in parts if name in part])  # a shard may have lost all its documents
-    exact, order = column("exact"), np.lexsort((column("exact"), -column("size")))
-    rank, sets = np.argsort(order), []
-    for path, part in zip(paths, parts):
-        stored = np.load(f"{path}.npy", mmap_mode="r")
-        sets += np.split(np.asarray(stored), np.cumsum(part["varied"])[:-1]) if "varied" in part else []
+    parts, places, gone = [], [], {}
+    for path in paths:
+        with np.load(f"{path}.npz") as part:
+            parts.append(dict(part))
+        sizes = parts[-1].get("varied", np.empty(0, int))  # a shard may have lost all its documents
+        places += [(f"{path}.shingles", size, 4 * (end - size)) for size, end in zip(sizes.tolist(), np.cumsum(sizes).tolist())]
+    column = lambda name: np.concatenate([part[name] for part in parts if name in part])
+    exact = column("exact")
+    rank = np.argsort(np.lexsort((exact, -column("size"))))
+
+    def read(i):
+        path, size, offset = places[left[i]]
+        return np.fromfile(path, U32, size, offset=offset)
 
     def keep(rule, numbers, kept):
         gone[rule] = [(i, k) for i, k in zip(numbers.tolist(), kept.tolist()) if i != k]
         return np.setdiff1d(numbers, [i for i, _ in gone[rule]])
 
-    for i in order.tolist():
-        first.setdefault(exact[i], i)
-    left = keep("exact duplicate", np.arange(len(exact)), np.array([first[key] for key in exact]))
-    pairs = near_pairs(column("signature")[left], [sets[i] for i in left], near)
-    left = keep("near duplicate", left, left[survivors(pairs, rank[left].tolist())])
+    left = keep("exact duplicate", np.arange(len(exact)), np.array(firsts(exact.tolist(), rank)))
+    left = keep("near duplicate", left, left[survivors(near_pairs(column("signature")[left], read, near), rank[left].tolist())])
     rich = left[column("varied")[left] >= 100]  # a short table of constants has the shape of any other
     keep("renamed duplicate", rich, rich[embedding_duplicates(column("vector")[rich], alike)])
     return gone
