@@ -1516,14 +1516,11 @@ def from_teacher(teacher: Teacher):
     return lambda task, n: teacher.ask(task.prompt + "\nGive only the answer.", n)
 
 
-def from_checkpoint(folder, device: str = "cpu", longest: int = 160):
+def from_checkpoint(model, tokenizer, longest: int = 160):
     """The author that is a checkpoint of ours: what it draws and execution accepts, it may learn from (self-training by rejection)."""
-    import torch  # and two files from above: only the command line comes here
+    import torch
 
-    from data import Tokenizer
-    from model import LoopCoder
-
-    model, tokenizer = LoopCoder.from_pretrained(folder, device=device).eval(), Tokenizer.load(folder)
+    device = model.lm_head.weight.device
     stop, rng = tokenizer.special["<|im_end|>"], torch.Generator(device=device)
 
     def author(task, n):
@@ -1686,8 +1683,13 @@ def main(argv=None) -> int:
         return int(bool(found))
     tasks = (generate(family, args.difficulty, seed, args.split) for family in families for seed in range(args.seed, args.seed + args.n))
     if args.write:
-        author = from_checkpoint(args.ckpt) if args.ckpt else program
-        if args.teacher:
+        author = program
+        if args.ckpt:
+            from data import Tokenizer
+            from model import LoopCoder
+
+            author = from_checkpoint(LoopCoder.from_pretrained(args.ckpt).eval(), Tokenizer.load(args.ckpt))
+        elif args.teacher:
             author = from_teacher(Teacher(args.teacher, args.model, args.write + ".cache", args.budget))
         print("\n".join(f"{count:6d} {reason}" for reason, count in write_samples(tasks, author, args.write, args.answers).most_common()))
     else:

@@ -581,13 +581,16 @@ def test_a_checkpoint_trains_itself_on_what_it_got_right(tmp_path):
         loss = model.loss(torch.tensor([ids[:-1]]), targets)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     model.save_pretrained(tmp_path / "ckpt"), tokenizer.save(tmp_path / "ckpt")
-    author = tasks.from_checkpoint(tmp_path / "ckpt", longest=8)
+    author = tasks.from_checkpoint(model.eval(), tokenizer, longest=8)
     assert author(known, 4) == [known.solution] * 4 == author(known, 4)
     others = [t for t in others if t.solution != known.solution]
     table = tasks.write_samples([known, *others], author, tmp_path / "samples.jsonl", n=4)
     records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [r["answers"] for r in records] == [[known.solution]] + [[]] * len(others) and others
     assert table["admitted"] == 1 and table["duplicate"] == 3 and table["does not verify"] == 4 * len(others)
+    assert tasks.main(["--write", str(tmp_path / "more.jsonl"), "--ckpt", str(tmp_path / "ckpt"), "--answers", "2", "--n", "1",
+                       "--seed", str(known.seed), "--family", "crux_output"]) == 0
+    assert [json.loads(line)["answers"] for line in (tmp_path / "more.jsonl").read_text().splitlines()] == [[known.solution]]
 
 
 # ---- debate ---------------------------------------------------------------------------------------------------------------------
