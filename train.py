@@ -147,6 +147,7 @@ class TrainConfig:
     cp: int = flag(1, "ranks that share a row of tokens: context parallelism over a ring")
     fsdp: str = flag("auto", "weights, gradients, optimizer in shards over all ranks: on, off; auto: what would fill half a device")
     replay: float = flag(1.0, "multiplies what fine-tuning replays of earlier stages; 0 shows what it would forget")
+    written: str = flag("", "fine-tuning learns from this file too: verified answers that python tasks.py --write FILE left")
     recompute: bool = flag(False, "compute activations again in the backward instead of keeping them")
     timeout: float = flag(1800.0, "seconds that a rank waits for the others before the run ends; one that dies is noticed at once")
     threads: int = flag(0, "CPU threads; 0: torch's choice")
@@ -759,6 +760,27 @@ def task_samples(tokenizer, family, levels, weights, n, seed, thinking, perturbe
     return samples, table
 
 
+def written_samples(tokenizer, path, thinking):
+    """
+    ({family: [(level, sample)]}, the gate's table) of a file of `tasks.py --write`: a teacher's answers, or a checkpoint's. All are
+    judged again. The thinking path takes those that think, the instruct path the part behind the thinking.
+    """
+    found, table = defaultdict(list), Counter()
+    for line in Path(path).read_text().splitlines():
+        record = json.loads(line)
+        task = tasks.generate(*record["id"])
+        for answer in record["answers"]:
+            final = tasks.final_answer(answer)
+            if thinking and answer == final:
+                continue
+            refused = tasks.refusal(task, answer, tasks.own_evaluation())
+            table[refused or "written, admitted"] += 1
+            if not refused:
+                told = dataclasses.replace(task, solution=answer if thinking else final)
+                found[task.family].append((task.difficulty, tokenizer.encode_parts(tasks.task_parts(told))))
+    return found, table
+
+
 @torch.no_grad()
 def sample_answers(model, tokenizer, problems, n_samples, thinking=False, seed=0) -> list[list[str]]:
     """
@@ -846,13 +868,14 @@ class Curriculum:
     family moves the families' shares (adjust). All of it depends on the seed and on the recorded rates alone.
     """
 
-    def __init__(self, model, tokenizer, stage, replay, shares, context, rows, steps, seed, world):
+    def __init__(self, model, tokenizer, stage, replay, shares, context, rows, steps, seed, world, written=""):
         self.model, self.tokenizer, self.stage, self.context, self.rows, self.seed = model, tokenizer, stage, context, rows, seed
         self.replay, self.replay_shares, self.world, self.steps = replay, shares, world, steps
         self.ends, self.every = [round(end * steps) for end in np.cumsum([share for share, _, _ in PHASES])], max(1, steps // 8)
         self.base = {family: 1 / len(tasks.FAMILIES) for family in tasks.FAMILIES}
         self.step, self.phase, self.weights, self.rates, self.history = 0, -1, dict(self.base), {}, {f: [] for f in self.base}
-        self.given, self.phase_given, self.gate = defaultdict(int), {}, Counter()
+        self.given, self.phase_given = defaultdict(int), {}
+        self.written, self.gate = written_samples(tokenizer, written, self.thinking) if written else (defaultdict(list), Counter())
         self.mixture, self.measured = None, 0  # measured: the phase before which the pass rates were taken last
         self.heldout = {family: self.samples(family, (1, 2), (1, 1), 6, seed + 99, False) for family in self.base}
 
@@ -894,7 +917,9 @@ class Curriculum:
             weights = level_weights([self.rates.get(f"{family}/{level}", 0.0) for level in (1, 2, 3, 4)])
             weights = [weights[level - 1] for level in levels]
             harder = perturbed and self.rates.get(f"{family}/1", 0.0) >= 0.5  # what is solved is asked in other words
-            files[family] = Samples(family, self.samples(family, levels, weights, min(pool, 250), self.seed + phase, harder))
+            made = self.samples(family, levels, weights, min(pool, 250), self.seed + phase, harder)
+            told = [sample for level, sample in self.written[family] if level in levels and len(sample[0]) <= self.context]
+            files[family] = Samples(family, made + told)
         owed = {n: self.mixture.due[n] - self.mixture.given[n] for n in self.base | self.replay} if self.mixture else {}
         piece = self.context // 8  # what is replayed shares its row with samples: no step forgets them for a document
         self.mixture = data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase, piece=piece)
@@ -1044,7 +1069,7 @@ def stage_data(stage, cfg, model, tokenizer, context, rows, steps, world):
     if stage.sft:
         shares = {name: cfg.replay * share for name, share in stage.mixture.items() if name in files and cfg.replay > 0}
         replay = {name: files[name] for name in shares}
-        mixture = Curriculum(model, tokenizer, stage, replay, shares, context, rows, steps, cfg.seed, world)
+        mixture = Curriculum(model, tokenizer, stage, replay, shares, context, rows, steps, cfg.seed, world, cfg.written)
         return mixture, mixture.shares(), {name: share for name, share in stage.mixture.items() if name not in files}
     shares, absent = share_out(stage.mixture, files)
     seed = cfg.seed + list(STAGES).index(stage.name)

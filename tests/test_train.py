@@ -309,3 +309,18 @@ def test_levels_are_drawn_by_what_the_model_can_do():
     assert max(range(4), key=nothing.__getitem__) == 0 and nothing[0] > 10 * nothing[1]  # what is not begun begins at the beginning
     assert max(range(4), key=half.__getitem__) == 0 and half[1] > 5 * half[2]  # what stands on something known comes next
     assert max(range(4), key=all_of_one.__getitem__) == 1 and min(nothing + half + all_of_one) > 0  # what is known makes room
+
+
+def test_written_answers_are_learned_from_once_they_are_judged_again(corpus, tmp_path):
+    """What tasks.py --write leaves, and a wrong answer planted in it; the thinking path wants thinking."""
+    tokenizer, path = data.Tokenizer.load(corpus / "data" / "tokenizer"), tmp_path / "written.jsonl"
+    drawn = [tasks.generate("math", 1, seed) for seed in range(3)]
+    tasks.write_samples(drawn, lambda task, n: [tasks.answer_text(task, task.seed == 1)], path)
+    planted = {"id": ["math", 1, 7, "train"], "answers": [tasks.generate("math", 1, 7).wrong], "verdicts": {}}
+    path.write_text(path.read_text() + json.dumps(planted) + "\n")
+    found, table = train.written_samples(tokenizer, path, thinking=False)
+    assert [tokenizer.decode(ids) for _, (ids, _) in found["math"]] == [
+        "".join(text for text, *_ in tasks.task_parts(task)) for task in drawn]
+    assert table["written, admitted"] == 3 and sum(table.values()) == 4
+    found, _ = train.written_samples(tokenizer, path, thinking=True)
+    assert [tokenizer.decode(ids) for _, (ids, _) in found["math"]] == ["".join(text for text, *_ in tasks.task_parts(drawn[1], True))]
