@@ -647,16 +647,16 @@ def update(model, optimizer, samples, cfg, lr, world):
 
     The loss is an average over the tokens of this step in all micro-batches and on all processes.
     """
-    count = sum(int(t.action.sum()) if cfg.average == "token" else 1 for t, _ in samples)
-    tokens = sum(int(t.action.sum()) for t, _ in samples)
-    total, all_tokens = all_sum([count, tokens], world)
-    loss, cut = 0.0, 0
+    rows, tokens = all_sum([len(samples), sum(int(t.action.sum()) for t, _ in samples)], world)
+    if not tokens:  # no group carried signal: nothing is learned, and momentum alone shall not move the weights
+        return {"loss": 0.0, "cut": 0.0, "grad": 0.0}
+    total, loss, cut = tokens if cfg.average == "token" else rows, 0.0, 0
     for batch in micro_batches(samples, cfg.micro_tokens):
         ids, targets, old_logp, mask = pad([t for t, _ in batch])
         adv = torch.tensor([a for _, a in batch], device=world.device)
         logp = token_logp(model, ids, targets, mask, cfg.temperature)
         old_logp, mask = old_logp.to(world.device), mask.to(world.device)
-        part = grpo_loss(logp, old_logp, adv, mask, cfg.clip_low, cfg.clip_high, cfg.average, max(total, 1))
+        part = grpo_loss(logp, old_logp, adv, mask, cfg.clip_low, cfg.clip_high, cfg.average, total)
         part.backward()
         loss += float(part.detach())
         cut += int(surrogate(logp.detach(), old_logp, adv, mask, cfg.clip_low, cfg.clip_high)[1].sum())
@@ -665,7 +665,7 @@ def update(model, optimizer, samples, cfg, lr, world):
         if world.size > 1:
             dist.all_reduce(p.grad)
     loss, cut = all_sum([loss, cut], world)
-    return {"loss": loss, "cut": cut / max(all_tokens, 1), "grad": optimizer.step(lr, cfg.clip_grad)}
+    return {"loss": loss, "cut": cut / tokens, "grad": optimizer.step(lr, cfg.clip_grad)}
 
 
 def split_evenly(samples, parts, rng):

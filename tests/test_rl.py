@@ -619,6 +619,13 @@ def test_groups_without_signal_leave_the_weights_alone(start, tmp_path):
     assert record["informative"] == 0 and record["grad"] == 0
     a, b = weights(folder), weights(start)
     assert all(torch.equal(a[name], b[name]) for name in a)
+    model = LoopCoder.from_pretrained(start)
+    optimizer = rl.pipeline.Optimizer(model, kind="adamw", weight_decay=0.0)
+    sample = rl.Trajectory(torch.tensor([1, 2, 3]), torch.tensor([False, True, True]), torch.full((3,), -5.0), True, None)
+    for samples, moves in (([(sample, 1.0)], True), ([], False)):  # nor does the momentum of the step before
+        before = model.lm_head.weight.detach().clone()
+        rl.update(model, optimizer, samples, config(start, tmp_path), 1e-3, world())
+        assert torch.equal(model.lm_head.weight, before) != moves
 
 
 def test_shuffled_rewards_keep_each_groups_rewards_and_lose_whose_they_are(start):
