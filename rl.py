@@ -1034,8 +1034,8 @@ def comparison(found, against=None):
 # Does it work, and is it the reward that does it? Models of under a million parameters, made here from nothing; held-out templates;
 # several seeds; and beside each run the controls that would show the same gain if it came from anything else.
 # compose   two demonstrations in five are wrong, so imitation cannot tell which to believe; a reward can.
-# swe       one demonstration in twenty repairs a mistake. Of three candidate fixes one has just failed, so a retry that does not read the
-#           failure is right half the time at best: the blind value that recovery is to be measured against.
+# swe       three demonstrations in a hundred repair a mistake. Of three candidate fixes one has just failed, so a retry that does not read
+#           the failure is right half the time at best: the blind value that recovery is to be measured against.
 
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
 
