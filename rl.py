@@ -33,6 +33,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -256,11 +257,13 @@ def run_tests(files, calls):
 
 
 def parses(files):
-    """Does every Python file of {path: text} parse?"""
-    try:
-        return all(sandbox.parse(text) for path, text in files.items() if path.endswith(".py"))
-    except (SyntaxError, ValueError, RecursionError):
-        return False
+    """Does every Python file of {path: text} parse? What looks odd in it and parses is no one's news."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        try:
+            return all(sandbox.parse(text) for path, text in files.items() if path.endswith(".py"))
+        except (SyntaxError, ValueError, RecursionError):
+            return False
 
 
 def foreign_feedback(task):
@@ -269,13 +272,13 @@ def foreign_feedback(task):
     return next(text for role, text in other.detour if text.startswith("FAIL"))
 
 
-def planted_start(task, tokenizer):
+def planted_start(task, tokenizer, shuffled):
     """(ids, files) after the demonstration's wrong edit and the test that failed: what recovery can be measured from, on every task."""
     stop = next(i for i, (_, text) in enumerate(task.detour) if text.startswith("FAIL")) + 1
     ids, files = prompt_ids(tokenizer, task), dict(task.files)
     for role, text in task.detour[:stop]:
         if role == "tool":
-            ids += observation_ids(tokenizer, text)
+            ids += observation_ids(tokenizer, foreign_feedback(task) if shuffled and text.startswith("FAIL") else text)
         else:
             ids += tokenizer.encode(text) + [tokenizer.special["<|im_end|>"]]
             files = tasks.use_tool(files, text)[0] if text.startswith("edit") else files
@@ -314,7 +317,7 @@ def swe_episode(task, tokenizer, verdicts, room, budget, shuffled=False, planted
     An episode may make as many calls as the demonstration with one mistake and its repair: there is time for one second try, not
     for trying everything. The agent never sees the tests that pay it: they run in another interpreter, on a copy, at the end.
     """
-    ids, files = planted_start(task, tokenizer) if planted else (prompt_ids(tokenizer, task), task.files)
+    ids, files = planted_start(task, tokenizer, shuffled) if planted else (prompt_ids(tokenizer, task), task.files)
     state, used = SweState(files), len(ids)
     if planted:
         state.edits, state.first_failed = 1, True
@@ -714,6 +717,7 @@ class RLConfig:
     overlong: int = flag(32, "soft punishment over the last tokens of the room; 0: none")
     mask_cut: bool = flag(False, "learn nothing from episodes that were cut at a limit")
     shuffle_rewards: bool = flag(False, "control: permute the rewards inside each group")
+    planted: float = flag(0.0, "swe: share of groups that start behind a wrong edit and its failure, to learn from what follows")
     shuffle_feedback: bool = flag(False, "control: failing tests show another task's failure")
     slots: int = flag(96, "rows that are decoded at a time")
     micro_tokens: int = flag(8192, "padded tokens of one forward and backward")
@@ -800,7 +804,9 @@ def sample_groups(roller, tokenizer, cfg, curriculum, verdicts, rng, want, seed)
     """Roll out `want` fresh training tasks, cfg.samples times each: [(task, its trajectories)]."""
     families = cfg.families.split(",")
     drawn = [draw_task(cfg, rng.choice(families), curriculum.draw(rng), rng.randrange(10**9)) for _ in range(want)]
-    lived = verdicts_came(roller.run([episode_of(task, tokenizer, verdicts, cfg) for task in drawn for _ in range(cfg.samples)], seed))
+    planted = [cfg.planted > 0 and rng.random() < cfg.planted for _ in drawn]
+    episodes = [episode_of(t, tokenizer, verdicts, cfg, behind) for t, behind in zip(drawn, planted) for _ in range(cfg.samples)]
+    lived = verdicts_came(roller.run(episodes, seed))
     return [(task, lived[i * cfg.samples : (i + 1) * cfg.samples]) for i, task in enumerate(drawn)]
 
 
@@ -1054,8 +1060,8 @@ STUDY = {
     "swe": {
         "shape": HEADS | dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3), "vocab": 380,
         "demonstrations": 3000, "levels": (2,), "detours": 0.03, "read": 5e5, "imitate": 0, "rows": 16, "lr": 6e-3,
-        "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=12, samples=12, updates=3, lr=2e-4,
-                    steps=50, minutes=0, eval_tasks=100),
+        "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=16, samples=12, updates=3, lr=3e-4,
+                    planted=0.75, steps=40, minutes=0, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_feedback": {"shuffle_feedback": True}, "more_sft": None},
         "metrics": ("swe pass@1", "swe recovery", "swe planted recovery"),
     },

@@ -492,6 +492,8 @@ def test_shuffled_feedback_shows_another_tasks_failure_and_a_planted_start_stand
     seen, outcome = play(task, tokenizer, [task.solution, "test", "submit"], verdicts, planted=True)
     assert "FAIL" in seen[0] and wrong in seen[0] and outcome["solved"] and outcome["first_failed"]
     assert not play(task, tokenizer, ["submit"], verdicts, planted=True)[1]["solved"]
+    (foreign,), _ = play(task, tokenizer, ["submit"], verdicts, planted=True, shuffled=True)
+    assert "FAIL" in foreign and foreign != seen[0] and foreign.split("FAIL")[0] == seen[0].split("FAIL")[0]
 
 
 def test_512_trajectories_are_in_flight_at_once_and_each_is_what_it_would_be_alone(tokenizer):
