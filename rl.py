@@ -272,11 +272,15 @@ def foreign_feedback(task):
     return next(text for role, text in other.detour if text.startswith("FAIL"))
 
 
+def up_to_failure(task):
+    """The turns of the demonstration with a mistake, as far as the test that failed."""
+    return task.detour[: next(i for i, (_, text) in enumerate(task.detour) if text.startswith("FAIL")) + 1]
+
+
 def planted_start(task, tokenizer, shuffled):
     """(ids, files) after the demonstration's wrong edit and the test that failed: what recovery can be measured from, on every task."""
-    stop = next(i for i, (_, text) in enumerate(task.detour) if text.startswith("FAIL")) + 1
     ids, files = prompt_ids(tokenizer, task), dict(task.files)
-    for role, text in task.detour[:stop]:
+    for role, text in up_to_failure(task):
         if role == "tool":
             ids += observation_ids(tokenizer, foreign_feedback(task) if shuffled and text.startswith("FAIL") else text)
         else:
@@ -1040,8 +1044,8 @@ def comparison(found, against=None):
 # Does it work, and is it the reward that does it? Models of under a million parameters, made here from nothing; held-out templates;
 # several seeds; and beside each run the controls that would show the same gain if it came from anything else.
 # compose   two demonstrations in five are wrong, so imitation cannot tell which to believe; a reward can.
-# swe       three demonstrations in a hundred repair a mistake. Of three candidate fixes one has just failed, so a retry that does not read
-#           the failure is right half the time at best: the blind value that recovery is to be measured against.
+# swe       no demonstration reads a failure: those that fail give up, or try another fix blind. Of three candidates one has just failed, so
+#           such a retry is right half the time at best: the blind value that recovery is to be measured against.
 
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
 
@@ -1059,7 +1063,7 @@ STUDY = {
     },
     "swe": {
         "shape": HEADS | dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3), "vocab": 380,
-        "demonstrations": 3000, "levels": (2,), "detours": 0.03, "read": 5e5, "imitate": 0, "rows": 16, "lr": 6e-3,
+        "demonstrations": 3000, "levels": (2,), "detours": 0.3, "retries": 0.3, "read": 6e5, "imitate": 0, "rows": 16, "lr": 6e-3,
         "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=16, samples=12, updates=3, lr=3e-4,
                     planted=0.75, steps=40, minutes=0, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_feedback": {"shuffle_feedback": True}, "more_sft": None},
@@ -1083,12 +1087,21 @@ def imitate(model, samples, tokens, seed, rows, lr):
         optimizer.step(pipeline.learning_rate(step, steps, lr, 0.1 * lr), 1.0)
 
 
+def careless(task, rng, retries):
+    """The turns of an agent whose first edit fails its test, and who does not read why: it gives up, or now and then tries another fix."""
+    begun = up_to_failure(task)
+    tried = next(text for role, text in begun if role == "mistake")
+    blind = (("assistant", rng.choice([fix for fix in task.tests["candidates"] if fix != tried])), ("tool", "ok"))
+    return (*begun, *(blind if rng.random() < retries else ()), ("assistant", "submit"))
+
+
 def demonstrations(plan, cfg):
-    """What a start imitates, in parts. As in life some answers are wrong, and some episodes hold a mistake and its repair."""
+    """What a start imitates, in parts. As in life some answers are wrong, and some episodes end badly."""
     found, rng = [], random.Random(cfg.seed)
     for i in range(plan["demonstrations"]):
         task, strays = draw_task(cfg, cfg.families, plan["levels"][i % len(plan["levels"])], 10**6 + i), rng.random()
         if task.turns:
+            task = dataclasses.replace(task, detour=careless(task, rng, plan["retries"]))
             found.append(tasks.trajectory_parts(task, detour=strays < plan["detours"]))
         else:
             found.append(tasks.task_parts(dataclasses.replace(task, solution=task.wrong) if strays < plan["wrong"] else task))
