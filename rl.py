@@ -1065,7 +1065,7 @@ STUDY = {
         "shape": HEADS | dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3), "vocab": 380,
         "demonstrations": 3000, "levels": (2,), "detours": 0.3, "retries": 0.3, "read": 6e5, "imitate": 0, "rows": 16, "lr": 6e-3,
         "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=16, samples=12, updates=3, lr=3e-4,
-                    planted=0.75, steps=40, minutes=0, eval_tasks=100),
+                    planted=0.75, steps=60, minutes=0, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_feedback": {"shuffle_feedback": True}, "more_sft": None},
         "metrics": ("swe pass@1", "swe recovery", "swe planted recovery"),
     },
