@@ -989,26 +989,6 @@ def evaluate(model, tokenizer, cfg, split="test", seed=0):
     return {name: (np.array(a, dtype=float), np.array(b, dtype=float)) for name, (a, b) in found.items()}
 
 
-def interval(a, b=None, draws=4000, seed=0):
-    """
-    (value, low, high): the metric a, or its paired difference a - b, with the 95 % bootstrap interval over tasks.
-
-    a, b: (numerators (N,), denominators (N,)) over the same N tasks. nan where a metric has no cases at all.
-    """
-    index = np.random.default_rng(seed).integers(0, len(a[0]), (draws, len(a[0])))
-
-    def ratio(pair, at=None):
-        above, below = (x.sum() if at is None else x[at].sum(1) for x in pair)
-        return np.divide(above, below, out=np.full_like(np.asarray(below, dtype=float), np.nan), where=below > 0)
-
-    value, spread = ratio(a), ratio(a, index)
-    if b is not None:
-        value, spread = value - ratio(b), spread - ratio(b, index)
-    spread = spread[~np.isnan(spread)]
-    low, high = np.quantile(spread, [0.025, 0.975]) if len(spread) else (math.nan, math.nan)
-    return float(value), float(low), float(high)
-
-
 def evaluate_checkpoint(folder, cfg, world):
     """Load, evaluate, and leave the result beside the weights as eval.json: the intervals, and the counts by task they are made of."""
     folder = Path(folder)
@@ -1016,7 +996,7 @@ def evaluate_checkpoint(folder, cfg, world):
     found = evaluate(model, tokenizer, cfg)
     known = json.loads((folder / "eval.json").read_text()) if (folder / "eval.json").exists() else {}
     for name, pair in found.items():
-        known[name] = dict(zip(("value", "low", "high"), interval(pair))) | {"counts": [x.tolist() for x in pair]}
+        known[name] = dict(zip(("value", "low", "high"), pipeline.interval(pair))) | {"counts": [x.tolist() for x in pair]}
     pipeline.write_atomically(folder / "eval.json", lambda at: at.write_text(json.dumps(known) + "\n"))
     return found
 
@@ -1031,11 +1011,11 @@ def comparison(found, against=None):
     """The lines of an evaluation: value and interval; beside another checkpoint also the paired difference."""
     lines = []
     for name, pair in found.items():
-        value, low, high = interval(pair)
+        value, low, high = pipeline.interval(pair)
         line = f"{name:<24} {value:6.3f} [{low:.3f}, {high:.3f}]"
         if against is not None and name in against:
-            gain, low, high = interval(pair, against[name])
-            line += f"   before {interval(against[name])[0]:6.3f}   gain {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+            gain, low, high = pipeline.interval(pair, against[name])
+            line += f"   before {pipeline.interval(against[name])[0]:6.3f}   gain {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
         lines.append(line)
     return lines
 
@@ -1171,11 +1151,17 @@ def study(out, names, seeds, jobs):
 # ---------------------------------------------------------------------------------------------- the report
 
 
+def tabled(folder):
+    """What `train.py --eval` left in this folder, by task: {metric: (numerators, denominators)}; {} where it was not there."""
+    path = folder / "table.json"
+    return {name: tuple(e) for name, e in json.loads(path.read_text()).items() if isinstance(e, list)} if path.exists() else {}
+
+
 def chain_table(out) -> list[list[str]]:
-    """A row a finished stage of the chain, from its log and its evaluation."""
+    """A row a finished stage of the chain, from its log and its evaluations (train.py's tables and ours)."""
     names = [*pipeline.STAGES, *(stage for _, stage, _ in PATHS.values())]
     folders = [out / name for name in names if (out / name / "config.json").exists()]
-    evals = {folder: evaluated(folder) for folder in folders}
+    evals = {folder: tabled(folder) | evaluated(folder) for folder in folders}
     metrics = list(dict.fromkeys(name for found in evals.values() for name in found if "@1" in name or "recovery" in name))
     rows = [["stage", "steps", "tokens", "minutes", "bits per byte", "reward", *metrics]]
     for folder in folders:
@@ -1203,9 +1189,10 @@ def study_table(out) -> list[list[str]]:
             for metric in plan["metrics"] if folders else ():
                 start, seeds = evaluated(home / "start")[metric], [evaluated(folder)[metric] for folder in folders]
                 after = tuple(map(sum, zip(*seeds)))  # the tasks are the same under every seed
-                value, low, high = interval(after, start)
+                value, low, high = pipeline.interval(after, start)
+                by_seed = ", ".join(f"{pipeline.interval(one, start)[0]:+.3f}" for one in seeds)
                 rows.append([name, arm.replace("_", " "), metric, in_words(start), in_words(after),
-                             f"{value:+.3f} [{low:+.3f}, {high:+.3f}]", ", ".join(f"{interval(one, start)[0]:+.3f}" for one in seeds),
+                             f"{value:+.3f} [{low:+.3f}, {high:+.3f}]", by_seed,
                              f"{np.mean([len(log) for log in logs]):.0f}" if any(logs) else "-",
                              f"{np.mean([sum(r['seconds'] for r in log) for log in logs]) / 60:.1f}" if any(logs) else "-"])  # fmt: skip
     return rows if len(rows) > 1 else []
@@ -1213,7 +1200,7 @@ def study_table(out) -> list[list[str]]:
 
 def in_words(pair):
     """A metric with its interval; "-" where there is none."""
-    value, low, high = interval(pair) if pair is not None else (math.nan,) * 3
+    value, low, high = pipeline.interval(pair) if pair is not None else (math.nan,) * 3
     return "-" if math.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 

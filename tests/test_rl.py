@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import rl
 import tasks
+import train
 from data import Tokenizer
 from model import LoopCoder, LoopCoderConfig
 
@@ -669,12 +670,12 @@ def test_the_paired_interval_sees_a_gain_that_two_separate_intervals_hide():
     rng = np.random.default_rng(0)
     before = rng.random(200)
     after, ones = np.clip(before + 0.03 + 0.02 * rng.standard_normal(200), 0, 1), np.ones(200)
-    gain, low, high = rl.interval((after, ones), (before, ones))
+    gain, low, high = train.interval((after, ones), (before, ones))
     assert low > 0 and low < gain < high and gain == pytest.approx((after - before).mean())
-    assert rl.interval((after, ones))[1] < rl.interval((before, ones))[2]  # the two intervals overlap
-    value, low, high = rl.interval((np.array([1.0, 0, 3]), np.array([1.0, 0, 4])))  # a share of shares: an empty task counts for nothing
+    assert train.interval((after, ones))[1] < train.interval((before, ones))[2]  # the two intervals overlap
+    value, low, high = train.interval((np.array([1.0, 0, 3]), np.array([1.0, 0, 4])))  # a share of shares: an empty task counts for nothing
     assert value == pytest.approx(0.8) and low <= value <= high
-    assert math.isnan(rl.interval((np.zeros(3), np.zeros(3)))[0])
+    assert math.isnan(train.interval((np.zeros(3), np.zeros(3)))[0])
 
 
 def test_evaluation_finds_no_difference_between_a_checkpoint_and_itself_and_the_report_is_made_of_its_files(start, tmp_path):
@@ -736,7 +737,7 @@ def test_grpo_raises_held_out_pass_at_1_and_neither_shuffled_rewards_nor_more_im
         rl.study_seed(tmp_path, "say", seed)
     home = tmp_path / "study" / "say"
     start = rl.evaluated(home / "start")["say pass@1"]
-    gains = {arm: [rl.interval(rl.evaluated(home / f"{arm}-{seed}")["say pass@1"], start) for seed in range(3)] for arm in plan["arms"]}
+    gains = {arm: [train.interval(rl.evaluated(home / f"{arm}-{seed}")["say pass@1"], start) for seed in range(3)] for arm in plan["arms"]}
     assert all(gain > 0.15 and low > 0.1 for gain, low, _ in gains["grpo"]), gains
     assert all(low < 0 for _, low, _ in gains["shuffled_rewards"]), gains
     assert all(high < gains["grpo"][seed][1] for seed, (_, _, high) in enumerate(gains["more_sft"])), gains
