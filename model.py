@@ -245,7 +245,7 @@ def head_loss(hidden, weight, targets, reduction="mean", temperature=1.0):
     if reduction == "none":
         pieces = [checkpoint(token_losses, a, weight, b, use_reentrant=False) for a, b in zip(h.split(LOSS_CHUNK), t.split(LOSS_CHUNK))]
         return torch.cat(pieces).view_as(targets)
-    if not torch.compiler.is_compiling() and (t == -100).any():  # a compiled graph wants shapes that do not depend on the data
+    if not (torch.compiler.is_compiling() or t.is_meta) and (t == -100).any():  # there, shapes do not depend on the data
         h, t = h[t != -100], t[t != -100]
     total = SummedLoss.apply(h, weight, t)
     if reduction == "mean":
