@@ -1170,11 +1170,27 @@ def gui(rng, level):
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
+def renamed(value, names: dict):
+    """The value, plain data, with these names replaced wherever they stand as whole words."""
+    if isinstance(value, str):
+        pattern = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, names)) + r")(?!\w)")
+        return pattern.sub(lambda m: names[m[1]], value) if names else value
+    if isinstance(value, dict):
+        return {renamed(k, names): renamed(v, names) for k, v in value.items()}
+    return type(value)(renamed(v, names) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def another_fix(task, other):
+    """A guess of the repository agent whose first fix failed: one of those not tried yet."""
+    left = [edit for edit in task.tests["candidates"] if edit != task.wrong]
+    return left[other.seed % len(left)]
+
+
 @dataclass(frozen=True)
 class Family:
     generate: object          # generator(rng, level): yields the keys, then a dict with the rest of a Task
     verify: object            # (task, answer without its thinking) -> share that is right
-    guess: object = lambda task, other: other.solution  # an answer that knows the form only: another task's, fitted to this one
+    guess: object = lambda task, other: renamed(other.solution, dict(zip(other.names, task.names)))  # it knows the form and no more
 
 
 FAMILIES = {
@@ -1183,9 +1199,9 @@ FAMILIES = {
     "crux_output": Family(crux("output"), verify_crux),
     "crux_input": Family(crux("input"), verify_crux),
     "math": Family(mathematics, verify_math),
-    "sql": Family(sql, verify_sql, lambda task, other: other.solution.replace(other.names[0], task.names[0])),
+    "sql": Family(sql, verify_sql),
     "edit": Family(edit, verify_edit),
-    "swe": Family(swe, verify_swe, lambda task, other: task.tests["candidates"][other.seed % len(task.tests["candidates"])]),
+    "swe": Family(swe, verify_swe, another_fix),
     "terminal": Family(terminal, verify_terminal),
     "tools": Family(tools, stepwise(lambda task, text: run_calls(task.tests["domain"], task.tests["state"], text))),
     "web": Family(web, verify_web),
@@ -1193,13 +1209,19 @@ FAMILIES = {
 }
 
 
+def guesses(problems, n: int = 1) -> list[list[str]]:
+    """
+    Up to n answers to each of these tasks of one family and level that know its form and not its question: those of the next tasks,
+    under this one's names.
+    """
+    others = lambda i: [problems[(i + 1 + j) % len(problems)] for j in range(min(n, len(problems) - 1))]
+    return [[FAMILIES[task.family].guess(task, other) for other in others(i)] for i, task in enumerate(problems)]
+
+
 def chance(family: str, difficulty: int = 1, n: int = 100, split: str = "test") -> float:
-    """
-    The random-answer baseline: the share of tasks solved by another task's answer, fitted to the form (its query asked of this task's
-    table). For swe it is one of the k candidate fixes: what an agent gets that edits before it tests.
-    """
-    tasks = [generate(family, difficulty, seed, split) for seed in range(n)]
-    return sum(verify(task, FAMILIES[family].guess(task, tasks[i - 1 - i % 7])) == 1.0 for i, task in enumerate(tasks)) / n
+    """The random-answer baseline: the share of tasks that a guess solves."""
+    problems = [generate(family, difficulty, seed, split) for seed in range(n)]
+    return sum(verify(task, answer) == 1.0 for task, (answer,) in zip(problems, guesses(problems))) / n
 
 
 FRESH = ("alpha", "gamma", "delta", "omega", "sigma", "kappa", "theta", "zeta")
@@ -1210,16 +1232,7 @@ def perturb(task: Task, seed: int) -> Task:
     """The same problem in other clothes: its names replaced everywhere, and a remark that does not matter. The template stays."""
     rng = random.Random(f"perturb {seed} {task.prompt}")
     fresh = dict(zip(task.names, rng.sample(FRESH, len(task.names))))
-    pattern = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, fresh)) + r")(?!\w)")
-
-    def renamed(value):
-        if isinstance(value, str):
-            return pattern.sub(lambda m: fresh[m[1]], value) if fresh else value
-        if isinstance(value, dict):
-            return {renamed(k): renamed(v) for k, v in value.items()}
-        return type(value)(map(renamed, value)) if isinstance(value, (list, tuple)) else value
-
-    changed = {name: renamed(getattr(task, name)) for name in Task.__dataclass_fields__ if name not in ("family", "split", "keys")}
+    changed = {name: renamed(getattr(task, name), fresh) for name in Task.__dataclass_fields__ if name not in ("family", "split", "keys")}
     return replace(task, **changed | {"prompt": rng.choice(NOISE) + changed["prompt"]})
 
 
@@ -1237,6 +1250,17 @@ def turn_parts(role: str, text: str, learned: bool) -> list[tuple[str, bool, boo
 def prompt_parts(task: Task) -> list[tuple[str, bool, bool]]:
     """The prompt and the opening of the answer: what a model is given to complete."""
     return turn_parts("user", task.prompt, False) + [("<|im_start|>", True, False), ("assistant\n", False, False)]
+
+
+def asked_parts(task: Task) -> list[tuple[str, bool, bool]]:
+    """
+    What an evaluation gives a model to complete: the prompt; of a repository agent's episode all that comes before the repair, the failed
+    fix and its test included. (Whole episodes are rl.py's.)
+    """
+    mistakes = [i for i, (role, _) in enumerate(task.detour) if role == "mistake"]
+    seen = task.detour[:mistakes[0] + 4] if mistakes else ()  # the edit, "ok", the test, how it fails
+    told = [part for turn in (("user", task.prompt), *seen) for part in turn_parts(*turn, False)]
+    return told + prompt_parts(task)[-2:]
 
 
 def answer_text(task: Task, thinking: bool) -> str:

@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -416,9 +417,29 @@ def test_efficiency_counts_instructions_and_a_wrong_answer_has_none():
     assert tasks.efficiency(task, fast) == 1.0 and tasks.efficiency(task, slow) == 0.0 and tasks.efficiency(task, task.wrong) == 0.0
 
 
-@pytest.mark.parametrize("family, low, high", [("swe", 0.35, 0.65), ("gui", 0.0, 0.2), ("crux_output", 0.0, 0.35), ("sql", 0.0, 0.25)])
-def test_the_random_answer_baseline_is_what_luck_earns(family, low, high):
-    assert low <= tasks.chance(family, n=40) <= high
+@pytest.mark.parametrize("family, level, low, high", [("swe", 1, 1.0, 1.0), ("swe", 2, 0.3, 0.7), ("gui", 1, 0.0, 0.35),
+                                                      ("crux_output", 1, 0.0, 0.35), ("sql", 1, 0.0, 0.25)])
+def test_the_random_answer_baseline_is_what_luck_earns(family, level, low, high):
+    """After a failed fix one of two is left at the first level of swe, two of three at the second."""
+    assert low <= tasks.chance(family, level, n=40) <= high
+
+
+def test_a_guess_speaks_of_its_own_task_and_is_never_made_from_its_solution():
+    drawn = [generate("sql", 1, seed, "test") for seed in range(12)]
+    for task, some in zip(drawn, tasks.guesses(drawn, 20)):
+        assert len(some) == 11 and all(re.search(r" from (\w+)", guess)[1] == task.names[0] for guess in some)
+    assert tasks.guesses(drawn[:1], 5) == [[]]
+
+
+def test_a_repository_agent_is_asked_for_the_fix_after_one_that_failed():
+    for task in (generate("swe", level, seed, "test") for level in (1, 3) for seed in range(5)):
+        parts = tasks.asked_parts(task)
+        text = "".join(part for part, *_ in parts)
+        before = text.removesuffix("<|im_end|>\n<|im_start|>assistant\n")
+        assert text != before and before.splitlines()[-1].startswith("FAIL ")
+        assert task.wrong in text and task.solution not in text and not any(learned for *_, learned in parts)
+    task = generate("math", 1, 0)
+    assert tasks.asked_parts(task) == tasks.prompt_parts(task)
 
 
 # ---- the gate -------------------------------------------------------------------------------------------------------------------
