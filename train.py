@@ -787,7 +787,7 @@ def sample_answers(model, tokenizer, problems, n_samples, thinking=False, seed=0
     n_samples answers to each problem. A single one is the likeliest; several are drawn at temperature 0.6. There is room for 160 tokens,
     for 224 with thinking.
     """
-    prompts = [tokenizer.encode_parts(tasks.prompt_parts(task))[0] for task in problems]
+    prompts = [tokenizer.encode_parts(tasks.asked_parts(task))[0] for task in problems]
     limit, stop, device = model.config.max_position_embeddings, tokenizer.special["<|im_end|>"], model.lm_head.weight.device
     room, temperature = 224 if thinking else 160, 0.6 if n_samples > 1 else 0.0
     generator, texts = torch.Generator(device=device).manual_seed(seed), []
@@ -1253,7 +1253,9 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
     bits per byte    of held-out projects by language; beside it what gzip and xz need for the same Python files
     fim              exact match, edit similarity and parse rate by level, with and without similar files of the same project
     commits          patch bits per byte and the file guessed right, on triplets of --git REPO
-    pass@k           unbiased, by family of tasks.py at levels 1 and 2, on held-out templates; pass@1 of a random answer beside it
+    chance           what an answer at random solves, by family of tasks.py at levels 1 and 2, on held-out templates
+    pass@k           unbiased, on the same tasks
+    thinks           answers that open and close a thought
     beyond           how cheap the solutions of compose are among the references, by instructions (0 where wrong)
     """
     model = LoopCoder.from_pretrained(checkpoint, device=world.device, dtype=torch.float32).eval()
@@ -1269,15 +1271,20 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
     if git:
         for name, value in commits.evaluate(model, tokenizer, list(commits.triplets(git))).items():
             yield "commits", name, value
+    thinking, thoughts = "thinking" in Path(checkpoint).name, []
     for family in tasks.FAMILIES:
-        problems = [tasks.generate(family, level, tasks.ASKED + k, "test") for level in (1, 2) for k in range(n_tasks)]
-        answers = sample_answers(model, tokenizer, problems, n_samples, "thinking" in Path(checkpoint).name, cfg.seed)
+        levels = [[tasks.generate(family, level, tasks.ASKED + k, "test") for k in range(n_tasks)] for level in (1, 2)]
+        problems, guesses = sum(levels, []), sum((tasks.guesses(level, n_samples) for level in levels), [])
+        yield "chance", family, tuple(zip(*mark(problems, guesses)))
+        answers = sample_answers(model, tokenizer, problems, n_samples, thinking, cfg.seed)
         marks = mark(problems, answers)
         for k in sorted({1, n_samples}):
             yield f"pass@{k}", family, tuple(zip(*[(tasks.pass_at_k(n, int(c), k), 1) if n >= k else (0, 0) for c, n in marks]))
-        yield "chance", family, sum(tasks.chance(family, level, 20) for level in (1, 2)) / 2
+        if family != "swe":  # an agent acts, and thinks nothing aloud
+            thoughts += [(sum(text.startswith("<think>") and "</think>" in text for text in some), len(some)) for some in answers]
         if family == "compose":
             yield "beyond", family, tuple(zip(*mark(problems, answers, tasks.efficiency)))
+    yield "thinks", "all families", tuple(zip(*thoughts))
 
 
 def interval(a, b=None, draws=4000, seed=0):
@@ -1312,7 +1319,7 @@ def evaluate(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks
         before = json.loads(path.read_text())
         if len(before["pass@1 compose"][0]) != 2 * n_tasks:
             raise ValueError(f"--against {against}: evaluated on another number of tasks; use the same --tasks for both")
-    table = {}
+    table, clear = {}, []
     for what, which, value in evaluation_table(checkpoint, cfg, world, git, n_tasks, n_samples):
         name = f"{what} {which}"
         table[name], old = value, before.get(name)
@@ -1321,8 +1328,12 @@ def evaluate(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks
             print(f"{what:<22} {which:<34} {value:8.4f}{gain}", flush=True)
             continue
         line = "{:8.4f} [{:.3f}, {:.3f}]".format(*interval(value))
-        line += "   gain {:+8.4f} [{:+.3f}, {:+.3f}]".format(*interval(value, old)) if old else ""
+        beside = {"gain": old, "over chance": table[f"chance {which}"] if what == "pass@1" else None}
+        gains = {word: interval(value, other) for word, other in beside.items() if other}
+        line += "".join("   {} {:+.3f} [{:+.3f}, {:+.3f}]".format(word, *gain) for word, gain in gains.items())
         print(f"{what:<22} {which:<34} {line}", flush=True)
+        clear += [which] if what == "pass@1" and all(low > 0 for _, low, _ in gains.values()) else []
+    print(f"clearly above chance{f' and {against}' * bool(against)}: {len(clear)} families of {len(tasks.FAMILIES)} ({', '.join(clear)})")
     write_atomically(checkpoint / "table.json", lambda at: at.write_text(json.dumps(table) + "\n"))
 
 
