@@ -290,9 +290,19 @@ def attend_backward(do, q, k, v, lse, delta, shift, window, starts):
 # (one hop or several), documents that end before a border, and shards that nobody needs all fall out of one rule.
 
 
+def place(group=None):
+    """Which part of the sequence this process holds: that of its own rank, or of Ring.turn ranks after it."""
+    return (dist.get_rank(group) + Ring.turn) % dist.get_world_size(group)
+
+
+def in_turn(x):
+    """What all_gather brought, by rank -> by part of the sequence."""
+    return [*x[-Ring.turn:], *x[:-Ring.turn]] if Ring.turn else x
+
+
 def shard_sequence(x, group=None, dim=1, pad=0):
     """This rank's part of a whole sequence: chunks r and 2P - 1 - r along `dim`; a length that 2P does not divide is padded first."""
-    P, r = dist.get_world_size(group), dist.get_rank(group)
+    P, r = dist.get_world_size(group), place(group)
     c = -(-x.shape[dim] // (2 * P))
     shape = list(x.shape)
     shape[dim] = 2 * P * c - shape[dim]
@@ -305,7 +315,7 @@ def unshard_sequence(x, group=None, dim=1, length=None):
     P = dist.get_world_size(group)
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(P)]
     dist.all_gather(parts, x.detach().contiguous(), group=group)
-    halves = [part.chunk(2, dim) for part in parts]
+    halves = [part.chunk(2, dim) for part in in_turn(parts)]
     whole = torch.cat([a for a, _ in halves] + [b for _, b in reversed(halves)], dim)
     return whole if length is None else whole.narrow(dim, 0, length)
 
@@ -332,17 +342,19 @@ class Ring:
 
     segment_ids (B, t) is this rank's shard, or None. starts (B, T) and positions (B, t), counted from each document's start, are made
     from all shards, so that rotary angles and documents run across the borders. Where Ring.inspect is set, fingerprints travel with
-    all that is sent, and inspect(source rank, {name: tensor}, fingerprints) sees every tensor that arrives.
+    all that is sent, and inspect(source rank, {name: tensor}, fingerprints) sees every tensor that arrives. While Ring.turn is n, each
+    process plays the part of the n-th after it: the same numbers, computed by other devices.
     """
 
-    inspect = None
+    inspect, turn = None, 0
 
     def __init__(self, t, segment_ids=None, group=None, device="cpu"):
         if t % 2:
             raise ValueError(f"a shard of {t} positions cannot hold two chunks: cut the sequence with shard_sequence(), which pads it")
-        self.group, self.P, self.rank, self.c = group, dist.get_world_size(group), dist.get_rank(group), t // 2
+        self.group, self.P, self.rank, self.c = group, dist.get_world_size(group), place(group), t // 2
         ids = torch.zeros(1, t, dtype=torch.int64, device=device) if segment_ids is None else segment_ids
         self.starts = document_starts(unshard_sequence(ids, group))               # (B or 1, T)
+        self.earliest = self.starts.min(dim=0).values.cpu()                      # who sends what is decided without asking the GPU
         self.mine = self.chunks(self.rank)
         at = torch.cat([torch.arange(i * self.c, (i + 1) * self.c, device=device) for i in self.mine])
         self.positions = at - self.starts[:, at]
@@ -354,8 +366,7 @@ class Ring:
 
     def lo(self, window):
         """First key that any row's query sees, for each position (T,)."""
-        at = torch.arange(self.starts.shape[1], device=self.starts.device)
-        return torch.maximum(self.starts.min(dim=0).values, at - window + 1)
+        return torch.maximum(self.earliest, torch.arange(len(self.earliest)) - window + 1)
 
     def pieces(self, lo, src, dst):
         """[(chunk, first key)]: from there to its end, what rank dst needs of each chunk of rank src."""
@@ -371,7 +382,7 @@ class Ring:
     def shift(self, x, positions, _before=None):
         """Each token gets the state of the one before it in its document, or zeros: x (B, t, C). Only the ends of chunks travel."""
         ends = torch.stack([x[:, self.c - 1], x[:, -1]])                         # (2, B, C): of this rank's two chunks
-        every = all_gather(ends, self.group)
+        every = in_turn(all_gather(ends, self.group))
         parts = []
         for half, i in enumerate(self.mine):                                     # chunk i - 1 ends where this one begins
             before = every[min(i - 1, 2 * self.P - i)][int(i > self.P)] if i else torch.zeros_like(ends[0])
@@ -387,7 +398,8 @@ class Ring:
             out += [torch.stack([fingerprint(x) for x in out])] if out else []
             arriving += [torch.empty(len(into), 3, dtype=torch.int64, device=like.device)] if into else []
         self.sent += sum(x.numel() * x.element_size() for x in out)
-        peer = lambda rank: dist.get_global_rank(self.group, rank) if self.group is not None else rank
+        process = lambda rank: (rank - Ring.turn) % self.P
+        peer = lambda rank: process(rank) if self.group is None else dist.get_global_rank(self.group, process(rank))
         ops = [dist.P2POp(dist.isend, x, peer(dst), self.group) for x in out]
         ops += [dist.P2POp(dist.irecv, x, peer(src), self.group) for x in arriving]
         work = dist.batch_isend_irecv(ops) if ops else []

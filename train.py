@@ -170,6 +170,8 @@ class TrainConfig:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(allowed)}")
         if self.scale <= 0:
             raise ValueError(f"--scale {self.scale}: must be above 0")
+        if self.inject:
+            Inject.parse(self.inject)
 
 
 # ---------------------------------------------------------------------------------------------- schedule and optimizer
@@ -371,7 +373,7 @@ def start_world(cfg: TrainConfig) -> World:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if size % cfg.cp:
+    if cfg.cp < 1 or size % cfg.cp:
         raise ValueError(f"--cp {cfg.cp}: must divide the number of processes, {size}; start them with torchrun --nproc_per_node")
     group = None
     if cfg.cp > 1:
@@ -500,14 +502,15 @@ class Guard:
     at rest      weights and optimizer state have, before the forward, the fingerprint they had after the last update
     received     keys, values and their gradients come round the ring with the fingerprint they were sent with
     reduction    gradients are equal on all ranks after the all-reduce
-    update       weights and optimizer state are equal on all ranks after the update
-    recompute    every recheck_every steps the last micro-batch is run again, here and on the neighbour: a wrong *local* gradient
-                 reaches all replicas alike, so only this sees it; the neighbour sees what is wrong here every time (a stuck bit)
+    update       weights and optimizer state are equal on all ranks before the first forward and after each update
+    recompute    every recheck_every steps the last micro-batch is run again, here and by the neighbour: a wrong *local* gradient
+                 reaches all replicas alike, so only this sees it; the neighbour sees what is wrong here every time (a stuck bit).
+                 Neighbours are the ranks with the same part of other rows or, where all share one row, the ranks with its next part
 
     A rank is named by its own memory (at rest, received), by the majority of three or more, or by the neighbours that disagree. Where
-    weights are sharded there are no replicas: "at rest" and "received" hold for each shard, all ranks recompute together and see a
-    fault that comes once, on an unknown rank; "reduction", "update" and the neighbour have nothing to compare. Nor has the neighbour
-    where one replica is all there is: a gradient that one rank of a ring computes wrong *every* time is not seen then.
+    weights are sharded there are no replicas: "at rest" and "received" hold for each shard, but "reduction" and "update" have nothing
+    to compare, and gradients come home as sums over all ranks. What a rank alone computes there is its loss: a forward that is wrong
+    once or always is seen by that, a backward that is wrong once by the sums, on an unknown rank, one that always is not at all.
     """
 
     def __init__(self, model, optimizer, world, recheck_every=0, inject=None):
@@ -538,10 +541,11 @@ class Guard:
         dist.all_gather(every, table)
         return torch.stack(every)
 
-    def _fail(self, kind, names, bad):
-        """bad (ranks, N) bool, the same on all ranks: report the first tensor that is wrong, and on which ranks it can be."""
+    def _fail(self, kind, names, bad, ranks=None):
+        """bad (ranks, N) bool, the same on all ranks: report the first tensor that is wrong, and on which ranks (bool) it can be."""
         tensor = int(bad.any(0).nonzero()[0])
-        raise SilentError(kind=kind, step=self.step, tensor=list(names)[tensor], ranks=bad[:, tensor].nonzero()[:, 0].tolist())
+        ranks = bad[:, tensor] if ranks is None else ranks
+        raise SilentError(kind=kind, step=self.step, tensor=list(names)[tensor], ranks=ranks.nonzero()[:, 0].tolist())
 
     def _equal(self, kind, names, table):
         """All ranks hold the same fingerprints; with three or more, the majority names the one that does not."""
@@ -575,11 +579,11 @@ class Guard:
         self._fault("weight", self.params)
         self._fault("optimizer", {n: x for n, x in state.items() if n not in self.params})
         table = fingerprints(state)
-        if self.remembered is not None:
-            bad = self._gather((table != self.remembered).any(-1, keepdim=True))[..., 0]
-            if bad.any():
-                self._fail("changed at rest", state, bad)
-        self._equal("replicas differ before the forward", state, table)
+        if self.remembered is None:
+            return self._equal("replicas differ before the forward", state, table)
+        bad = self._gather((table != self.remembered).any(-1))
+        if bad.any():
+            self._fail("changed at rest", state, bad)
 
     def _wrong_gradient(self, p, grad):
         """Where --inject damages the gradient of one micro-batch: as it is computed, each time it is computed."""
@@ -609,37 +613,58 @@ class Guard:
         self.last, self.local = True, {}
         self.before = {n: p.grad.clone() for n, p in self.params.items() if p.grad is not None} if self.rechecks() else {}
 
-    def recompute(self, loss_of, own, neighbours):
-        """own, neighbours: last micro-batch of this replica and of the next; loss_of(micro_batch) -> the loss that was differentiated."""
-        self.all_arrived()
+    def _computes(self, loss_of, piece):
+        """{what: value} of all that this rank alone computes of a micro-batch: gradients and loss; where weights are sharded, the loss."""
         if self.world.mesh is not None:
-            return self._recompute_together(loss_of, own)
-        gradient_of = lambda piece: dict(zip(self.params, torch.autograd.grad(loss_of(piece), list(self.params.values()))))
-        was, alone = torch.stack([self.local[n] for n in self.params]), gradient_of(own)
-        mine = fingerprints(alone)
-        again = self._gather(fingerprints({n: self.before[n].add_(g) if n in self.before else g for n, g in alone.items()}))
-        self.before, alone = {}, None
-        bad = (self._gather(was) != again).any(-1)
-        if bad.any():
-            self._fail("a gradient computed twice differs", self.params, bad)
-        if self.world.replicas > 1:
-            cp = self.world.cp
-            mine, theirs = self._gather(mine), self._gather(fingerprints(gradient_of(neighbours)))
-            bad = (mine.roll(-cp, 0) != theirs).any(-1)  # row r: how rank r sees its neighbour, rank r + cp
-            if bad.any():
-                blamed = bad & bad.roll(cp, 0)  # differs from the neighbour after it, and from the one before
-                only = blamed if self.world.replicas > 2 and blamed.any() else bad | bad.roll(cp, 0)
-                self._fail("two ranks compute different gradients", self.params, only)
+            with torch.no_grad():
+                return {"loss": loss_of(piece)}
+        loss = loss_of(piece)
+        return {**dict(zip(self.params, torch.autograd.grad(loss, list(self.params.values())))), "loss": loss.detach()}
 
-    def _recompute_together(self, loss_of, own):
-        """Where weights are sharded: the same backward once more, and the same sums must come home to every rank."""
-        was = fingerprints({n: p.grad for n, p in self.params.items()})
+    def _again(self, loss_of, loss, own):
+        """Fingerprints of the last micro-batch: gradients so far and loss as they came, the same once more, what _computes() alone."""
+        if self.world.mesh is None:
+            was = torch.stack([*(self.local[n] for n in self.params), fingerprint(loss)])
+            alone = self._computes(loss_of, own)
+            mine = fingerprints(alone)
+            return was, fingerprints({n: self.before[n].add_(x) if n in self.before else x for n, x in alone.items()}), mine
+        was = fingerprints({**{n: p.grad for n, p in self.params.items()}, "loss": loss})
         for n, p in self.params.items():
             p.grad = self.before.pop(n, None)
-        loss_of(own).backward()
-        bad = self._gather((was != fingerprints({n: p.grad for n, p in self.params.items()})).any(-1, keepdim=True))[..., 0]
+        loss = loss_of(own)
+        loss.backward()
+        again = fingerprints({**{n: p.grad for n, p in self.params.items()}, "loss": loss})
+        return was, again, again[-1:]
+
+    def recompute(self, loss_of, loss, own, neighbours):
+        """
+        The neighbour's last micro-batch, then this rank's own once more: it must all be what it was, bit for bit.
+
+        loss_of(micro-batch) -> the loss that is differentiated; own: this rank's micro-batch, and what it came to: loss.
+        neighbours(): the micro-batch of the rank `apart` after this one.
+        """
+        self.all_arrived()
+        world, names, theirs = self.world, [*self.params, "loss"], None
+        apart = world.cp if world.replicas > 1 else 1
+        if world.size > 1:  # before our own: a forward with no backward leaves FSDP holding weights that the update makes old
+            Ring.turn = apart % world.cp
+            try:
+                theirs = fingerprints(self._computes(loss_of, neighbours()))
+            finally:
+                Ring.turn = 0
+        was, again, mine = self._again(loss_of, loss, own)
+        self.before, known = {}, world.mesh is None or world.cp == 1  # what is wrong also reaches the losses of others in a ring
+        bad = self._gather((was != again).any(-1))
         if bad.any():
-            self._fail("a gradient computed twice differs", self.params, bad.any(0, keepdim=True).expand_as(bad))
+            ranks = bad.any(1) if world.mesh is None else bad[:, -1]
+            self._fail("computed twice, it differs", names, bad, ranks if known and ranks.any() else ranks | True)
+        if theirs is not None:
+            bad = (self._gather(mine).roll(-apart, 0) != self._gather(theirs)).any(-1)  # row r: how rank r sees rank r + apart
+            if bad.any():
+                seen = bad.any(1)
+                both = seen & seen.roll(apart, 0)  # differs from the one that it sees, and from the one that sees it
+                ranks = both if world.size // apart > 2 and both.any() else seen | seen.roll(apart, 0)
+                self._fail("two ranks compute it differently", names[-bad.shape[1] :], bad, ranks if known else ranks | True)
 
     def after_reduction(self):
         self.all_arrived()
@@ -653,6 +678,10 @@ class Guard:
         self._fault("update", state)
         self.remembered = fingerprints(state)
         self._equal("replicas differ after the update", state, self.remembered)
+
+
+SITES = ("weight", "optimizer", "activation", "gradient", "received", "reduced", "update")
+FAULTS = ("flip", "pair", "swap", "zero", "roll", "stuck")
 
 
 @dataclass
@@ -674,15 +703,19 @@ class Inject:
     def parse(cls, text):
         values = dict(part.partition("=")[::2] for part in text.split(","))
         kinds = {f.name: f.type for f in dataclasses.fields(cls) if f.name not in ("fired", "struck")}
-        wrong = [name for name in values if name not in kinds]
-        if wrong:
-            raise ValueError(f"--inject {text}: no field {wrong[0]!r}; there are {', '.join(kinds)}")
+        for name, value in values.items():
+            if name not in kinds:
+                raise ValueError(f"--inject {text}: no field {name!r}; there are {', '.join(kinds)}")
+            if value not in (allowed := {"site": SITES, "fault": FAULTS}.get(name, (value,))):
+                raise ValueError(f"--inject {text}: {name} must be one of {', '.join(allowed)}")
+            if kinds[name] in (int, "int") and not value.isdecimal():
+                raise ValueError(f"--inject {text}: {name} must be a whole number")
         return cls(**{name: int(value) if kinds[name] in (int, "int") else value for name, value in values.items()})
 
     @torch.no_grad()
     def strike(self, site, step, rank, tensors):
         due = step >= self.step if self.persistent else step == self.step and not self.fired
-        hit = [x for name, x in tensors.items() if self.tensor in name]
+        hit = [x for name, x in tensors.items() if self.tensor in name and x.numel()]
         if site == self.site and due and rank == self.rank and hit:
             self.fired = True
             self.struck |= corrupt(hit[0], self.fault, self.element, self.bit)
@@ -692,7 +725,7 @@ def corrupt(x, fault, element, bit, run=64) -> bool:
     """Damage a float32 tensor in place, as faulty hardware would; True when that changed a bit."""
     words = x.view(-1).view(torch.int32)
     was, n, element = words.clone(), words.numel(), element % words.numel()
-    other, mask = (element + max(1, n // 2)) % n, torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+    other, mask = (element + max(1, n // 2)) % n, torch.tensor(1 << bit % 32, dtype=torch.int64).to(torch.int32)
     if fault == "flip":
         words[element] ^= mask
     elif fault == "pair":
@@ -705,8 +738,6 @@ def corrupt(x, fault, element, bit, run=64) -> bool:
         words[element : element + run] = words[element : element + run].roll(1)
     elif fault == "stuck":
         words[element : element + run] |= mask
-    else:
-        raise ValueError(f"--inject fault={fault}: must be flip, pair, swap, zero, roll or stuck")
     return not torch.equal(words, was)
 
 
@@ -1007,7 +1038,8 @@ def gradient(loss_fn, batch, world: World, micro_rows: int, guard: Guard | None 
     total += loss.detach()
     if guard and guard.rechecks():
         plain = loss_fn if isinstance(loss_fn, Loss) else loss_fn.module
-        guard.recompute(lambda piece: plain(*piece) * scale, pieces[-1], micro_batches(batch, world, micro_rows, ahead=1)[-1])
+        neighbours = lambda: micro_batches(batch, world, micro_rows, ahead=1)[-1]
+        guard.recompute(lambda piece: plain(*piece) * scale, loss.detach() * scale, pieces[-1], neighbours)
     if world.size > 1:
         dist.all_reduce(total)
     return float(total) * scale / world.size
@@ -1472,7 +1504,9 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     """Print what the preset is going to need, without doing it: everything is counted on the meta device."""
     preset, config = PRESETS[cfg.preset], LoopCoderConfig.preset(cfg.preset, vocab_size=PRESETS[cfg.preset].vocab_size)
     P, matrices = parameter_count(config)
-    ranks = ranks or (1 if P < 5e8 else 8 if P < 5e9 else 64)
+    ranks = ranks or max(cfg.cp, 1 if P < 5e8 else 8 if P < 5e9 else 64)
+    if ranks < 1 or cfg.cp < 1 or ranks % cfg.cp:
+        raise ValueError(f"--ranks {ranks}: must be a multiple of --cp {cfg.cp}, and both 1 or more")
     sharded, cp_of = ranks > 1 and shards_weights(cfg), lambda context: cfg.cp if cfg.cp > 1 else min(ranks, max(1, context // 16384))
     where = "in shards" if sharded else "whole on each rank"
     print(f"{cfg.preset} on {ranks} rank(s): {P / 1e9:.3f}B parameters, {where}; {preset.minutes}")
@@ -1481,6 +1515,7 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     for stage in STAGES.values():
         context, tokens = preset.contexts[stage.context], stage.tokens * preset.tokens * cfg.scale
         cp = cp_of(context)
+    hashed, checks = (2 * (4 * P + 4 * matrices + 8 * (P - matrices)) + 4 * P) / (ranks if sharded else 1), {}
         rows, flops = max(1, round(preset.batch_tokens / context)), flops_per_token(config, context)
         mine = max(1, -(-rows * cp // ranks))
         pieces = -(-mine // max(1, 32768 // context))
@@ -1489,6 +1524,8 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
         print(f"{stage.name:>12} {context:7d} {cp:3d} {tokens:8.3g} {tokens / (rows * context):7.0f} {flops:10.3g} {tokens * flops:8.3g} "
               f"{ring / 1e9:7.1f} {traffic / 1e9:7.1f} {days:7.3g}")
     print("memory a rank, GiB; activations kept, or recomputed layer by layer (--recompute; always with shards)")
+        seconds = rows * context * flops / DEVICE_FLOPS / ranks
+        checks[stage.name] = 2 * (hashed + 2 * ring) / MEMORY_BYTES / seconds  # all is read twice; the ring's bytes at both ends
     held = {context: max(1, 32768 // context) * context // cp_of(context) for context in preset.contexts}
     for tokens in sorted(set(held.values())):
         plan = {what: size / 2**30 for what, size in memory_plan(config, cfg, ranks, tokens).items()}
@@ -1496,11 +1533,10 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
         parts = ", ".join(f"{what} {size:.2f}" for what, size in plan.items())
         rows = ", ".join(str(context) for context in held if held[context] == tokens)
         print(f"  {tokens} tokens at a time (rows of {rows}): {parts}; all {state + plan['kept']:.1f} or {state + plan['recomputed']:.1f}")
-    hashed = (2 * (4 * P + 4 * matrices + 8 * (P - matrices)) + 4 * P) / (ranks if sharded else 1)
-    step = preset.batch_tokens * flops_per_token(config, preset.contexts[0]) / DEVICE_FLOPS / ranks
-    share = 2 / cfg.recheck_every / max(1, preset.batch_tokens // ranks // 32768) if cfg.recheck_every else 0
-    print(f"silent errors: fingerprints of {hashed / 1e9:.2f} GB a step, {2 * hashed / MEMORY_BYTES / step:.2%} of its {step:.2f} s "
-          f"(read twice, by rows and by columns, at {MEMORY_BYTES / 1e12:.0f} TB/s); re-computation {share:.2%}")
+    again = (1 + (ranks > 1)) / cfg.recheck_every / max(1, preset.batch_tokens // ranks // 32768) if cfg.recheck_every else 0
+    most = max(checks, key=checks.get)
+    print(f"silent errors: fingerprints of {hashed / 1e9:.2f} GB a step and of all that goes round the ring (read by rows and by "
+          f"columns, at {MEMORY_BYTES / 1e12:.0f} TB/s) take {checks[most]:.2%} of a step in {most}, the most; re-computation {again:.2%}")
     if ranks >= 8:
         ring_plan(config, preset.contexts[-1], 8)
 

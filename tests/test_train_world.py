@@ -148,7 +148,7 @@ def test_the_gradient_is_the_same_however_ranks_and_micro_batches_split_the_batc
 
 def test_the_fingerprint_sees_what_an_exclusive_or_cannot():
     torch.manual_seed(0)
-    for fault in FAULTS:
+    for fault in train.FAULTS:
         for trial in range(40):
             x = torch.randn(5000)
             damaged = x.clone()
@@ -169,10 +169,6 @@ def test_the_fingerprint_is_the_sums_of_its_docstring_modulo_2_to_the_64():
     sums = [sum(w * f(r, c) for r, row in enumerate(words) for c, w in enumerate(row)) % 2**64
             for f in (lambda r, c: 1, lambda r, c: 2 * r + 1, lambda r, c: 2 * c + 1)]
     assert [int(v) % 2**64 for v in train.fingerprint(x)] == sums
-
-
-SITES = ("weight", "optimizer", "activation", "gradient", "received", "reduced", "update")
-FAULTS = ("flip", "pair", "swap", "zero", "roll", "stuck")
 
 
 class Lab:
@@ -209,12 +205,15 @@ class Lab:
             p.grad = None
         self.guard.remembered, self.guard.arrived = self.remembered, []
 
-    def trial(self, inject, without=""):
-        """Step 1 with a fault; returns the report, "harmless" where all weights came out bit for bit as without it, or "missed"."""
+    def trial(self, inject, without="", first=False):
+        """
+        Step 1 with a fault, as the first of a run where asked; returns the report, "harmless" where all weights came out bit for bit as
+        without it, or "missed".
+        """
         self.back()
         guard, equal = self.guard, train.Guard._equal
-        guard.inject, guard.recheck_every = inject, 0 if without in ("recompute", "received") else 1
-        guard.remembered = None if without == "at rest" else guard.remembered
+        guard.inject, guard.recheck_every = inject, 0 if without in ("recompute", "received") or first else 1
+        guard.remembered = None if first or without == "at rest" else guard.remembered
         guard.all_arrived = (lambda: None) if without == "received" else lambda: train.Guard.all_arrived(guard)
         guard._equal = lambda kind, *more: None if kind == without else equal(guard, kind, *more)
         try:
@@ -230,15 +229,14 @@ class Lab:
 def hunt(size, cp, trials, clean, path):
     """Every process runs the same trials; rank 0 writes what was found, and whether the fault had changed anything at all."""
     lab, rng, found = Lab(cp), np.random.default_rng(10 * size + cp), []
-    sites = [site for site in SITES if cp > 1 or site != "received"]
+    sites = [site for site in train.SITES if cp > 1 or site != "received"]
     moments = list(lab.first)[len(lab.names):]
     for t in range(trials):
         site = sites[t % len(sites)]
         names = {"optimizer": moments, "activation": [""], "received": ["keys", "values", "gradient of"]}.get(site, lab.names)
-        spec = {"site": site, "step": 1, "rank": int(rng.integers(size)), "fault": FAULTS[t // len(sites) % len(FAULTS)]}
+        spec = {"site": site, "step": 1, "rank": int(rng.integers(size)), "fault": train.FAULTS[t // len(sites) % len(train.FAULTS)]}
         spec |= {"tensor": names[rng.integers(len(names))], "element": int(rng.integers(1 << 20)), "bit": int(rng.integers(32))}
-        alone = size == cp and site in ("activation", "gradient")  # no other replica could see what comes every time
-        spec |= {"persistent": 0 if alone else int(rng.integers(2))}
+        spec |= {"persistent": int(rng.integers(2))}
         report = lab.trial(inject := train.Inject(**spec))
         struck = torch.tensor(int(inject.struck))
         dist.all_reduce(struck)
@@ -263,7 +261,7 @@ def nameable(spec, size, cp):
         return size > 2
     if spec["site"] == "activation" and cp > 1:  # what a rank computes wrong travels round the ring
         return False
-    return not spec["persistent"] or size // cp > 2
+    return not spec["persistent"] or (size // cp if size > cp else cp) > 2
 
 
 def hunts(plan, path):
@@ -274,8 +272,8 @@ def hunts(plan, path):
 def test_injected_faults_are_found_in_their_step_and_their_rank_is_named(tmp_path):
     """STUDY=2000 injects that many faults and runs a thousand clean steps (minutes); without it a sample of them."""
     study = int(os.environ.get("STUDY", 0))
-    worlds = ((2, 1), (3, 1), (2, 2), (4, 2)) if study else ((3, 1), (2, 2))
-    plan = [(size, cp, -(-study // 4) or 42, 250 if study else 5) for size, cp in worlds]
+    worlds = ((2, 1), (3, 1), (2, 2), (4, 2), (3, 3)) if study else ((3, 1), (2, 2))
+    plan = [(size, cp, -(-study // len(worlds)) or 42, 200 if study else 5) for size, cp in worlds]
     program("hunts", plan, str(tmp_path), timeout=3000)
     table = collections.Counter()
     for n, (size, cp, trials, clean) in enumerate(plan):
@@ -302,15 +300,21 @@ def blind(path, cp, fsdp):
     lab, seen = Lab(cp, fsdp), {}
     many = lab.world.size > 1
     spec = {"step": 1, "rank": int(many), "tensor": "", "element": 40, "bit": 22}
-    cases = {"at rest": ("weight", 0)} if not many else {
-        "received": ("received", 0)} if cp > 1 else {
-        "at rest, in shards": ("weight", 0), "recompute, in shards": ("activation", 0)} if fsdp == "on" else {
+    cases = {"at rest": ("weight", 0), "recompute, alone": ("activation", 0)} if not many else {
+        "received": ("received", 0), "recompute, round the ring": ("gradient", 1)} if cp > 1 else {
+        "at rest, in shards": ("weight", 0), "recompute, in shards": ("activation", 0),
+        "recompute, stuck in shards": ("activation", 1)} if fsdp == "on" else {
         "recompute": ("gradient", 0), "recompute, stuck": ("gradient", 1), "gradients differ after the reduction": ("reduced", 0),
-        "replicas differ after the update": ("update", 0)}
+        "replicas differ before the forward": ("weight", 0), "replicas differ after the update": ("update", 0)}
     for check, (site, persistent) in cases.items():
+        first = "before" in check
         inject = lambda site=site, persistent=persistent: train.Inject(**spec, site=site, persistent=persistent)
-        reports = lab.trial(inject()), lab.trial(inject(), without=check.partition(",")[0])
+        reports = lab.trial(inject(), first=first), lab.trial(inject(), without=check.partition(",")[0], first=first)
         seen[check] = [report if isinstance(report, str) else report["kind"] for report in reports]
+    if not many:
+        real, wrong = lab.loss_fn.forward, [torch.tensor(2.0)]
+        lab.loss_fn.forward = lambda *batch: real(*batch) + (wrong.pop() if lab.guard.last and wrong else 0)
+        seen["a loss that is wrong, not its gradient"] = lab.trial(None)["tensor"]
     if lab.world.main:
         Path(path).write_text(json.dumps(seen))
 
@@ -324,8 +328,9 @@ def blinds(folder):
 
 def test_for_each_check_there_is_a_fault_that_nothing_else_sees_in_its_step(tmp_path):
     """
-    Each fault with all checks, then without the one it is meant for. Without "reduction" a fault gets as far as the weights, where
-    "update" sees it; what arrives wrong over the ring is not rechecked in that step, as in most steps of a run.
+    Each fault with all checks, then without the one it is meant for. Where gradients, or the weights that a run starts from, differ
+    from rank to rank, "update" sees it in the end; the latter and what arrives wrong over the ring are not rechecked here, as in most
+    steps of a run.
     """
     program("blinds", str(tmp_path))
     seen = {}
@@ -333,11 +338,16 @@ def test_for_each_check_there_is_a_fault_that_nothing_else_sees_in_its_step(tmp_
         seen |= json.loads((tmp_path / f"{name}.json").read_text())
     assert seen == {
         "at rest": ["changed at rest", "missed"],
+        "recompute, alone": ["computed twice, it differs", "missed"],
+        "a loss that is wrong, not its gradient": "loss",
         "at rest, in shards": ["changed at rest", "missed"],
-        "recompute, in shards": ["a gradient computed twice differs", "missed"],
+        "recompute, in shards": ["computed twice, it differs", "missed"],
+        "recompute, stuck in shards": ["two ranks compute it differently", "missed"],
         "received": ["received otherwise than sent", "missed"],
-        "recompute": ["a gradient computed twice differs", "missed"],
-        "recompute, stuck": ["two ranks compute different gradients", "missed"],
+        "recompute, round the ring": ["two ranks compute it differently", "missed"],
+        "recompute": ["computed twice, it differs", "missed"],
+        "recompute, stuck": ["two ranks compute it differently", "missed"],
+        "replicas differ before the forward": ["replicas differ before the forward", "replicas differ after the update"],
         "gradients differ after the reduction": ["gradients differ after the reduction", "replicas differ after the update"],
         "replicas differ after the update": ["replicas differ after the update", "missed"],
     }
