@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -102,13 +103,16 @@ def test_every_document_of_the_token_files_decodes_to_a_file_of_the_corpus(corpu
     assert seen > 100
 
 
-def test_the_manifest_counts_what_the_files_hold(built):
+def test_the_manifest_counts_what_the_files_hold_and_what_each_source_gave(corpus, built):
     manifest = json.loads((built / "manifest.json").read_text())
     for split, rows in manifest["splits"].items():
         for name, row in rows.items():
             file = TokenFile(built / split, name)
             assert row["tokens"] == file.lengths.sum() and row["bytes"] == file.nbytes.sum() and row["documents"] == len(file.lengths)
             assert sum(r["bytes"] for r in row["by_language"].values()) == row["bytes"]
+            assert hashlib.sha256((built / split / f"{name}.tokens").read_bytes()).hexdigest() == row["sha256"]
+    files = [path for path in corpus.rglob("*.*") if data.wanted(path.name) and path.stat().st_size]
+    assert manifest["sources"] == {str(corpus): {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}}
 
 
 def test_a_truncated_token_file_is_refused(tmp_path):
@@ -425,27 +429,11 @@ def test_exact_copies_differ_in_blank_lines_only_and_the_survivor_does_not_depen
         assert {docs[order[k]] for k in kept} == {"a\n b", "c", min(docs[:2])}
 
 
-def renamed(text, rng):
-    """Every name that a module binds gets another one; its comments go."""
-    names = {n.arg if isinstance(n, ast.arg) else n.id if isinstance(n, ast.Name) else n.name for n in ast.walk(ast.parse(text))
-             if isinstance(n, (ast.arg, ast.FunctionDef, ast.ClassDef)) or isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    names = sorted(names - {"self", "cls"})
-    fresh = {name: f"{rng.choice('abcdefgh')}{rng.choice(('oo', 'ar', 'ex'))}_{i}" for i, name in enumerate(names)}
-    return re.sub(r"[A-Za-z_]\w*", lambda word: fresh.get(word[0], word[0]), re.sub(r"(?m)^\s*#.*\n", "", text))
-
-
-def test_embeddings_find_renamed_copies_that_minhash_misses_and_nothing_else(library):
-    """Stated: of clones with every bound name renamed at least 95 % are found, at a precision of 1 among all other pairs of the library."""
-    texts = [text for _, text in library if 2000 < len(text) < 40_000 and len(data.shingles(text)) >= 100][:80]
-    texts = [texts[k] for k in sorted(set(data.near_duplicates(texts, 0.4)))]
-    clones = [renamed(text, random.Random(i)) for i, text in enumerate(texts)]
-    docs, n = texts + clones, len(texts)
-    by_words = data.near_duplicates(docs, 0.7)
-    missed = [i for i in range(n) if by_words[i] != by_words[n + i]]
-    groups = data.embedding_duplicates(data.embed(docs))
-    found = [i for i in missed if groups[i] == groups[n + i]]
-    assert len(missed) > 0.6 * n and len(found) >= 0.95 * len(missed)
-    assert all(groups[i] in (i, n + i) and groups[n + i] in (i, n + i) for i in range(n))
+def test_embeddings_find_renamed_copies_that_minhash_misses_and_take_no_hard_negative_for_one(library):
+    """Stated: of the copies that MinHash misses 95 % are found, at a precision of 1 among spliced halves and all other pairs."""
+    texts = [text for _, text in library if 2000 < len(text) < 40_000 and len(data.shingles(text)) >= 100][:60]
+    copies, missed, found, wrong = data.renamed_study([texts[k] for k in sorted(set(data.near_duplicates(texts, 0.4)))])
+    assert missed > 0.9 * copies and found >= 0.95 * missed and wrong == 0
 
 
 def test_embedding_groups_do_not_depend_on_block_size_or_order():
@@ -519,9 +507,13 @@ class Server(http.server.BaseHTTPRequestHandler):
         body, wanted = self.files[path.removeprefix("/moved")], re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         part = body[int(wanted[1]):int(wanted[2] or len(body)) + 1] if wanted else body
         self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(10**10 if fault == "huge" else len(part)))
+        if fault == "chunk":
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.send_header("Content-Length", str(10**10 if fault == "huge" else len(part)))
         self.end_headers()
-        self.wfile.write(part[:len(part) // 2] if fault == "cut" else part)
+        self.wfile.write(b"%x\r\n" % len(part) if fault == "chunk" else b"")
+        self.wfile.write(part[:len(part) // 2] if fault in ("cut", "chunk") else part)
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -555,7 +547,7 @@ def test_a_warc_over_a_bad_connection_gives_its_pages_and_counts_what_cannot_be_
     records = [(f"http://site{i}.org/page", PAGE.replace("Sorting", f"Sorting {i}"), fault)
                for i, fault in enumerate((None, "digest", None, "length", "cut", None, None))]
     Server.files["/a.warc.gz"] = warc(records)[0]
-    Server.trouble["/a.warc.gz"] = [429, "cut", 503, 302, "cut"]
+    Server.trouble["/a.warc.gz"] = [429, "chunk", "cut", 503, 302]
     counts = Counter()
     entries = list(data.spooled(f"{web}/a.warc.gz", tmp_path, counts))
     assert [entry.project for entry in entries] == ["site0.org", "site2.org", "site5.org", "site6.org"]
@@ -568,15 +560,20 @@ def test_a_warc_over_a_bad_connection_gives_its_pages_and_counts_what_cannot_be_
     assert again == counts + Counter(other=1)  # a stored source brings its counts, also behind another one
 
 
-def test_a_common_crawl_query_fetches_only_the_ranges_it_is_told_of_and_none_twice(web, tmp_path):
+def test_a_common_crawl_query_fetches_only_the_ranges_it_is_told_of_and_none_twice(web, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
     body, offsets = warc([(f"http://site{i}.org/", PAGE, None) for i in range(4)])
-    rows = [json.dumps({"filename": "crawl/x.warc.gz", "offset": str(start), "length": str(size)}) for start, size in offsets[1:3]]
+    rows = [json.dumps({"filename": f"crawl/{name}.warc.gz", "offset": str(start), "length": str(size)})
+            for name, start, size in [("gone", 0, 9), *(("x", *row) for row in offsets[1:3]), ("x", 0, 10**9)]]
     Server.files |= {"/crawl/x.warc.gz": body, "/index": "\n".join(rows + ["not json"]).encode()}
+    Server.trouble |= {"/crawl/gone.warc.gz": [404], "/crawl/x.warc.gz": ["cut"]}
     counts = Counter()
     entries = list(data.spooled(f"cc:{web}/index?url=site*", tmp_path, counts))
-    assert [entry.project for entry in entries] == ["site1.org", "site2.org"] and counts == {"index line not understood": 1}
-    ranges = [f"bytes={start}-{start + size - 1}" for start, size in offsets[1:3]]
-    assert [wanted for path, wanted in Server.log if path.startswith("/crawl")] == ranges
+    assert [entry.project for entry in entries] == ["site1.org", "site2.org"]
+    assert counts == {"index line not understood": 1, "range not given": 2}
+    (first, size), (second, next_size) = offsets[1:3]
+    assert [wanted for path, wanted in Server.log if path.startswith("/crawl/x")] == [
+        f"bytes={first}-{first + size - 1}", f"bytes={first + size // 2}-{first + size - 1}", f"bytes={second}-{second + next_size - 1}"]
 
 
 def test_a_server_that_promises_too_much_or_never_recovers_is_an_error_and_leaves_no_file(web, tmp_path, monkeypatch):
@@ -602,6 +599,12 @@ def test_json_lines_are_read_whatever_their_field_names_and_bad_lines_and_cut_fi
     assert counts["JSON line not understood"] == 3 and found[0].project == "a/b"
     list(data.json_lines(tmp_path / "b.jsonl.gz", counts))
     assert counts["gzip file cut short"] == 1
+
+
+def test_a_local_file_that_has_changed_is_read_anew(tmp_path):
+    for text in ("one", "three"):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+        assert [raw.decode() for raw in data.read_all(data.spooled(str(tmp_path / "a.jsonl"), tmp_path, Counter()))] == [text]
 
 
 def test_a_plain_wet_file_is_text_by_site(tmp_path):
@@ -786,6 +789,20 @@ def test_files_are_half_holes_and_tasks_hide_what_the_model_did_not_say(built):
         assert ids[0] == tokenizer.special["<|im_start|>"] and not in_loss[0] and "user\n" not in learned and "<|im_end|>" in learned
 
 
+def test_the_quality_set_is_the_quarter_of_each_languages_code_that_the_scorer_puts_first(tmp_path):
+    rng, writers = random.Random(0), {name: TokenWriter(tmp_path, name, 300) for name in ("code", "quality")}
+    scores = np.array([rng.random() for _ in range(60)])
+    for i in range(60):
+        writers["code"].add([i, i], 2, "python" if i % 3 else "c")
+    writers["code"].close()
+    data.copy_best(TokenFile(tmp_path, "code"), scores, writers["quality"])
+    assert writers["quality"].close()["by_language"].keys() == {"python", "c"}
+    best = TokenFile(tmp_path, "quality")
+    for language, rows in (("python", [i for i in range(60) if i % 3]), ("c", range(0, 60, 3))):
+        chosen = {int(best.ids(i)[0]) for i in range(len(best.lengths)) if best.language(i) == language}
+        assert len(chosen) == len(rows) // 4 and min(scores[i] for i in chosen) > max(scores[i] for i in rows if i not in chosen)
+
+
 def test_a_project_is_laid_out_with_what_is_imported_before_its_users(tokenizer):
     docs = [data.Document("import b\n\n\ndef run_a():\n    return b.value * 0\n", "python", "p", "a.py"),
             data.Document("value = 1\n", "python", "p", "b.py")]
@@ -819,6 +836,40 @@ def test_an_interrupted_build_ends_with_the_same_bytes_and_so_does_one_of_two_pr
     monkeypatch.setattr(data, "deduplicate", lambda paths: same() and real(paths))
     data.build(tmp_path, [str(corpus)], 800, 0, workers=2, log=lambda line: None)
     assert not stamps and folder_bytes(tmp_path) == folder_bytes(built)  # the four shards were not made again
+
+
+def test_a_build_that_fails_leaves_the_earlier_one_whole_and_a_full_disk_is_one_line(corpus, built, tmp_path):
+    shutil.copytree(built, tmp_path / "out")
+    with pytest.raises(ValueError, match="more than the corpus"):
+        data.build(tmp_path / "out", [str(corpus / "json"), str(corpus / "html")], 60_000, 0, workers=1, log=lambda line: None)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, unlimited[1]))  # of the ways in which a disk is full the one that a test can have
+    try:
+        with pytest.raises(OSError, match="out: File too large; make room"):
+            data.main(["--source", str(corpus), "--out", str(tmp_path / "out"), "--max-mb", "0", "--workers", "1"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    shutil.rmtree(tmp_path / "out" / "work")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(built)
+
+
+def test_what_survives_of_the_shards_does_not_depend_on_their_order(library, tmp_path):
+    rng, texts = random.Random(0), [text for _, text in library if 3000 < len(text) < 20_000][:12]
+    texts += [variant(text, 0.03, rng) for text in texts[:8]] + [data.renamed(text, rng) for text in texts[4:]]
+    paths = []
+    for start in range(0, len(texts), 4):
+        entries = [data.Entry("p", f"{start + i}.py", "python", 1, str(tmp_path / f"{start + i}.py")) for i in range(4)]
+        for entry, text in zip(entries, texts[start:start + 4]):
+            Path(entry.place).write_text(text)
+        paths.append(tmp_path / f"shard{start}")
+        data.clean_shard((entries, paths[-1], None))
+    survivors = []
+    for order in (paths, paths[::-1], paths[::2] + paths[1::2]):
+        names = [name for path in order for _, name, _ in json.loads(path.read_text())["about"]]
+        gone = data.deduplicate(order)
+        assert all(len(gone[rule]) >= 5 for rule in ("near duplicate", "renamed duplicate"))
+        survivors.append(set(names) - {names[i] for rows in gone.values() for i, _ in rows})
+    assert survivors[0] == survivors[1] == survivors[2]
 
 
 def test_processes_give_results_in_order_take_endless_jobs_a_few_at_a_time_and_may_fail(tmp_path):
@@ -875,7 +926,9 @@ def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_pat
         git("add", "src")
         git("commit", "-qm", "Add the package")
     entries = data.find([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path, Counter())
-    assert {e.project for e in entries} == {"one", "two"} and not any("untracked" in e.path for e in entries)
+    assert {(e.project, Path(source).name) for e, source in entries.items()} == {("one", "one"), ("two", "two")}
+    assert not any("untracked" in e.path for e in entries)
+    assert list(entries) == list(data.find([str(tmp_path / "two"), str(tmp_path / "one")], tmp_path, Counter()))
     for entry, raw in zip(entries, data.read_all(entries)):
         assert raw == (tmp_path / entry.project / entry.path).read_bytes() and len(raw) == entry.size
 
@@ -884,6 +937,7 @@ def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_pat
     (["--source", "/nowhere/at/all"], "no such folder"), (["--source", "EMPTY"], "nothing to train on"),
     (["--explain", "no rule", "--out", "EMPTY"], "finished build"),
     (["--max-mb", "-1"], "max_bytes=-1000000"), (["--max-mb", "nan"], "max_bytes=nan"),
+    (["--workers", "0"], "workers=0"), (["--context", "3"], "context=3"),
     (["--git", "/nowhere"], "no such git repository"), (["--heldout", "2"], "heldout=2.0"),
     (["--source", "CORPUS", "--vocab-size", "100"], "vocab_size=100"),
     (["--source", "CORPUS", "--vocab-size", "60000", "--max-mb", "0.3"], "more than the corpus"),
@@ -901,7 +955,7 @@ def test_wrong_input_is_one_line_and_status_2(corpus, tmp_path, monkeypatch, cap
         runpy.run_path(data.__file__, run_name="__main__")
     last = capsys.readouterr().err.strip().split("\n")
     assert end.value.code == 2 and len(last) == 1 and last[0].startswith("data.py: ") and words in last[0]
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not any((tmp_path / "out" / name).exists() for name in ("manifest.json", "tokenizer", "train"))
 
 
 def test_explain_shows_what_a_rule_removed(built):
