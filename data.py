@@ -95,11 +95,9 @@ def digest(*parts):
     return int.from_bytes(hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-def write_atomic(path, data):
-    """Write text, bytes or a JSON value under a temporary name, then rename: a reader sees the old file or the new one, whole."""
-    if not isinstance(data, (bytes, str)):
-        data = json.dumps(data, indent=1, ensure_ascii=False)
-    Path(f"{path}.tmp").write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "replace"))
+def write_json(path, value):
+    """Write under a temporary name, then rename: a reader sees the old file or the new one, whole."""
+    Path(f"{path}.tmp").write_bytes(json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
     os.replace(f"{path}.tmp", path)
 
 
@@ -438,7 +436,7 @@ def spooled(source, folder, counts):
             for path in files:
                 for doc in json_lines(path, skipped) if ".jsonl" in path.name else warc_pages(path, skipped):
                     out.write(json.dumps(doc) + "\n")
-        write_atomic(f"{spool}.counts", skipped)
+        write_json(f"{spool}.counts", skipped)
         os.replace(f"{spool}.tmp", spool)
     counts.update(json.loads(Path(f"{spool}.counts").read_text()))
     with open(spool, "rb") as lines:
@@ -852,11 +850,10 @@ def project(h, weight, salt):
 def embed(texts, model=None, tokenizer=None, teacher=None, length=512):
     """
     Unit vectors (n, width), whose cosine says how alike two texts are. Without a model: 70 % shapes of 4 and 10 tokens, which survive
-    renaming, and 30 % words, which keep two import lists apart. With one: its mean hidden state. teacher: the URL of a /v1 endpoint.
+    renaming, and 30 % words, which keep two import lists apart. With one: its mean hidden state. With a teacher: its /v1/embeddings.
     """
     if teacher:
-        url, _, name = teacher.partition("#")
-        reply = request(f"{url}/embeddings", "POST", json={"model": name or "default", "input": list(texts)})
+        reply = request(f"{teacher.url}/embeddings", "POST", json={"model": teacher.model, "input": list(texts)})
         rows = np.array([row["embedding"] for row in sorted(reply.json()["data"], key=lambda row: row["index"])], np.float32)
     elif model is not None:
         with torch.no_grad():
@@ -1531,7 +1528,7 @@ class Tokenizer:
             pairs = [(ids.get(token[:i]), ids.get(token[i:])) for i in range(1, len(token))]
             merges += sorted(pair for pair in pairs if None not in pair)
         bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        write_atomic(folder / "tokenizer.json", {
+        write_json(folder / "tokenizer.json", {
             "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None, "decoder": bytes_only,
             "added_tokens": [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
                               "special": True} for token, i in self.special.items()],
@@ -1540,7 +1537,7 @@ class Tokenizer:
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
                       "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                       "vocab": {token: i for i, token in enumerate(shown)}, "merges": [[shown[a], shown[b]] for a, b in merges]}})
-        write_atomic(folder / "tokenizer_config.json", {
+        write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
             "model_max_length": 131072, "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE})
 
@@ -1607,7 +1604,7 @@ class TokenWriter:
         summary = {**total, "sha256": self.hash.hexdigest(), "dtype": self.dtype.str, "cut": self.cut, "masked": self.masked,
                    "languages": list(self.languages), "projects": list(self.projects),
                    "by_language": {name: dict(row) for name, row in sorted(self.counts.items())}}
-        write_atomic(f"{self.path}.json", summary)
+        write_json(f"{self.path}.json", summary)
         return summary
 
 
@@ -1930,8 +1927,8 @@ def clean_shard(job):
                 prints[name].append(value)
     np.savez(f"{path}.npz", **{name: np.array(rows) for name, rows in prints.items()})
     Path(f"{path}.shingles").write_bytes(np.concatenate(sets).tobytes())
-    write_atomic(f"{path}.documents", found)
-    write_atomic(path, {"about": [(project, name, len(fim.to_bytes(text))) for text, _, project, name in found], "drops": drops})
+    write_json(f"{path}.documents", found)
+    write_json(path, {"about": [(project, name, len(fim.to_bytes(text))) for text, _, project, name in found], "drops": drops})
 
 
 def documents(fates, split):
@@ -2185,8 +2182,8 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
     for name in ("tokenizer", "train", "heldout"):
         shutil.rmtree(out / name, ignore_errors=True)
         os.replace(work / name, out / name)
-    write_atomic(out / "drops.json", drops)
-    write_atomic(out / "manifest.json", manifest)
+    write_json(out / "drops.json", drops)
+    write_json(out / "manifest.json", manifest)
     shutil.rmtree(work)
     for split, name, row in ((split, name, row) for split, rows in splits.items() for name, row in rows.items()):
         languages = ", ".join(f"{language} {r['bytes'] / 1e6:.2f}" for language, r in row["by_language"].items())
@@ -2210,6 +2207,17 @@ def timed(work, times=3):
     return sorted(took)[times // 2], result
 
 
+def train_theirs(texts, vocab_size):
+    """The same as Tokenizer.train, by the `tokenizers` package."""
+    import tokenizers
+
+    theirs, pre = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
+    theirs.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(SPLIT), "isolated"), pre.ByteLevel(False, use_regex=False)])
+    theirs.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL), show_progress=False, initial_alphabet=pre.ByteLevel.alphabet()))
+    return theirs
+
+
 def bench_tokenizer(texts):
     """Training to 8192 on 32 MB of the texts beside the `tokenizers` package, and on what a build takes; the last 300 are held out."""
     heldout, sizes = texts[-300:], np.cumsum(list(map(len, texts[:-300])))
@@ -2220,16 +2228,7 @@ def bench_tokenizer(texts):
     print(f"BPE to 8192 on {sum(map(len, training)) / 1e6:.0f} MB: {seconds:.2f} s, "
           f"{sum(map(len, heldout)) / tokens:.3f} characters a held-out token; "
           f"on {BPE_BYTES / 1e6:.0f} MB {held_out_tokens(Tokenizer.train(enough, 8192)) / tokens - 1:+.2%} tokens")
-    import tokenizers
-
-    def train():
-        theirs, pre = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
-        theirs.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(SPLIT), "isolated"), pre.ByteLevel(False, use_regex=False)])
-        theirs.train_from_iterator(training, tokenizers.trainers.BpeTrainer(
-            vocab_size=8192 - len(SPECIAL), show_progress=False, initial_alphabet=pre.ByteLevel.alphabet()))
-        return theirs
-
-    their_seconds, theirs = timed(train)
+    their_seconds, theirs = timed(lambda: train_theirs(training, 8192))
     more = tokens / sum(len(row.ids) for row in theirs.encode_batch(heldout)) - 1
     print(f"  tokenizers: {their_seconds:.2f} s; ours takes {seconds / their_seconds:.2f} of it and {more:+.2%} tokens")
 
@@ -2340,6 +2339,14 @@ def explain(rule, out):
         print(f"\n== {name}\n{text}")
 
 
+def show_mixture():
+    solved = solve_mixture(350, LAW["B"], LAW["alpha_D"])
+    helped = solve_mixture(350, LAW["B"], LAW["alpha_D"], LAW["synergy"], gamma=1.0)
+    print("billions of tokens of 350   report  solver  solver with synergy")
+    for row in zip(LAW["languages"], LAW["optimised"], solved, helped):
+        print("{:28s}{:6.2f}  {:6.2f}  {:6.2f}".format(*row))
+
+
 def main(argv=None):
     """Read the options, then build the corpus, or explain, measure or fit one part of it."""
     parser = argparse.ArgumentParser(description="Build training tokens, held-out tokens and their tokenizer. Only a source that is a URL "
@@ -2360,6 +2367,7 @@ def main(argv=None):
     add("--proxies", action="store_true", help="train the quality proxies for code, text and maths on the running "
         "Python's files and judge them beside n-grams")
     add("--facts", type=int, metavar="N", help="print N facts")
+    add("--mixture", action="store_true", help="print the allocation of tokens to languages: the report's, and the solver's")
     add("--refit", action="store_true", help="fit the scaling law to small runs on the built corpus")
     add("--bench", nargs="?", const="all", choices=["all", *BENCHES], help="speed beside tokenizers, datasketch and rensa, tree-sitter")
     args = parser.parse_args(argv)
@@ -2372,6 +2380,8 @@ def main(argv=None):
     elif args.facts is not None:
         for fact in code_facts(args.facts, teacher):
             print(f"{fact.question}  {fact.answer}")
+    elif args.mixture:
+        show_mixture()
     elif args.refit:
         rows = small_runs(args.out)
         for language in sorted({row[0] for row in rows}):

@@ -209,12 +209,9 @@ def test_the_tokenizers_package_reads_our_file_and_gives_the_same_ids(tokenizer,
 
 
 def test_our_merges_compress_held_out_files_as_well_as_those_of_the_tokenizers_package(library):
-    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("tokenizers")
     training, heldout = [text for _, text in library[:60]], [text for _, text in library[60:90]]
-    theirs, pre = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
-    theirs.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(data.SPLIT), "isolated"), pre.ByteLevel(False, use_regex=False)])
-    theirs.train_from_iterator(training, tokenizers.trainers.BpeTrainer(vocab_size=2991, show_progress=False,
-                                                                        initial_alphabet=pre.ByteLevel.alphabet()))
+    theirs = data.train_theirs(training, 3000)
     ours = Tokenizer.train(training, 3000)
     assert sum(len(ours.encode(text)) for text in heldout) <= 1.01 * sum(len(theirs.encode(text).ids) for text in heldout)
 
@@ -346,6 +343,13 @@ def test_a_valid_file_parses_and_none_of_its_truncations_inside_a_bracket_does(l
     inside = lambda cut: sum(code[:cut].count(c) for c in "([{") > sum(code[:cut].count(c) for c in ")]}")
     cuts = [cut for cut in range(1, len(code)) if inside(cut)]
     assert len(cuts) > 10 and not any(data.parses(code * 3 + code[:cut], language) for cut in cuts)
+
+
+def test_a_macro_of_c_is_tolerated_and_a_cut_file_is_not_also_behind_text_of_other_scripts():
+    for before in ("", "/* " + "é中🙂" * 400 + " */\n"):
+        code = before + "FOO(int, *) bar;\n" + VALID["c"] * 30
+        assert data.fim.parser("c").parse(code.encode()).root_node.has_error
+        assert data.parses(code, "c") and not data.parses(code + "int z(int a) { return (a", "c")
 
 
 def test_syntax_agrees_with_pythons_own_parser_on_the_library(library):
@@ -616,8 +620,8 @@ def test_a_plain_wet_file_is_text_by_site(tmp_path):
     assert counts == {"record cut short": 1}
 
 
-def test_a_teachers_embeddings_are_put_in_order_and_to_unit_length(web):
-    vectors = data.embed(["aaa", "b"], teacher=f"{web}/v1#model")
+def test_a_teachers_embeddings_are_put_in_order_and_to_unit_length(web, tmp_path):
+    vectors = data.embed(["aaa", "b"], teacher=data.tasks.Teacher(f"{web}/v1", "model", tmp_path))
     np.testing.assert_allclose(vectors, np.array([[3, 1], [1, 1]]) / np.sqrt([[10], [2]]), rtol=1e-6)
 
 
