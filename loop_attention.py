@@ -82,8 +82,74 @@ def widened(q, k, v):
     return q.to(wide), k.to(wide).repeat_interleave(groups, 1), v.to(wide).repeat_interleave(groups, 1)
 
 
+@torch.compiler.assume_constant_result
+def has_bfloat16_tiles():
+    """Whether this CPU has AMX: units that multiply bfloat16 tiles several times as fast as float32 vectors."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def fuses(q):
+    """Whether FusedBackward is the faster form: a compiler is there to fuse what lies between its products, which AMX takes in bfloat16."""
+    return torch.compiler.is_compiling() and q.dtype == torch.bfloat16 and has_bfloat16_tiles()
+
+
+class FusedBackward(torch.autograd.Function):
+    """
+    Attention with torch's forward kernel and a backward of ours, for torch.compile: five products for each tile of queries, and between
+    them one elementwise pass that a compiler fuses. With S = q k^T / sqrt(D) + mask and delta = rowsum(do o):
+
+        P = exp(S - lse)    dV = P^T do    dS = P (do V^T - delta)    dQ = dS K / sqrt(D)    dK = dS^T Q / sqrt(D)
+
+    q (N, H, T, D), k and v (N, KV, S, D); mask (N, 1, T, S) in the dtype of q, 0 or -inf; without one S = T and attention is causal.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask)
+        ctx.save_for_backward(q, k, v, o, lse, mask)
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, o, lse, mask = ctx.saved_tensors
+        (N, H, T, D), (KV, S) = q.shape, k.shape[1:3]
+        n, group, wide = N * KV, H // KV, torch.promote_types(q.dtype, torch.float32)
+        tile = TILE if mask is None else T
+        delta = (do.to(wide) * o).sum(-1).view(n, group, T, 1)
+        lse, q, do = lse.reshape(n, group, T, 1), q.reshape(n, group, T, D), do.reshape(n, group, T, D)
+        k, v = k.reshape(n, S, D), v.reshape(n, S, D)
+        parts, scale = [], D**-0.5
+        for a in range(0, T, tile):
+            b = min(a + tile, T)
+            e = b if mask is None else S                                         # the tile sees no key from here on
+            ke, ve, rows = k[:, :e], v[:, :e], lambda x, a=a, b=b: x[:, :, a:b].reshape(n, -1, D)
+            scores = lambda x, y, a=a, b=b: torch.bmm(x, y.mT).view(n, group, b - a, -1).to(wide)
+            qt, dot = rows(q), rows(do)
+            s = scores(qt, ke) * scale
+            if mask is None:
+                s = torch.where(torch.arange(e) <= torch.arange(a, b)[:, None], s, -math.inf)
+            else:
+                s = s + mask.expand(N, KV, T, S).reshape(n, 1, T, S)
+            p = (s - lse[:, :, a:b]).exp()
+            ds = (p * (scores(dot, ve) - delta[:, :, a:b])).to(q.dtype).flatten(1, 2)
+            p = p.to(q.dtype).flatten(1, 2)
+            parts.append((torch.bmm(ds, ke).view(n, group, b - a, D), torch.bmm(ds.mT, qt), torch.bmm(p.mT, dot)))
+        dq, dk, dv = zip(*parts)
+        dq = torch.cat(dq, dim=2)
+
+        def total(parts):                                                        # the sum of (n, e, D), each e a tile longer than the last
+            starts = range(0, S, parts[0].shape[1])
+            pieces = [sum(x[:, a:a + parts[0].shape[1]].to(wide) for x in parts if x.shape[1] > a) for a in starts]
+            return torch.cat(pieces, dim=1)
+
+        dk, dv = total(dk), total(dv)
+        return ((dq * scale).view(N, H, T, D), (dk * scale).to(q.dtype).view(N, KV, S, D), dv.to(q.dtype).view(N, KV, S, D), None)
+
+
 def attend_documents(q, k, v, starts):
     """Causal attention of each document to itself: q (B, H, T, D), k and v (B, KV, T, D), starts (B, T) or None -> (B, H, T, D)."""
+    if starts is None and fuses(q):
+        return FusedBackward.apply(q, k, v, None)
     q, k, v, dtype = *widened(q, k, v), q.dtype
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True) if starts is None else each_document(q, k, v, starts)
     return o.to(dtype)
@@ -112,15 +178,18 @@ def attend_window(q, k, v, window, starts):
     if starts is not None:
         first = torch.maximum(first, F.pad(starts, (0, n * c - T)).view(B, n, c))
     keys = (t[:, :1] - c + torch.arange(2 * c, device=q.device))[:, None]        # (n, 1, 2 c): where the keys of each block stand
-    q, k, v = widened(q, k, v)
+    fused = fuses(q)
+    q, k, v = (q, k, v) if fused else widened(q, k, v)
     mask = torch.zeros(B, n, c, 2 * c, dtype=q.dtype).masked_fill_((keys < first[..., None]) | (keys > t[..., None]), -math.inf)
+    mask = mask.flatten(0, 1)[:, None]
 
     def blocks(x, before):                                                       # (B, H, T, D) -> (B n, H, c or 2 c, D)
         x = F.pad(x, (0, 0, before, n * c - T))
         x = torch.cat([x[:, :, i:i + n * c].unflatten(2, (n, c)) for i in range(0, before + 1, c)], dim=3)
         return x.transpose(1, 2).flatten(0, 1)
 
-    o = F.scaled_dot_product_attention(blocks(q, 0), blocks(k, c), blocks(v, c), attn_mask=mask.flatten(0, 1)[:, None])
+    q, k, v = blocks(q, 0), blocks(k, c), blocks(v, c)
+    o = FusedBackward.apply(q, k, v, mask) if fused else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return o.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T].to(dtype)
 
 
@@ -545,15 +614,16 @@ def one_rank(rank, P, rendezvous, T, queue):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=P)
     torch.manual_seed(0)
     H, KV, D, window = 4, 2, 32, 64
-    whole = [torch.randn(1, h, T, D) for h in (H, KV, KV, KV, KV)] + [torch.randn(H, D) / 6, torch.randn(H)]
-    mine = [shard_sequence(x, dim=2).requires_grad_() for x in whole[:5]] + whole[5:]
-    held, ring = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, Ring(mine[0].shape[2])
-    dist.barrier()
-    start = time.perf_counter()
-    o = ring_loop_attention(*mine, window, ring=ring)
-    o.sum().backward()
-    dist.barrier()
-    seconds, used = time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024
+    for length in (2 * P, T):                                                    # the short one loads what stays loaded
+        whole = [torch.randn(1, h, length, D) for h in (H, KV, KV, KV, KV)] + [torch.randn(H, D) / 6, torch.randn(H)]
+        mine = [shard_sequence(x, dim=2).requires_grad_() for x in whole[:5]] + whole[5:]
+        held, ring = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, Ring(mine[0].shape[2])
+        dist.barrier()
+        start = time.perf_counter()
+        o = ring_loop_attention(*mine, window, ring=ring)
+        o.sum().backward()
+        dist.barrier()
+        seconds, used = time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024
     o = unshard_sequence(o, dim=2, length=T)
     if rank == 0:
         error = float((o - loop_attention(*whole, window)).abs().max())

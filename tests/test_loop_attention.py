@@ -170,7 +170,7 @@ def test_compiled_it_gives_the_same_and_without_documents_it_is_one_graph(docs):
 
 RING_CASES = [  # T, window, documents, dtype: windows in a chunk, over several shards, wider than all; a length that 2 P does not divide
     (96, 9, 0, torch.float64), (96, 40, 3, torch.float64), (90, 1, 4, torch.float64), (96, 200, 2, torch.float64),
-    (96, 7, 5, torch.float32),
+    (96, 7, 5, torch.float32), (90, 40, 3, torch.float32),
 ]
 
 
@@ -203,23 +203,44 @@ def ring_bytes(P, rank):
     return ring.sent, formula, alone.sent
 
 
+def ring_turned():
+    """Output and gradients of this rank's part, and of the next one's part where all ranks have moved on by one: (fingerprints) x 2."""
+    found = []
+    for la.Ring.turn in (0, 1):
+        x, ids = inputs(T=90, D=8, docs=3, dtype=torch.float32)
+        shards = [la.shard_sequence(t.detach(), dim=2).requires_grad_() for t in x[:5]] + x[5:]
+        ring = la.Ring(shards[0].shape[2], la.shard_sequence(ids, pad=3))
+        q = ring.shift(shards[0].transpose(1, 2).flatten(2), ring.positions).unflatten(2, (4, 8)).transpose(1, 2)
+        out = la.ring_loop_attention(q, *shards[1:], 40, ring=ring)
+        found.append(torch.stack([la.fingerprint(t) for t in (out, *torch.autograd.grad(out.square().sum(), shards))]).tolist())
+    la.Ring.turn = 0
+    return found
+
+
 def ring_rank(rank, P, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{P}", rank=rank, world_size=P)
-    errors, sent = [ring_case(*case) for case in RING_CASES], [None] * P
+    errors, sent, turned = [ring_case(*case) for case in RING_CASES], [None] * P, [None] * P
     torch.distributed.all_gather_object(sent, ring_bytes(P, rank))
+    torch.distributed.all_gather_object(turned, ring_turned())
     if rank == 0:
-        print(repr((P, errors, sent)), flush=True)
+        print(repr((P, errors, sent, turned)), flush=True)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def test_the_ring_equals_one_process_with_2_4_and_8_ranks_and_sends_what_the_formula_says(tmp_path):
-    result = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True, timeout=300, cwd=ROOT,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)})
-    reports = [ast.literal_eval(line) for line in result.stdout.splitlines() if line.startswith("(")]
-    assert [P for P, *_ in reports] == [2, 4, 8], result.stderr
-    for P, errors, sent in reports:
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory):
+    """(reports of 2, 4 and 8 ranks; lines of the table of 1, 2 and 4)."""
+    result = subprocess.run([sys.executable, __file__, tmp_path_factory.mktemp("ring")], capture_output=True, text=True, timeout=300,
+                            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    lines = [ast.literal_eval(line) for line in result.stdout.splitlines() if line.startswith("(")]
+    assert [P for P, *_ in lines] == [2, 4, 8, 1, 2, 4], result.stderr
+    return lines[:3], lines[3:]
+
+
+def test_the_ring_equals_one_process_with_2_4_and_8_ranks_and_sends_what_the_formula_says(ring):
+    for P, errors, sent, _ in ring[0]:
         for case, error in zip(RING_CASES, errors):
             assert error < (1e-12 if case[3] == torch.float64 else 1e-5), (P, case)
         for rank, (measured, formula, alone) in enumerate(sent):
@@ -227,6 +248,25 @@ def test_the_ring_equals_one_process_with_2_4_and_8_ranks_and_sends_what_the_for
             assert alone == 0, (P, rank)                                         # nothing to attend to elsewhere: nothing sent
 
 
-if __name__ == "__main__":                                                       # the processes of the test above
+def test_a_rank_that_takes_the_part_of_the_next_one_computes_the_same_bits(ring):
+    for P, _, _, turned in ring[0]:
+        for rank in range(P):
+            assert turned[rank][1] == turned[(rank + 1) % P][0] != turned[rank][0]
+
+
+def test_the_memory_of_a_rank_falls_as_the_number_of_ranks_grows(ring):
+    """The table that python loop_attention.py prints, of half its length."""
+    (_, _, none, whole, error), *others = ring[1]
+    assert none == 0 and error < 1e-5
+    for P, _, sent, memory, error in others:
+        assert memory < 1.4 * whole / P and error < 1e-5 and sent > 0, (P, memory, whole)
+
+
+if __name__ == "__main__":                                                       # the processes of the tests above
+    start = torch.multiprocessing.start_processes
     for size in (2, 4, 8):
-        torch.multiprocessing.start_processes(ring_rank, (size, sys.argv[1]), nprocs=size, start_method="fork")
+        start(ring_rank, (size, sys.argv[1]), nprocs=size, start_method="fork")
+    for size in (1, 2, 4):
+        queue = torch.multiprocessing.get_context("fork").SimpleQueue()
+        start(la.one_rank, (size, f"{sys.argv[1]}/table{size}", 2048, queue), nprocs=size, start_method="fork")
+        print(repr(queue.get()), flush=True)
