@@ -517,6 +517,12 @@ class Guard:
         self.world, self.optimizer, self.recheck_every, self.inject = world, optimizer, recheck_every, inject
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.names = {p: n for n, p in self.params.items()}
+        if inject:
+            named = inject.site in ("optimizer", "activation", "received") or any(inject.tensor in name for name in self.params)
+            there = {"received": world.cp > 1, "gradient": world.mesh is None}.get(inject.site, True)  # shards have no gradient of one rank
+            if not named or not there or inject.rank >= world.size:
+                where = f"site={inject.site},rank={inject.rank},tensor={inject.tensor}"
+                raise ValueError(f"--inject {where}: there is no such thing in this run of {world.size} rank(s) with --cp {world.cp}")
         self.remembered, self.local, self.before, self.step, self.last, self.arrived = None, {}, {}, 0, False, []
         Ring.inspect = self._received
         for p in self.params.values() if world.mesh is None else ():
@@ -1515,20 +1521,20 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     for stage in STAGES.values():
         context, tokens = preset.contexts[stage.context], stage.tokens * preset.tokens * cfg.scale
         cp = cp_of(context)
-    hashed, checks = (2 * (4 * P + 4 * matrices + 8 * (P - matrices)) + 4 * P) / (ranks if sharded else 1), {}
         rows, flops = max(1, round(preset.batch_tokens / context)), flops_per_token(config, context)
         mine = max(1, -(-rows * cp // ranks))
         pieces = -(-mine // max(1, 32768 // context))
         ring, traffic = traffic_plan(config, cfg, ranks, cp, context, rows, pieces, cfg.recompute or sharded)
+    hashed, checks = (2 * (4 * P + 4 * matrices + 8 * (P - matrices)) + 4 * P) / (ranks if sharded else 1), {}
         days = tokens * flops / DEVICE_FLOPS / ranks / 86400
         print(f"{stage.name:>12} {context:7d} {cp:3d} {tokens:8.3g} {tokens / (rows * context):7.0f} {flops:10.3g} {tokens * flops:8.3g} "
               f"{ring / 1e9:7.1f} {traffic / 1e9:7.1f} {days:7.3g}")
     print("memory a rank, GiB; activations kept, or recomputed layer by layer (--recompute; always with shards)")
-        seconds = rows * context * flops / DEVICE_FLOPS / ranks
-        checks[stage.name] = 2 * (hashed + 2 * ring) / MEMORY_BYTES / seconds  # all is read twice; the ring's bytes at both ends
     held = {context: max(1, 32768 // context) * context // cp_of(context) for context in preset.contexts}
     for tokens in sorted(set(held.values())):
         plan = {what: size / 2**30 for what, size in memory_plan(config, cfg, ranks, tokens).items()}
+        seconds = rows * context * flops / DEVICE_FLOPS / ranks
+        checks[stage.name] = 2 * (hashed + 2 * ring) / MEMORY_BYTES / seconds  # all is read twice; the ring's bytes at both ends
         state = sum(plan[what] for what in ("weights", "gradients", "optimizer", "gathered"))
         parts = ", ".join(f"{what} {size:.2f}" for what, size in plan.items())
         rows = ", ".join(str(context) for context in held if held[context] == tokens)

@@ -375,36 +375,66 @@ def start(rank, size, port, folder, *more):
     return pid
 
 
-def killed(folder, whole):
-    """Three ranks with their weights in shards; one is killed after its third step. Then two go on from the snapshot, over a ring."""
+def end(pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def last_words(folder, size):
+    return [Path(f"{folder}/stderr-{rank}").read_text().strip().splitlines()[-1:] for rank in range(size)]
+
+
+def stopped(folder):
+    """
+    whole: one process, to the end. stops: three ranks with their weights in shards, of which one is killed after its third step; two go
+    on from the snapshot, over a ring, until one receives other keys than were sent; one goes on to the end.
+    """
     model.PRESETS["nano"] = model.shape(32, 64, 2, 4, 2, 600, 1024)  # in this interpreter and its forks
-    log, port = Path(folder) / "pretrain" / "log.jsonl", free_port()
-    pids = [start(rank, 3, port, folder, "--fsdp", "on") for rank in range(3)]
+    whole, stops, port = f"{folder}/whole", f"{folder}/stops", free_port()
+    codes = end([start(0, 1, port, whole)])
+    log = Path(stops) / "pretrain" / "log.jsonl"
+    pids = [start(rank, 3, port, stops, "--fsdp", "on") for rank in range(3)]
     while not log.exists() or len(log.read_text().splitlines()) < 3:
         time.sleep(0.02)
         assert os.waitpid(pids[0], os.WNOHANG) == (0, 0), "the run ended before it could be killed"
     os.kill(pids[1], signal.SIGKILL)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    lines = [Path(f"{folder}/stderr-{rank}").read_text().strip().splitlines()[-1:] for rank in range(3)]
-    port = free_port()
-    again = [start(rank, 2, port, folder, "--resume", "--cp", "2", "--fsdp", "off") for rank in range(2)]
-    codes += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in again]
-    os.waitpid(start(0, 1, port, whole), 0)
-    Path(folder, "report.json").write_text(json.dumps([codes, lines]))
+    codes, words, port = codes + end(pids), last_words(stops, 3), free_port()
+    fault = "--resume --cp 2 --fsdp off --inject site=received,step=12,rank=1,tensor=keys".split()
+    codes, words = codes + end([start(rank, 2, port, stops, *fault) for rank in range(2)]), words + last_words(stops, 2)
+    kept = torch.load(f"{stops}/pretrain/state.pt", weights_only=False)["step"]
+    codes += end([start(0, 1, port, stops, "--resume")])
+    Path(folder, "report.json").write_text(json.dumps([codes, words, kept]))
 
 
-def test_a_rank_that_is_killed_ends_the_run_with_its_name_and_another_number_of_ranks_goes_on(corpus, tmp_path):
-    folder, whole = tmp_path / "killed", tmp_path / "whole"
-    for out in (folder, whole):
-        out.mkdir()
-        (out / "data").symlink_to(corpus / "data")
-    said = program("killed", str(folder), str(whole))
-    codes, lines = json.loads((folder / "report.json").read_text())
-    assert codes == [4, -signal.SIGKILL, 4, 0, 0], (codes, lines)
+def test_a_killed_rank_or_a_silent_error_ends_the_run_with_its_name_and_any_number_of_ranks_goes_on_from_the_snapshot(corpus, tmp_path):
+    for name in ("whole", "stops"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data").symlink_to(corpus / "data")
+    said = program("stopped", str(tmp_path))
+    codes, words, kept = json.loads((tmp_path / "report.json").read_text())
+    assert codes == [0, 4, -signal.SIGKILL, 4, 3, 3, 0], (codes, words)
     for rank in (0, 2):
-        assert lines[rank] == [f"train.py: rank 1 is gone, so rank {rank} stops; --resume goes on from the last snapshot, with any N"]
-    assert "steps from step" in said  # the two did not begin again
-    assert losses(folder) == pytest.approx(losses(whole), rel=2e-4)
+        assert words[rank] == [f"train.py: rank 1 is gone, so rank {rank} stops; --resume goes on from the last snapshot, with any N"]
+    for rank in (0, 1):
+        says = "silent error at step 12: received otherwise than sent, tensor keys of chunk 0, exchange 0, from rank 0, rank 1"
+        assert words[3 + rank] == [f"train.py: {says}"]
+    assert kept == 12  # --save-every 1
+    assert said.count("steps from step") == 2  # who went on did not begin again
+    assert losses(tmp_path / "stops") == pytest.approx(losses(tmp_path / "whole"), rel=2e-4)
+
+
+def test_a_wrong_count_of_ranks_or_a_fault_that_does_not_exist_is_one_line(capsys):
+    for words, says in (
+        (["--cp", "0"], "--cp 0: must divide the number of processes"), (["--cp", "3"], "--cp 3: must divide"),
+        (["--dry-run", "--preset", "node", "--cp", "3"], "--ranks 8: must be a multiple of --cp 3"),
+        (["--dry-run", "--ranks", "-3"], "--ranks -3: must be"), (["--inject", "site=head"], "site must be one of weight, optimizer"),
+        (["--inject", "fault=burn"], "fault must be one of flip"), (["--inject", "step=x"], "step must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            train.main(words)
+    net, world = model.LoopCoder(model.LoopCoderConfig(**model.shape(16, 32, 1, 4, 2, 60, 64))), train.start_world(toy_config("unused"))
+    for nowhere in ({"rank": 1}, {"tensor": "no.such"}, {"site": "received"}):
+        with pytest.raises(ValueError, match="no such thing in this run of 1 rank"):
+            train.Guard(net, train.Optimizer(net), world, 1, train.Inject(**nowhere))
 
 
 # ------------------------------------------------------------------------------------------------ dry run
