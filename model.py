@@ -136,7 +136,8 @@ PRESETS = {
 # ---- small parts -----------------------------------------------------------------------------------------------------
 
 
-def rotary_table(positions, head_dim, theta):
+@torch.library.custom_op("nanoloopcoder::rotary_table", mutates_args=())   # to a compiler it is made once, not for each element again
+def rotary_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and signed sin of position x frequency, float32, (B, T, 1, D) for positions (B, T): [c, c] and [-s, s], ready for rotate()."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions[..., None, None].float() * frequency
@@ -144,9 +145,29 @@ def rotary_table(positions, head_dim, theta):
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
+@rotary_table.register_fake
+def _(positions, head_dim, theta):
+    return tuple(positions.new_empty(*positions.shape, 1, head_dim, dtype=torch.float32) for _ in range(2))
+
+
+class Rotate(torch.autograd.Function):
+    """Turn pairs by an angle; their gradient turns back by it."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        halves = x.unflatten(-1, (2, -1))
+        return (x * cos + halves.flip(-2).flatten(-2) * sin).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return Rotate.apply(grad, cos, -sin), None, None
+
+
 def rotate(x, cos, sin):
     """Turn each pair (x_i, x_{i + D/2}) of (B, T, heads, D) by its position's angle; half-split pairs as in the released model."""
-    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    return Rotate.apply(x, cos, sin)
 
 
 def rms_norm(x, weight, eps):
