@@ -1099,18 +1099,21 @@ def bench_training(B=8, T=512):
 
 def bench_decoding(prompt=128, new=256):
     """Greedy decoding with the cache at batch 1 and 32, tokens/s, by turns."""
-    ours, peer = LoopCoder(LoopCoderConfig.preset("nano")).eval(), peer_llama()
+    models = {"ours": LoopCoder(LoopCoderConfig.preset("nano")).eval(), "transformers": peer_llama()}
+    options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    calls = {"ours": lambda model, ids: model.generate(ids, new, temperature=0),
+             "transformers": lambda model, ids: model.generate(ids, attention_mask=torch.ones_like(ids), **options)}
     for B in (1, 32):
         ids, speed = torch.randint(0, 8192, (B, prompt)), {}
-        speed["ours"] = B * new / median_seconds(lambda ids=ids: ours.generate(ids, new, temperature=0))
-        for dtype in (torch.float32, torch.bfloat16) if peer is not None else ():
-            model = peer.to(dtype).eval()
-            options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-            one = lambda ids=ids, model=model, o=options: model.generate(ids, attention_mask=torch.ones_like(ids), **o)
-            speed[f"transformers {str(dtype)[6:]}"] = B * new / median_seconds(one)
+        for dtype in (torch.float32, torch.bfloat16):
+            for who in (w for w, model in models.items() if model is not None):
+                model = models[who].to(dtype).eval()
+                one = lambda ids=ids, model=model, call=calls[who]: call(model, ids)
+                speed[f"{who} {str(dtype)[6:]}"] = B * new / median_seconds(one)
         print(f"decoding  batch {B:2}: " + ", ".join(f"{who} {s:.0f} tok/s" for who, s in speed.items()), flush=True)
-        if len(speed) > 1:
-            print(f"decoding  batch {B:2}: ratio {speed['ours'] / max(s for who, s in speed.items() if who != 'ours'):.2f}")
+        if len(speed) > 2:
+            best = {who: max(s for name, s in speed.items() if name.startswith(who)) for who in models}
+            print(f"decoding  batch {B:2}: ratio {best['ours'] / best['transformers']:.2f}, the best of each")
 
 
 def bench_attention(B=1, H=8, T=2048, D=64, window=64):
@@ -1124,9 +1127,14 @@ def bench_attention(B=1, H=8, T=2048, D=64, window=64):
         sdpa = F.scaled_dot_product_attention
         return mix(q, sdpa(q, k1, v1, is_causal=True), sdpa(q, k2, v2, attn_mask=dense), w, b)
 
-    once = lambda form: torch.autograd.grad(form(*inputs, window).sum(), inputs)
-    first, ours = median_seconds(lambda: once(plain), 5), median_seconds(lambda: once(loop_attention), 5)
-    print(f"attention SDPA + dense mask + gate {first * 1e3:.0f} ms, loop_attention {ours * 1e3:.0f} ms: ratio {ours / first:.2f}")
+    best = {}
+    for who, form in (("SDPA + dense mask + gate", plain), ("loop_attention", loop_attention)):
+        for how, call in (("eager", form), ("compiled", torch.compile(form))):
+            once = lambda call=call: torch.autograd.grad(call(*inputs, window).sum(), inputs)
+            seconds = median_seconds(once, 5)
+            best[who] = min(best.get(who, math.inf), seconds)
+            print(f"attention {who:24} {how:8} {seconds * 1e3:4.0f} ms", flush=True)
+    print(f"attention ratio {best['loop_attention'] / best['SDPA + dense mask + gate']:.2f}, the best of each")
 
 
 def main(argv=None):

@@ -76,6 +76,42 @@ def test_the_fast_form_and_all_its_gradients_equal_the_reference(dtype, toleranc
             assert (a - b).abs().max() <= tolerance * max(1, float(b.abs().max())), (name, B, H, KV, T, D, window, docs)
 
 
+@pytest.mark.parametrize("T, tile", [(300, 128), (128, 64), (50, 128), (65, 16)])
+@pytest.mark.parametrize("form", ["causal", "mask"])
+def test_the_backward_for_a_compiler_equals_the_gradients_of_the_equation(T, tile, form, monkeypatch):
+    monkeypatch.setattr(la, "TILE", tile)
+    B, H, KV, D = 2, 6, 3, 8
+    q, k, v = (torch.randn(B, heads, T, D, dtype=torch.float64, requires_grad=True) for heads in (H, KV, KV))
+    i = torch.arange(T)
+    keep = (i <= i[:, None])[None, None]
+    if form == "mask":
+        keep = keep & (i > i[:, None] - torch.tensor([9, 30])[:, None, None, None])   # another window in each row
+    mask = torch.zeros(B, 1, T, T, dtype=q.dtype).masked_fill(~keep, -math.inf) if form == "mask" else None
+    do = torch.randn(B, H, T, D, dtype=q.dtype)
+    o, expected = la.FusedBackward.apply(q, k, v, mask), la.masked_attention(q, k, v, keep)
+    torch.testing.assert_close(o, expected, rtol=0, atol=1e-13)
+    for a, b in zip(torch.autograd.grad(o, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+def test_compiled_in_bfloat16_that_backward_is_taken_and_as_exact_as_rounding_allows(monkeypatch):
+    monkeypatch.setattr(la, "has_bfloat16_tiles", lambda: True)                  # the choice of a CPU with AMX, on any
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    x, _ = inputs(T=300, dtype=torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in x]
+    do = torch.randn(2, 4, 300, 16).bfloat16()
+    out, expected = torch.compile(la.loop_attention, backend=backend)(*x, 9, None), la.loop_attention_reference(*exact, 9)
+    assert len(graphs) == 1 and graphs[0].count("higher_order.autograd_function_apply(") == 2            # one for each view
+    assert (out - expected).norm() <= 0.01 * expected.norm()
+    for a, b in zip(torch.autograd.grad(out, x, do), torch.autograd.grad(expected, exact, do.double())):
+        assert (a - b).norm() <= 0.02 * b.norm()
+
+
 def test_plain_causal_attention_equals_pytorchs_own():
     (q, k, v, *_), _ = inputs(T=300, dtype=torch.float32)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -527,6 +527,17 @@ def test_wrong_shapes_are_refused_with_the_values_and_a_way_out():
         LoopCoderConfig.preset("tiny")
 
 
+def test_rotation_keeps_lengths_depends_on_distances_alone_and_its_gradient_turns_back():
+    cos, sin = (x.double() for x in m.rotary_table(torch.arange(9)[None], 8, 100.0))
+    x = torch.randn(1, 9, 3, 8, dtype=torch.float64, requires_grad=True)
+    y = m.rotate(x, cos, sin)
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(y[..., 0] ** 2 + y[..., 4] ** 2, x[..., 0] ** 2 + x[..., 4] ** 2)    # half-split pairs
+    same = m.rotate(x[:, :1].expand(-1, 9, -1, -1), cos, sin)[0, :, 0]           # one vector at nine positions
+    torch.testing.assert_close((same[2] * same[0]).sum(), (same[8] * same[6]).sum(), rtol=1e-6, atol=0)
+    assert torch.autograd.gradcheck(lambda x: m.rotate(x, cos, sin), x)
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_compiled_the_training_path_is_the_same_and_without_documents_it_is_one_graph(documents):
     model, ids = small(), tokens(2, 30)
