@@ -31,6 +31,7 @@ import random
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -347,12 +348,12 @@ def swe_episode(task, tokenizer, verdicts, room, budget, shuffled=False, planted
 
     def judge():
         hidden = task.tests["fail_to_pass"] + task.tests["pass_to_pass"]
-        results = verdicts((key, "hidden", str(state.files)), lambda: run_tests(state.files, hidden))
-        passed, n = [ok for ok, _ in results], len(task.tests["fail_to_pass"])
+        passed = verdicts((key, "hidden", str(state.files)), lambda: tasks.outcomes(state.files, hidden))
+        n = len(task.tests["fail_to_pass"])
         primary = swe_reward(passed[:n], passed[n:])
         penalty = swe_penalty(used, budget, state.redundant, state.unproductive)
         return {"primary": primary, "reward": primary - penalty, "solved": all(passed), "penalty": penalty, "calls": state.calls,
-                "redundant": state.redundant, "first_failed": state.first_failed, "stop": stop, "level": task.difficulty}
+                "redundant": state.redundant, "first_failed": state.first_failed, "stop": stop, "level": task.difficulty}  # fmt: skip
 
     return judge
 
@@ -727,7 +728,7 @@ class RLConfig:
     micro_tokens: int = flag(8192, "padded tokens of one forward and backward")
     eval_tasks: int = flag(40, "held-out tasks a family for the evaluation at the end; 0: none")
     eval_samples: int = flag(4, "answers to each of them, at --temperature")
-    minutes: float = flag(10.0, "stop after this many minutes, at the end of a step; 0: never")
+    minutes: float = flag(8.0, "stop after this many minutes, at the end of a step; 0: never. The evaluation comes on top")
     seed: int = flag(1337, "of tasks and sampling")
     resume: bool = flag(False, "go on where a killed run stopped")
     rollout_url: str = flag("", "base URL of an OpenAI-compatible server that answers in place of this process")
@@ -1024,28 +1025,29 @@ def comparison(found, against=None):
 # Does it work, and is it the reward that does it? Models of under a million parameters, made here from nothing; held-out templates;
 # several seeds; and beside each run the controls that would show the same gain if it came from anything else.
 # compose   two demonstrations in five are wrong, so imitation cannot tell which to believe; a reward can.
-# swe       no demonstration reads a failure: those that fail give up, or try another fix blind. Of three candidates one has just failed, so
-#           such a retry is right half the time at best: the blind value that recovery is to be measured against.
+# swe       demonstrations repair at once what a report tells; where none does they guess, and where the guess fails they give up, or try
+#           another fix blind. None reads the failure of its own edit. Of three candidates one has then failed, so a blind retry is right
+#           half the time at best: the value that recovery is to be measured against.
 
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
 
-# task: the shape of its model; its demonstrations; for how many tokens they are read (every token is learned, as in pre-training) and then
-# imitated (what the assistant says), `rows` samples a step at a peak rate of `lr`; how RL goes on; and the arms. None: imitation goes on
-# in place of RL.
+# task: the shape of its model; its demonstrations; the phases of imitation (which of them, tokens, peak rate), `rows` samples a step; how
+# RL goes on; and the arms. None: imitation goes on in place of RL.
 STUDY = {
     "compose": {
         "shape": HEADS | dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4), "vocab": 440,
-        "demonstrations": 2000, "levels": (1, 2), "wrong": 0.4, "read": 0, "imitate": 4e5, "rows": 32, "lr": 3e-3,
+        "demonstrations": 2000, "levels": (1, 2), "wrong": 0.4, "phases": [("all", 4e5, 3e-3)], "rows": 32,
         "cfg": dict(path="instruct", families="compose", levels="2", terse=True, room=64, context=160, overlong=0, prompts=16, samples=12,
                     updates=3, lr=8e-5, steps=30, minutes=0, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_rewards": {"shuffle_rewards": True}, "more_sft": None},
         "metrics": ("compose pass@1", "compose pass@4"),
     },
     "swe": {
-        "shape": HEADS | dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3), "vocab": 380,
-        "demonstrations": 3000, "levels": (2,), "detours": 0.3, "retries": 0.3, "read": 6e5, "imitate": 0, "rows": 16, "lr": 6e-3,
+        "shape": HEADS | dict(hidden_size=128, intermediate_size=352, num_hidden_layers=2), "vocab": 380,
+        "demonstrations": 4000, "levels": (2,), "reported": 0.3, "wrong": 0.4, "blind": 0.15,
+        "phases": [("reported", 6e5, 5e-3), ("reported", 6e5, 2.5e-3), ("all", 4e5, 2.5e-3)], "rows": 32,
         "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=16, samples=12, updates=3, lr=3e-4,
-                    planted=0.75, steps=60, minutes=0, eval_tasks=100),
+                    planted=0.75, steps=40, slots=192, minutes=0, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_feedback": {"shuffle_feedback": True}, "more_sft": None},
         "metrics": ("swe pass@1", "swe recovery", "swe planted recovery"),
     },
@@ -1067,44 +1069,46 @@ def imitate(model, samples, tokens, seed, rows, lr):
         optimizer.step(pipeline.learning_rate(step, steps, lr, 0.1 * lr), 1.0)
 
 
-def careless(task, rng, retries):
+def careless(task, rng, blind):
     """The turns of an agent whose first edit fails its test, and who does not read why: it gives up, or now and then tries another fix."""
     begun = up_to_failure(task)
     tried = next(text for role, text in begun if role == "mistake")
-    blind = (("assistant", rng.choice([fix for fix in task.tests["candidates"] if fix != tried])), ("tool", "ok"))
-    return (*begun, *(blind if rng.random() < retries else ()), ("assistant", "submit"))
+    again = (("assistant", rng.choice([fix for fix in task.tests["candidates"] if fix != tried])), ("tool", "ok"))
+    return (*begun, *(again if rng.random() < blind else ()), ("assistant", "submit"))
 
 
 def demonstrations(plan, cfg):
-    """What a start imitates, in parts. As in life some answers are wrong, and some episodes end badly."""
-    found, rng = [], random.Random(cfg.seed)
+    """What a start imitates, in parts, as in life with some wrong answers: {"all": ..., "reported": repairs of what a report tells}."""
+    found, reported, rng = [], [], random.Random(cfg.seed)
     for i in range(plan["demonstrations"]):
-        task, strays = draw_task(cfg, cfg.families, plan["levels"][i % len(plan["levels"])], 10**6 + i), rng.random()
+        task, luck = draw_task(cfg, cfg.families, plan["levels"][i % len(plan["levels"])], 10**6 + i), rng.random()
         if task.turns:
-            task = dataclasses.replace(task, detour=careless(task, rng, plan["retries"]))
-            found.append(tasks.trajectory_parts(task, detour=strays < plan["detours"]))
+            reported.append(tasks.trajectory_parts(dataclasses.replace(task, prompt=f"{task.prompt}\n{task.tests['report']}")))
+            task = dataclasses.replace(task, detour=careless(task, rng, plan["blind"]))
+            own = tasks.trajectory_parts(task, detour=luck < plan["reported"] + plan["wrong"])
+            found.append(reported[-1] if luck < plan["reported"] else own)
         else:
-            found.append(tasks.task_parts(dataclasses.replace(task, solution=task.wrong) if strays < plan["wrong"] else task))
-    return found
+            found.append(tasks.task_parts(dataclasses.replace(task, solution=task.wrong) if luck < plan["wrong"] else task))
+    return {"all": found, "reported": reported}
 
 
 def study_start(out, name):
     """
-    The model that all arms of a task start from, made and evaluated once; returns (configuration, demonstrations as [(ids, in_loss)]).
+    The model that all arms of a task start from, made and evaluated once; returns (configuration, {which: [(ids, in_loss)]}).
 
     What a former run finished is kept.
     """
     plan, start = STUDY[name], Path(out) / "study" / name / "start"
     cfg = RLConfig(**plan["cfg"], out=str(start.parent), ckpt=str(start), resume=True)
     parts = demonstrations(plan, cfg)
-    tokenizer = Tokenizer.train(["".join(text for text, special, _ in sample if not special) for sample in parts], plan["vocab"])
-    samples = [tokenizer.encode_parts(sample) for sample in parts]
+    tokenizer = Tokenizer.train(["".join(text for text, special, _ in sample if not special) for sample in parts["all"]], plan["vocab"])
+    samples = {which: [tokenizer.encode_parts(sample) for sample in found] for which, found in parts.items()}
     if not (start / "eval.json").exists():
         torch.manual_seed(cfg.seed)
         model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, **plan["shape"]))
         began = time.perf_counter()
-        imitate(model, [(ids, [True] * len(ids)) for ids, _ in samples], plan["read"], cfg.seed, plan["rows"], plan["lr"])
-        imitate(model, samples, plan["imitate"], cfg.seed + 1, plan["rows"], plan["lr"])
+        for phase, (which, tokens, lr) in enumerate(plan["phases"]):
+            imitate(model, samples[which], tokens, cfg.seed + 1 + phase, plan["rows"], lr)
         tokenizer.save(start)
         model.save_pretrained(start)
         found = evaluate_checkpoint(start, cfg, one_thread())
@@ -1123,7 +1127,7 @@ def study_seed(out, name, seed):
             if changes is None:  # imitation goes on for as many tokens as the first arm has trained on
                 model = LoopCoder.from_pretrained(start)
                 tokens = sum(r["trained"] for r in read_log(start.parent / f"grpo-{seed}"))
-                imitate(model, samples, tokens, seed + 2, plan["rows"], plan["lr"] / 3)
+                imitate(model, samples["all"], tokens, seed + 2, plan["rows"], plan["phases"][-1][2] / 3)
                 Tokenizer.load(start).save(folder)
                 model.save_pretrained(folder)
             else:
@@ -1272,19 +1276,15 @@ def label_of(folder):
 
 def bench(world, rows=32, prompt=128, new=128):
     """
-    Rollout tokens/s at the nano shape beside transformers' generate on a Llama of the same unrolled depth (where it is installed),
-    by turns, and the seconds of one whole GRPO step: rows samples of `new` tokens, then one update on all of them.
+    Rollout tokens/s at the nano shape beside transformers' generate on a Llama of the same unrolled depth, then one GRPO step (4 prompts,
+    8 samples of each, one update on all of them) beside TRL's. Always by turns; a peer that is not installed is left out.
     """
     config, cfg = LoopCoderConfig.preset("nano"), RLConfig(room=new, context=prompt + new)
     torch.manual_seed(0)
-    model = LoopCoder(config).to(world.device).eval()
+    model = LoopCoder(config).to(world.device)
     optimizer = pipeline.Optimizer(model, kind="adamw", weight_decay=0.0)
-    questions = torch.randint(config.vocab_size - 9, (rows // 8, prompt)).repeat_interleave(8, 0)
-    peer, seconds, lived = peer_llama(config, world.device), {}, []
-
-    def talk(ids):
-        yield Ask(ids, new)
-        return lambda: {"reward": 0.0}
+    questions = torch.randint(config.vocab_size - 9, (rows // 8, prompt))
+    peer, seconds = peer_llama(config, world.device), {}
 
     def timed(name, work, *args, **options):
         start = time.perf_counter()
@@ -1292,17 +1292,69 @@ def bench(world, rows=32, prompt=128, new=128):
         seconds.setdefault(name, []).append(time.perf_counter() - start)
         return result
 
-    for _ in range(3):
-        lived = timed("rl.py", Rollout(model, -1, prompt + new, rows).run, [talk(ids) for ids in questions.tolist()], [0])
+    def talk(ids):
+        yield Ask(ids, new)
+        return lambda: {"reward": 0.0}
+
+    def ours():
+        episodes = [talk(ids) for ids in questions.tolist() for _ in range(8)]
+        return timed("rollout", Rollout(model.eval(), -1, prompt + new, rows).run, episodes, [0])
+
+    def our_step():
+        samples = [(t, (-1.0) ** i) for i, t in enumerate(ours())]
+        timed("update", update, model.train(), optimizer, samples, cfg, 1e-6, world)
+
+    for _ in range(5):
+        our_step()
         if peer:
-            timed("transformers", peer.generate, questions.to(world.device), do_sample=True, top_k=0, max_new_tokens=new,
-                  min_new_tokens=new, pad_token_id=0)  # fmt: skip
-        timed("update", update, model, optimizer, [(t, (-1.0) ** i) for i, t in enumerate(lived)], cfg, 1e-6, world)
+            timed("transformers", peer.generate, questions.repeat_interleave(8, 0).to(world.device), do_sample=True, top_k=0,
+                  max_new_tokens=new, min_new_tokens=new, pad_token_id=0)  # fmt: skip
     median = {name: float(np.median(values)) for name, values in seconds.items()}
-    for name in [name for name in median if name != "update"]:
-        ratio = median.get("transformers", median[name]) / median[name]
-        print(f"rollout {rows} x {prompt} + {new}: {name:<13} {rows * new / median[name]:8.0f} tokens/s   x {ratio:.2f}")
-    print(f"one GRPO step of that shape, one update: {median['rl.py'] + median['update']:.2f} s")
+    for name, there in (("rl.py", "rollout"), ("transformers", "transformers")):
+        if there in median:
+            print(f"rollout {rows} x {prompt} + {new}: {name:<13} {rows * new / median[there]:6.0f} tokens/s, {median[there]:.2f} s")
+    if peer:
+        print(f"rl.py samples {median['transformers'] / median['rollout']:.2f} x as fast")
+    seconds.clear()
+    theirs = trl_steps(peer, questions, new, 4, our_step) if peer and world.device.type == "cpu" else []
+    for _ in range(3 if not theirs else 0):
+        our_step()
+    rolled, updated = (float(np.median(seconds[name])) for name in ("rollout", "update"))
+    print(f"GRPO step of {rows} samples, one update: rl.py {rolled + updated:.2f} s, of it rollout {rolled:.2f} s", end="")
+    print(f"; TRL {(t := float(np.median(theirs))):.2f} s: {t / (rolled + updated):.2f} x as fast" if theirs else "")
+
+
+def trl_steps(peer, questions, new, steps, between):
+    """Seconds of each of TRL's GRPO steps on the same prompts, its KL and its recomputation off; after each, between() has its turn."""
+    try:
+        from datasets import Dataset
+        from tokenizers import Tokenizer as Words
+        from tokenizers import models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast, TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError:
+        return []
+    words, seconds, began = Words(models.WordLevel({str(i): i for i in range(peer.config.vocab_size)}, unk_token="0")), [], []
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            began.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            seconds.append(time.perf_counter() - began[-1])
+            between()
+
+    with tempfile.TemporaryDirectory() as folder:
+        forced = {"min_new_tokens": new, "use_cache": True, "top_k": 0}
+        cfg = GRPOConfig(folder, max_steps=steps, per_device_train_batch_size=8 * len(questions), num_generations=8, learning_rate=1e-6,
+                         max_completion_length=new, generation_kwargs=forced, epsilon_high=0.28, gradient_checkpointing=False, bf16=False,
+                         use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)  # fmt: skip
+        rows = Dataset.from_list([{"prompt": " ".join(map(str, ids))} for _ in range(steps) for ids in questions.tolist()])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1", unk_token="0")
+        reward = lambda completions, **_: [float(i % 2) for i in range(len(completions))]
+        GRPOTrainer(peer, reward, cfg, train_dataset=rows, processing_class=tokenizer, callbacks=[Turns()]).train()
+    return seconds
 
 
 def peer_llama(config, device):

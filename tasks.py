@@ -852,7 +852,8 @@ def swe(rng, level):
     others = [(home[s.name], *call) for s in spots if s is not bug for call in s.calls(rng, inside[s.name], SPOTS[s.kind][3], 2)]
     at_start = lambda found: [(start, entry, *call[1:]) for call in found]
     tests = {"shown": at_start([shown]), "fail_to_pass": at_start(hidden), "pass_to_pass": at_start(keep) + others,
-             "candidates": list(edits.values())}
+             "candidates": list(edits.values()),
+             "report": failure_line(entry, args, bug.answers(broken, [args])[0], shown[2])}  # what a test says before any edit
 
     def work(*tried):  # a demonstration: look, try these fixes, submit
         look = [f"search {entry}("] * (level != 3) + [f"view {p}" for p in dict.fromkeys([start, path])] * (level > 2)

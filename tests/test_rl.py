@@ -729,8 +729,8 @@ def test_grpo_raises_held_out_pass_at_1_and_neither_shuffled_rewards_nor_more_im
     shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
     cfg = dict(path="instruct", families="say", levels="1", room=4, context=60, overlong=0, prompts=12, samples=8, lr=2e-3, steps=8,
                eval_tasks=60)  # fmt: skip
-    plan = {"shape": shape, "vocab": 275, "demonstrations": 400, "levels": (1,), "wrong": 0.5, "read": 0, "imitate": 4.5e4, "rows": 8,
-            "lr": 3e-3, "cfg": cfg, "arms": {"grpo": {}, "shuffled_rewards": {"shuffle_rewards": True}, "more_sft": None},
+    plan = {"shape": shape, "vocab": 275, "demonstrations": 400, "levels": (1,), "wrong": 0.5, "phases": [("all", 4.5e4, 3e-3)],
+            "rows": 8, "cfg": cfg, "arms": {"grpo": {}, "shuffled_rewards": {"shuffle_rewards": True}, "more_sft": None},
             "metrics": ("say pass@1",)}  # fmt: skip
     monkeypatch.setattr(rl, "STUDY", {"say": plan})
     for seed in range(3):
