@@ -752,6 +752,8 @@ def corrupt(x, fault, element, bit, run=64) -> bool:
 # (share of the steps, levels, perturbed): format and basics; knowledge, sampled by measured difficulty; frontier and adversarial.
 PHASES = ((0.4, (1,), False), (0.4, (1, 2, 3), False), (0.2, (1, 2, 3, 4), True))
 
+MOST_SAMPLES = 2000  # of a family and phase
+
 
 class Samples:
     """Token sequences in memory, with the face of a TokenFile, so that Mixture reads them. They are never cut."""
@@ -777,14 +779,13 @@ def judged_task(family, level, number, perturbed):
     return task, tasks.refusal(task, task.solution, tasks.own_evaluation())
 
 
-def task_samples(tokenizer, family, levels, weights, n, seed, thinking, perturbed):
+def task_samples(tokenizer, family, levels, weights, n, first, thinking, perturbed):
     """
-    (n samples of one family less those refused, the gate's table): levels drawn by weight; the repository agent as whole episodes,
-    its observations not learned.
+    (n samples of one family less those refused, the gate's table): levels drawn by weight, the tasks of a level numbered from `first` on;
+    the repository agent as whole episodes, its observations not learned.
     """
-    rng = np.random.default_rng([seed, *family.encode()])
-    drawn_levels = rng.choice(levels, n, p=np.array(weights) / sum(weights))
-    drawn = [(family, int(level), int(number), perturbed) for level, number in zip(drawn_levels, rng.integers(0, 1 << 30, n))]
+    drawn_levels = np.random.default_rng([first, *family.encode()]).choice(levels, n, p=np.array(weights) / sum(weights))
+    drawn = [(family, level, first + k, perturbed) for level, count in Counter(drawn_levels.tolist()).items() for k in range(count)]
     tasks.own_evaluation()  # once, before the threads ask for it
     with ThreadPoolExecutor(4) as pool:  # the programs of the samples run in the sandbox's processes
         judged = list(pool.map(lambda key: judged_task(*key), drawn))
@@ -819,12 +820,12 @@ def written_samples(tokenizer, path, thinking):
 
 
 @torch.no_grad()
-def sample_answers(model, tokenizer, problems, n_samples, thinking=False, seed=0) -> list[list[str]]:
+def sample_answers(model, tokenizer, problems, n_samples, thinking=False, seed=0, opening="") -> list[list[str]]:
     """
-    n_samples answers to each problem. A single one is the likeliest; several are drawn at temperature 0.6. There is room for 160 tokens,
-    for 224 with thinking.
+    n_samples answers to each problem, behind this opening. A single one is the likeliest; several are drawn at temperature 0.6. There is
+    room for 160 tokens, for 224 with thinking.
     """
-    prompts = [tokenizer.encode_parts(tasks.asked_parts(task))[0] for task in problems]
+    prompts = [tokenizer.encode_parts(tasks.asked_parts(task))[0] + tokenizer.encode(opening) for task in problems]
     limit, stop, device = model.config.max_position_embeddings, tokenizer.special["<|im_end|>"], model.lm_head.weight.device
     room, temperature = 224 if thinking else 160, 0.6 if n_samples > 1 else 0.0
     generator, texts = torch.Generator(device=device).manual_seed(seed), []
@@ -890,10 +891,10 @@ def adjust(weights: dict, base: dict, history: dict) -> dict:
 
 def level_weights(rates: list) -> list:
     """
-    How often each level of a family is drawn, from its pass rates p, the easiest level first: p (1 - p) + p' / 10 + 1/200, p' that of the
+    How often each level of a family is drawn, from its pass rates p, the easiest level first: p (1 - p) + p' / 5 + 1/20, p' that of the
     level before (1 before the first). What is half known teaches most, then what stands on something known; nothing is left out.
     """
-    return [p * (1 - p) + below / 10 + 0.005 for p, below in zip(rates, [1.0, *rates])]
+    return [p * (1 - p) + below / 5 + 0.05 for p, below in zip(rates, [1.0, *rates])]
 
 
 class Curriculum:
@@ -914,15 +915,16 @@ class Curriculum:
         self.given, self.phase_given = defaultdict(int), {}
         self.written, self.gate = written_samples(tokenizer, written, self.thinking) if written else (defaultdict(list), Counter())
         self.mixture, self.measured = None, 0  # measured: the phase before which the pass rates were taken last
-        self.heldout = {family: self.samples(family, (1, 2), (1, 1), 6, seed + 99, False) for family in self.base}
+        self.heldout = {family: self.samples(family, (1, 2), (1, 1), 6, 99, False) for family in self.base}
 
     @property
     def thinking(self):
         return self.stage.sft == "thinking"
 
-    def samples(self, family, levels, weights, n, seed, perturbed):
-        """Samples that fit the context; there must be some, or the family cannot be taught here."""
-        made, table = task_samples(self.tokenizer, family, levels, weights, n, seed, self.thinking, perturbed)
+    def samples(self, family, levels, weights, n, phase, perturbed):
+        """Samples that fit the context; there must be some, or the family cannot be taught here. No task is drawn in two phases."""
+        first = (self.seed * 100 + phase) * MOST_SAMPLES
+        made, table = task_samples(self.tokenizer, family, levels, weights, n, first, self.thinking, perturbed)
         kept = [(ids, in_loss) for ids, in_loss in made if len(ids) <= self.context]
         self.gate += table
         self.gate["longer than the context"] += len(made) - len(kept)
@@ -937,10 +939,10 @@ class Curriculum:
     def enter(self, phase):
         """Make the samples of a phase and the mixture that deals them."""
         share, levels, perturbed = PHASES[phase]
-        pool = 4 + int(share * self.steps * self.rows * self.context / len(self.base) / 60)  # samples of 60 tokens: each about once
+        tokens = share * self.steps * self.rows * self.context / len(self.base)
         if phase > self.measured:
             self.model.eval()
-            cells = [(family, level) for family in self.base for level in (1, 2, 3, 4)]
+            cells = [(family, level) for family in self.base for level in levels]
             model = whole_copy(self.model, self.world)
             found = solve_rates(model, self.tokenizer, cells, 4, 1, split="train", thinking=self.thinking, seed=self.seed + phase)
             self.rates = {f"{family}/{level}": sum(c for c, _ in row) / sum(n for _, n in row) for (family, level), row in found.items()}
@@ -954,7 +956,8 @@ class Curriculum:
             weights = level_weights([self.rates.get(f"{family}/{level}", 0.0) for level in (1, 2, 3, 4)])
             weights = [weights[level - 1] for level in levels]
             harder = perturbed and self.rates.get(f"{family}/1", 0.0) >= 0.5  # what is solved is asked in other words
-            made = self.samples(family, levels, weights, min(pool, 250), self.seed + phase, harder)
+            length = np.mean([len(ids) for ids, _ in self.heldout[family]])
+            made = self.samples(family, levels, weights, min(4 + int(tokens / length), MOST_SAMPLES), phase, harder)  # each about once
             told = [sample for level, sample in self.written[family] if level in levels and len(sample[0]) <= self.context]
             files[family] = Samples(family, made + told)
         owed = {n: self.mixture.due[n] - self.mixture.given[n] for n in self.base | self.replay} if self.mixture else {}
@@ -1292,6 +1295,7 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
     fim              exact match, edit similarity and parse rate by level, with and without similar files of the same project
     commits          patch bits per byte and the file guessed right, on triplets of --git REPO
     chance           what an answer at random solves, by family of tasks.py at levels 1 and 2, on held-out templates
+    no trace         pass@1 of a thinking model whose thought is closed before it begins
     pass@k           unbiased, on the same tasks
     thinks           answers that open and close a thought
     beyond           how cheap the solutions of compose are among the references, by instructions (0 where wrong)
@@ -1314,11 +1318,14 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
         levels = [[tasks.generate(family, level, tasks.ASKED + k, "test") for k in range(n_tasks)] for level in (1, 2)]
         problems, guesses = sum(levels, []), sum((tasks.guesses(level, n_samples) for level in levels), [])
         yield "chance", family, tuple(zip(*mark(problems, guesses)))
+        if thinking and family != "swe":  # an agent acts, and thinks nothing aloud
+            silent = sample_answers(model, tokenizer, problems, n_samples, False, cfg.seed, opening="<think>\n</think>\n\n")
+            yield "no trace", family, tuple(zip(*mark(problems, silent)))
         answers = sample_answers(model, tokenizer, problems, n_samples, thinking, cfg.seed)
         marks = mark(problems, answers)
         for k in sorted({1, n_samples}):
             yield f"pass@{k}", family, tuple(zip(*[(tasks.pass_at_k(n, int(c), k), 1) if n >= k else (0, 0) for c, n in marks]))
-        if family != "swe":  # an agent acts, and thinks nothing aloud
+        if family != "swe":
             thoughts += [(sum(text.startswith("<think>") and "</think>" in text for text in some), len(some)) for some in answers]
         if family == "compose":
             yield "beyond", family, tuple(zip(*mark(problems, answers, tasks.efficiency)))
@@ -1366,11 +1373,12 @@ def evaluate(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks
             print(f"{what:<22} {which:<34} {value:8.4f}{gain}", flush=True)
             continue
         line = "{:8.4f} [{:.3f}, {:.3f}]".format(*interval(value))
-        beside = {"gain": old, "over chance": table[f"chance {which}"] if what == "pass@1" else None}
+        beside = {"gain": old} | {f"over {word}": table.get(f"{word} {which}") for word in ("chance", "no trace") if what == "pass@1"}
         gains = {word: interval(value, other) for word, other in beside.items() if other}
         line += "".join("   {} {:+.3f} [{:+.3f}, {:+.3f}]".format(word, *gain) for word, gain in gains.items())
         print(f"{what:<22} {which:<34} {line}", flush=True)
-        clear += [which] if what == "pass@1" and all(low > 0 for _, low, _ in gains.values()) else []
+        sure = [gains[word][1] > 0 for word in ("gain", "over chance") if word in gains]
+        clear += [which] if what == "pass@1" and all(sure) else []
     print(f"clearly above chance{f' and {against}' * bool(against)}: {len(clear)} families of {len(tasks.FAMILIES)} ({', '.join(clear)})")
     write_atomically(checkpoint / "table.json", lambda at: at.write_text(json.dumps(table) + "\n"))
 
