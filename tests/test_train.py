@@ -164,6 +164,8 @@ def test_a_table_has_intervals_and_gains_over_another_checkpoint_on_the_same_tas
     assert any(line.startswith("bits per byte") and " python " in line and line.endswith(f"gain {gain:+8.4f}") for line in lines) and gain
     graded = [line for line in lines if line.startswith("pass@1") and "gain" in line]
     assert len(graded) == len(tasks.FAMILIES) and all("[0.000, 0.000]" in line for line in graded)  # random weights solve nothing
+    assert lines[-1] == f"clearly above chance and {out / '0'}: 0 families of {len(tasks.FAMILIES)} ()"
+    assert table["0"]["thinks all families"][0] == [0.0] * 2 * (len(tasks.FAMILIES) - 1)
     assert table["0"]["pass@1 compose"] == [[0.0, 0.0], [1, 1]]  # a task of each level
     with pytest.raises(ValueError, match="another number of tasks"):
         train.evaluate(out / "1", cfg, train.start_world(cfg), "", 2, 1, str(out / "0"))
@@ -306,9 +308,18 @@ def test_the_dynamic_mixture_helps_what_falls_back_slows_what_stands_and_stays_w
 
 def test_levels_are_drawn_by_what_the_model_can_do():
     nothing, half, all_of_one = (train.level_weights(rates) for rates in ([0, 0, 0, 0], [0.5, 0, 0, 0], [1, 0.5, 0, 0]))
-    assert max(range(4), key=nothing.__getitem__) == 0 and nothing[0] > 10 * nothing[1]  # what is not begun begins at the beginning
-    assert max(range(4), key=half.__getitem__) == 0 and half[1] > 5 * half[2]  # what stands on something known comes next
+    assert max(range(4), key=nothing.__getitem__) == 0 and nothing[0] == pytest.approx(5 * nothing[1])  # begin at the beginning
+    assert max(range(4), key=half.__getitem__) == 0 and half[1] == pytest.approx(3 * half[2])  # what stands on something known comes next
     assert max(range(4), key=all_of_one.__getitem__) == 1 and min(nothing + half + all_of_one) > 0  # what is known makes room
+
+
+def test_both_paths_draw_the_same_tasks_and_no_two_phases_do(corpus):
+    tokenizer = data.Tokenizer.load(corpus / "data" / "tokenizer")
+    drawn = lambda first, thinking: train.task_samples(tokenizer, "terminal", (1, 2), (1, 1), 20, first, thinking, False)[0]
+    read = lambda samples: [tokenizer.decode(ids).split("<|im_end|>")[0] for ids, _ in samples]
+    instruct, thinking, later = drawn(0, False), drawn(0, True), drawn(train.MOST_SAMPLES, False)
+    assert read(instruct) == read(thinking) and not set(read(instruct)) & set(read(later)) and len(later) == 20
+    assert ["<think>" in tokenizer.decode(ids) for ids, _ in instruct + thinking] == [False] * len(instruct) + [True] * len(thinking)
 
 
 def test_written_answers_are_learned_from_once_they_are_judged_again(corpus, tmp_path):
