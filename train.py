@@ -1526,6 +1526,7 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     print(f"{cfg.preset} on {ranks} rank(s): {P / 1e9:.3f}B parameters, {where}; {preset.minutes}")
     print(f"ring, weights: GB that a rank sends in a step; days: at {DEVICE_FLOPS / 1e12:.0f} TFLOP/s a rank (assumed)")
     print("       stage context  cp   tokens   steps FLOP/token     FLOP    ring weights    days")
+    hashed, checks = (2 * (4 * P + 4 * matrices + 8 * (P - matrices)) + 4 * P) / (ranks if sharded else 1), {}
     for stage in STAGES.values():
         context, tokens = preset.contexts[stage.context], stage.tokens * preset.tokens * cfg.scale
         cp = cp_of(context)
@@ -1533,16 +1534,15 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
         mine = max(1, -(-rows * cp // ranks))
         pieces = -(-mine // max(1, 32768 // context))
         ring, traffic = traffic_plan(config, cfg, ranks, cp, context, rows, pieces, cfg.recompute or sharded)
-    hashed, checks = (2 * (4 * P + 4 * matrices + 8 * (P - matrices)) + 4 * P) / (ranks if sharded else 1), {}
         days = tokens * flops / DEVICE_FLOPS / ranks / 86400
+        seconds = rows * context * flops / DEVICE_FLOPS / ranks
+        checks[stage.name] = 2 * (hashed + 2 * ring) / MEMORY_BYTES / seconds  # all is read twice; the ring's bytes at both ends
         print(f"{stage.name:>12} {context:7d} {cp:3d} {tokens:8.3g} {tokens / (rows * context):7.0f} {flops:10.3g} {tokens * flops:8.3g} "
               f"{ring / 1e9:7.1f} {traffic / 1e9:7.1f} {days:7.3g}")
     print("memory a rank, GiB; activations kept, or recomputed layer by layer (--recompute; always with shards)")
     held = {context: max(1, 32768 // context) * context // cp_of(context) for context in preset.contexts}
     for tokens in sorted(set(held.values())):
         plan = {what: size / 2**30 for what, size in memory_plan(config, cfg, ranks, tokens).items()}
-        seconds = rows * context * flops / DEVICE_FLOPS / ranks
-        checks[stage.name] = 2 * (hashed + 2 * ring) / MEMORY_BYTES / seconds  # all is read twice; the ring's bytes at both ends
         state = sum(plan[what] for what in ("weights", "gradients", "optimizer", "gathered"))
         parts = ", ".join(f"{what} {size:.2f}" for what, size in plan.items())
         rows = ", ".join(str(context) for context in held if held[context] == tokens)
