@@ -452,21 +452,12 @@ ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 def seccomp_program(namespaces):
     """The filter, as the bytes of struct sock_filter {u16 code; u8 steps to skip if true, if false; u32 operand}."""
     op = lambda code, operand, yes=0, no=0: [(code, yes, no, operand)]
-    equal, above, from_here, any_bit, mask = 0x15, 0x25, 0x35, 0x45, 0x54
+    equal, above, any_bit, mask = 0x15, 0x25, 0x45, 0x54
     load = lambda offset: op(0x20, offset)
     give = lambda answer: op(0x06, answer)
     only = lambda number, steps: op(equal, number, 0, len(steps)) + steps  # these steps, all of which end in an answer, for one call
     argument = lambda n: load(16 + 8 * n)  # the low half: flags and families fit in it
     refuse = give(ERRNO | errno.EPERM)
-
-    def search(numbers):
-        """Binary search, because the kernel tries every number once when a filter is installed, and every run waits for that."""
-        if len(numbers) <= 4:
-            return [step for i, number in enumerate(numbers) for step in op(equal, number, len(numbers) - i)] + give(ALLOW) + refuse
-        below, rest = search(numbers[: len(numbers) // 2]), search(numbers[len(numbers) // 2 :])
-        return op(from_here, numbers[len(numbers) // 2], len(below)) + below + rest
-
-    table = REFUSED if namespaces else {**REFUSED, **REFUSED_BARE}
     map_memory, socket_call, ioctl = (222, 198, 29) if ARM else (9, 41, 16)
     program = load(4) + op(equal, 0xC00000B7 if ARM else 0xC000003E, 1) + give(KILL) + load(0)
     program += op(above, NEWEST_SYSCALL, 0, 1) + give(ERRNO | errno.ENOSYS)  # also what carries the x32 bit
@@ -478,8 +469,9 @@ def seccomp_program(namespaces):
     if namespaces:  # sockets: unix, IPv4, IPv6, all of them inside
         families = op(equal, 1, 3) + op(equal, 2, 2) + op(equal, 10, 1)
         program += only(socket_call, argument(0) + families + give(ERRNO | errno.EAFNOSUPPORT) + give(ALLOW))
-    program += search(sorted({pair[ARM] for pair in table.values()} - {0}))
-    return b"".join(struct.pack("HBBI", *step) for step in program)
+    for numbers in (REFUSED if namespaces else {**REFUSED, **REFUSED_BARE}).values():
+        program += only(numbers[ARM], refuse) if numbers[ARM] else []
+    return b"".join(struct.pack("HBBI", *step) for step in program + give(ALLOW))
 
 
 def seccomp(program):
@@ -643,7 +635,7 @@ def remove_folder(folder):
 # ---- the program ---------------------------------------------------------------------------------------------------------------
 
 
-def live(asker, ready, pipes, limits, walls):
+def live(asker, ready, descriptors, limits, walls):
     """A program's life: its view, its files, the walls, then the program. Only this process ever reads what the run was given."""
     os.setsid()
     signal.set_wakeup_fd(-1)
@@ -666,11 +658,11 @@ def live(asker, ready, pipes, limits, walls):
     job = marshal.loads(read_frame(asker))
     write_files(job["files"])
     Path("../stdin").write_bytes(job["stdin"])
-    for number, descriptor in enumerate([os.open("../stdin", os.O_RDONLY), *pipes]):
+    for number, descriptor in enumerate([os.open("../stdin", os.O_RDONLY), *descriptors]):
         os.dup2(descriptor, number)
     confine(limits, walls)
     socket.send_fds(ready, [b"ready"], [os.open(".", os.O_RDONLY)])
-    os.closerange(1 + len(pipes), 1 << 20)
+    os.closerange(1 + len(descriptors), 1 << 20)
     return PROGRAMS[job["kind"]](job)
 
 
@@ -702,7 +694,7 @@ def execute(main):
 
 def run_python(job):
     """Run main.py to its end, as `python main.py` would, in this warm interpreter. Returns the exit code."""
-    code, main, tracer = 0, fresh_main(), Tracer(3) if job["trace"] else None
+    code, main, tracer = 0, fresh_main(), Tracer() if job["trace"] else None
     try:
         if tracer:
             sys.settrace(tracer)
@@ -732,8 +724,8 @@ class Tracer:
 
     MOST = 2000  # steps; then only lines are counted
 
-    def __init__(self, descriptor):
-        self.descriptor, self.lines, self.steps, self.known, self.depth = descriptor, {}, [], {}, 0
+    def __init__(self):
+        self.lines, self.steps, self.known, self.depth = {}, [], {}, 0
         self.source = Path("main.py").read_text("utf-8", "replace").split("\n")
 
     def step(self, text):
@@ -777,8 +769,8 @@ class Tracer:
 
     def send(self):
         report = {"lines": self.lines, "steps": [step[:300] for step in self.steps], "cut": len(self.steps) == self.MOST}
-        with socket.socket(fileno=self.descriptor) as channel:
-            channel.sendall(framed(json.dumps(report).encode()[:ANSWER_BYTES]))
+        with open(3, "w") as file:
+            json.dump(report, file)
 
 
 # ---- the warden ----------------------------------------------------------------------------------------------------------------
@@ -787,12 +779,13 @@ class Tracer:
 
 LOOK_EVERY_S = 0.02
 FREE_DESCRIPTORS, BUFFER_BYTES = 32, 1 << 18
+ANSWER_BYTES, REPORT_BYTES = 1 << 20, 1 << 24  # the most of one answer, of all that is said besides stdout and stderr
 
 
-def below(pid):
-    """All descendants of a process, by reading who is whose child."""
+def below(pid, most=1 << 22):
+    """The descendants of a process, by reading who is whose child; when there are more than `most`, not all of them."""
     found, todo = [], [pid]
-    while todo:
+    while todo and len(found) <= most:
         parent = todo.pop()
         with contextlib.suppress(OSError):  # it ended while we looked
             for thread in os.listdir(f"/proc/{parent}/task"):
@@ -830,9 +823,13 @@ class Tree:
 
     def look(self, work, limits):
         """The limit that is broken now, as (status, reason), or None."""
-        memory, pids = 0, below(os.getpid())
+        memory = 0
         if self.walls["namespaces"]:
             pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+        else:
+            pids = below(os.getpid(), limits.processes)
+        if len(pids) > limits.processes:  # before anything is measured: meanwhile a fork bomb would grow
+            return "failed", f"more than {limits.processes} processes"
         for pid in pids:
             cpu_s, own = usage_of(pid)
             self.seen[pid] = max(cpu_s, self.seen.get(pid, 0.0))
@@ -849,8 +846,6 @@ class Tree:
             return "memory", f"more than {limits.memory_mb} MB in all its processes and files"
         if disk > limits.disk_mb << 20:  # a tmpfs would not have let it come to this
             return "failed", f"more than {limits.disk_mb} MB of files"
-        if len(pids) > limits.processes:
-            return "failed", f"more than {limits.processes} processes"
         if sum(self.seen.values()) > limits.cpu_s:
             return "timeout", f"more than {limits.cpu_s:g} s of CPU"
         if elapsed > limits.wall_s and elapsed - waited_for_cpu(self.child) > limits.wall_s or elapsed > limits.patience_s:
@@ -871,12 +866,10 @@ class Tree:
                 self.status = status
 
     def fell(self):
-        """Kill everybody, reap everybody."""
+        """Kill everybody, reap everybody. Without namespaces the group goes first and at once: a fork bomb outruns single signals."""
         while True:
-            with contextlib.suppress(OSError):  # it has gone by itself
-                if PORTABLE:
-                    os.killpg(self.child, signal.SIGKILL)
-                for pid in [-1] if self.walls["namespaces"] else below(os.getpid()) or [self.child]:
+            for pid in [-1] if self.walls["namespaces"] else [-self.child, *below(os.getpid())]:
+                with contextlib.suppress(OSError):  # it has gone by itself
                     os.kill(pid, signal.SIGKILL)
             if self.reap(0 if self.walls["namespaces"] else os.WNOHANG):
                 return
@@ -905,18 +898,17 @@ class Inbox:
 
 class Talk(Inbox):
     """
-    What a program says by its channel, in frames: when one has come, the next of `questions` goes; `wanted` frames are all, and if it
-    `ends_run` nothing more is waited for. It never blocks, for that would stop the clock; it understands nothing of what it carries. It is
-    here because a grader that asks by itself waits for its interpreter's lock at every answer: a fifth fewer programs a second.
+    What a program says by its channel, in frames: first that it is loaded, then an answer to each of `questions`, which goes when the
+    frame before it has come. It never blocks, for that would stop the clock; it understands nothing of what it carries. It is here
+    because a grader that asks by itself waits for its interpreter's lock at every answer: a fifth fewer programs a second.
     """
 
-    def __init__(self, channel, questions, wanted, ends_run):
-        super().__init__(channel.fileno(), 16 * ANSWER_BYTES)
-        self.channel, self.questions, self.wanted, self.ends_run = channel, questions, wanted, ends_run
-        self.answers, self.scanned, self.unsent = [], 0, []
+    def __init__(self, channel, questions):
+        super().__init__(channel.fileno(), REPORT_BYTES)
+        self.channel, self.questions, self.answers, self.scanned, self.unsent = channel, questions, [], 0, []
 
     def complete(self):
-        return len(self.answers) == self.wanted
+        return len(self.answers) > len(self.questions)
 
     def write(self):
         try:
@@ -969,7 +961,7 @@ def attend(tree, work, limits, outputs, talk, asker, wake):
             elif event == select.POLLOUT:
                 talk.write()
             elif readers[descriptor].read():
-                over = over or readers.pop(descriptor) is talk and talk.ends_run
+                over = over or readers.pop(descriptor) is talk
                 poll.unregister(descriptor)
         if not over and time.monotonic() >= next_look:
             broken = tree.look(work, limits)
@@ -985,7 +977,7 @@ def attend(tree, work, limits, outputs, talk, asker, wake):
         "used": {"wall_s": wall_s, "cpu_s": max(tree.cpu_s, sum(tree.seen.values())), "level": tree.walls["level"],
                  "peak_mb": max(tree.peak_kb / 1024, tree.peak / 2**20), "exit_code": os.waitstatus_to_exitcode(tree.status)},
         "cut": [output.cut for output in outputs], "broken": broken,
-        "finished": bool(talk and talk.ends_run and talk.complete() and not broken),
+        "finished": bool(talk and talk.complete() and not broken),
     }  # fmt: skip
 
 
@@ -1021,27 +1013,30 @@ def warden(asker, walls, not_ours):
 def one_run(order, links, asker, wake, walls):
     """Pipes, fork, attend, report. The order holds limits and numbers; the rest of the request is for the program's process alone."""
     limits, talk, (told, ready), (near, far) = Limits(**order["limits"]), None, socket.socketpair(), socket.socketpair()
-    (out_r, out_w), (err_r, err_w), ready = os.pipe(), os.pipe(), socket.socket(fileno=out_of_the_way(ready.detach()))
-    pipes = [out_w, err_w, *([far.fileno()] if order["frames"] else []), *links]
-    child = spawn(lambda: live(asker, ready, pipes, limits, walls), ready, NEW_IN_EACH_RUN if walls["namespaces"] else 0)
+    ready = socket.socket(fileno=out_of_the_way(ready.detach()))
+    sizes = [limits.output_kb * 1024] * 2 + [REPORT_BYTES] * order["report"]
+    our_ends, its_ends = zip(*(os.pipe() for _ in sizes))
+    descriptors = [*its_ends, *([far.fileno()] if order["questions"] else []), *links]
+    child = spawn(lambda: live(asker, ready, descriptors, limits, walls), ready, NEW_IN_EACH_RUN if walls["namespaces"] else 0)
     tree = Tree(child, walls)
-    for descriptor in (ready.detach(), far.detach(), out_w, err_w, *links):
+    for descriptor in (ready.detach(), far.detach(), *its_ends, *links):
         os.close(descriptor)
     try:
         told.settimeout(60)
         said, work = socket.recv_fds(told, 4096, 1)[:2]
         if said != b"ready":  # the walls do not stand: our own failure
             raise OSError(f"the program could not be started: {text_of(said[4:]) or 'no word'}")
-        if order["frames"]:
+        if order["questions"]:
             questions = [buffer(4 + size) for size in order["questions"]]
             for question in questions:
                 read_into(asker, question)
-            talk = Talk(near, questions, order["frames"], order["ends_run"])
-        outputs = [Inbox(descriptor, limits.output_kb * 1024) for descriptor in (out_r, err_r)]
+            talk = Talk(near, questions)
+        outputs = list(map(Inbox, our_ends, sizes))
         result = attend(tree, work[0], limits, outputs, talk, asker, wake)
     finally:
         tree.fell()
-    told.close(), near.close(), os.close(out_r), os.close(err_r)
+    for descriptor in (told.detach(), near.detach(), *our_ends):
+        os.close(descriptor)
     blobs = [output.room[: output.filled] for output in outputs] + (talk.answers if talk else [])
     send(asker, {**result, "blobs": len(blobs)})
     for blob in blobs:
@@ -1175,9 +1170,10 @@ def end_zygote(pid, made):
             time.sleep(0.02)
 
 
-def keeper(control_fd, parent):
+def keeper(control, parent, portable):
     """Start the zygote behind the strongest walls there are, wait until it or the trainer has gone, see to it that nothing stays."""
-    control, facts = socket.socket(fileno=control_fd), {}
+    global PORTABLE
+    PORTABLE, control, facts = bool(portable), socket.socket(fileno=control), {}
     trainer = [] if PORTABLE else [os.pidfd_open(parent)]  # elsewhere the zygote sees it go, by the end of `control`
     prctl(PR_DUMPABLE, 1)
     started = not PORTABLE and start_zygote(control, True, facts) or start_zygote(control, False, facts)
@@ -1198,7 +1194,7 @@ class Machinery:
     """The zygote of this process: started when it is first needed, replaced when it has died, gone when we go."""
 
     lock, slots, current = threading.Lock(), threading.BoundedSemaphore(AT_ONCE), None
-    BOOT = "import marshal, sys\nwith open(int(sys.argv[2]), 'rb') as file: code = file.read()\nexec(marshal.loads(code))"
+    BOOT = "import marshal, sys\nwith open(int(sys.argv[5]), 'rb') as file: code = file.read()\nexec(marshal.loads(code))"
 
     def __init__(self):
         self.idle, (self.control, far) = [], socket.socketpair()
@@ -1206,7 +1202,7 @@ class Machinery:
         with far, tempfile.TemporaryFile() as code:
             code.write(marshal.dumps(__loader__.get_code(__name__)))  # compiled over there, it would leave 7 MB that every run forks
             code.seek(0)
-            numbers = [str(number) for number in (code.fileno(), far.fileno(), os.getpid(), int(PORTABLE))]
+            numbers = [str(number) for number in (far.fileno(), os.getpid(), int(PORTABLE), code.fileno())]
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", self.BOOT, "--zygote", *numbers],
                 env={"PYTHONHASHSEED": "0", **keep}, pass_fds=[code.fileno(), far.fileno()], cwd="/", start_new_session=True,
@@ -1271,13 +1267,13 @@ def stop():
 
 class Flight:
     """
-    One run under way: begun by its construction, ended by land(). Where it is to send `frames`, its descriptor 3 takes them, and gets the
-    next of `questions` for each; with the last one the run ends, if that `ends_run`. `link` is a socket that the program gets besides.
+    One run under way: begun by its construction, ended by land(). Besides stdin, stdout and stderr the program gets, in this order: a
+    pipe where it has a `report` to write, a socket where it has `questions` to answer (the run ends with the last answer), the `link`.
     """
 
-    def __init__(self, job, limits, link=None, questions=(), frames=0, ends_run=True, tree=False):
+    def __init__(self, job, limits, report=False, questions=(), link=None, tree=False):
         self.limits, self.tree = limits, tree
-        order = {"limits": asdict(limits), "questions": list(map(len, questions)), "frames": frames, "ends_run": ends_run, "tree": tree}
+        order = {"limits": asdict(limits), "report": report, "questions": list(map(len, questions)), "tree": tree}
         text = json.dumps(order).encode()
         for attempt in (1, 2):
             self.machinery = Machinery.now()
@@ -1293,7 +1289,7 @@ class Flight:
             self.sock.sendall(b"".join([framed(text), framed(marshal.dumps(job)), *map(framed, questions)]))
 
     def land(self):
-        """Wait for the end: (Run, frames that the program sent, the files it left). What breaks here is ours: a sandbox error."""
+        """Wait for the end: (Run, [the report] or the answers, the files it left). What breaks here is ours: a sandbox error."""
         self.sock.settimeout(self.limits.patience_s + 70)
         try:
             result, tree = receive(self.sock), None
@@ -1316,7 +1312,7 @@ class Flight:
 
 def as_run(result, blobs):
     """A Run from what a warden reports."""
-    stdout, stderr = (text_of(data) + f"\n[cut after {len(data) // 1024} kB]" * cut for data, cut in zip(blobs, result["cut"]))
+    stdout, stderr = (text_of(data) + f"\n[cut after {len(data) // 1024} kB]" * cut for data, cut in zip(blobs[:2], result["cut"]))
     code = result["used"]["exit_code"]
     if result["broken"]:
         status, reason = result["broken"]
@@ -1333,10 +1329,10 @@ def as_run(result, blobs):
     return Run(status, stdout, stderr, reason=reason, **result["used"])
 
 
-def trace_of(frames):
-    """What the Tracer sent, or what it should have sent: the program may have forged it, and then it is None."""
+def trace_of(report):
+    """What the Tracer wrote, or what it should have written: the program may have forged it, and then it is None."""
     with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
-        told = json.loads(frames[0])
+        told = json.loads(report)
         lines = {int(line): int(times) for line, times in told["lines"].items()}
         steps = [str(step) for step in told["steps"]]
         return {"lines": lines, "steps": steps, "text": "\n".join(steps), "cut": bool(told["cut"])}
@@ -1396,8 +1392,8 @@ def run_each(source, stdins, files, limits, language, trace=False):
     job = job_of("command", files, argv=start.split()) if start else job_of("python", files, trace=trace)
     for stdin in stdins:
         job["stdin"] = stdin.encode("utf-8", "surrogatepass") if isinstance(stdin, str) else stdin
-        done, frames, _ = Flight(job, limits, frames=int(trace), ends_run=False).land()
-        runs.append(replace(done, trace=trace_of(frames)) if trace else done)
+        done, report, _ = Flight(job, limits, report=trace).land()
+        runs.append(replace(done, trace=trace_of(*report)) if report else done)
     return runs, None
 
 
@@ -1411,7 +1407,6 @@ def run(source, stdin="", files=None, limits=Limits(), language="python", trace=
 # ---- the grade: plain data -----------------------------------------------------------------------------------------------------
 # What crosses the boundary is JSON. None, bool, int, float, str and list are themselves; everything else is {tag: body}.
 
-ANSWER_BYTES = 1 << 20
 DEPTH = 64
 
 
@@ -1639,7 +1634,7 @@ def grade_calls(source, calls, limits):
         for nonce, call in zip(nonces, calls)
     ]
     job = job_of("serve", as_files({"main.py": source}), load=True)
-    done, frames, _ = Flight(job, limits, questions=questions, frames=len(calls) + 1).land()
+    done, frames, _ = Flight(job, limits, questions=questions).land()
     loaded, *answers = frames or [b""]
     missing = f"no answer: {done.reason or 'the program ended'}"
     if not loaded.startswith(b'[null, "value"'):
@@ -1872,8 +1867,8 @@ def run_from_file(line, test_id):
 
 
 def test(job):
-    """Run every test; tell whoever grades [passed, message] after each."""
-    verdicts, line = socket.socket(fileno=3), Line(socket.socket(fileno=4))
+    """Run every test; the report has a line for each, [passed, message]."""
+    verdicts, line = open(3, "w", 1), Line(socket.socket(fileno=4))
     for name in job["modules"]:
         sys.modules.pop(name, None)
     sys.meta_path.insert(0, RemoteModules(line, frozenset(job["modules"])))
@@ -1885,7 +1880,7 @@ def test(job):
             outcome = [True, ""]
         except BaseException as error:
             outcome = [False, f"{type(error).__name__}: {message_of(error)}"]
-        send(verdicts, outcome)
+        verdicts.write(json.dumps(outcome) + "\n")
 
 
 PROGRAMS = {"command": run_command, "python": run_python, "serve": serve, "test": test}
@@ -1900,9 +1895,10 @@ def grade_apart(program, tests, limits, files=None, modules=()):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         candidate = Flight(job_of("serve", program, load=not files), limits, link=theirs)
-        tester = Flight(job_of("test", files or {}, tests=tests, modules=modules), patient, link=ours, frames=len(tests))
-    (tested, frames, _), (done, _, _) = tester.land(), candidate.land()
-    verdicts = [(passed is True, str(message)) for passed, message in map(json.loads, frames)]
+        tester = Flight(job_of("test", files or {}, tests=tests, modules=modules), patient, report=True, link=ours)
+    (tested, report, _), (done, _, _) = tester.land(), candidate.land()
+    lines = b"".join(report).split(b"\n")[:-1]  # without what the end of the tester has cut
+    verdicts = [(passed is True, message) for passed, message in map(json.loads, lines)]
     missing = f"no verdict: {done.reason or tested.reason or 'the tester ended'}"
     return verdicts + [(False, missing)] * (len(tests) - len(verdicts)), [done, tested]
 
@@ -1940,11 +1936,6 @@ def as_grade(outcomes, runs, names=()):
         status = "sandbox error"
     return Grade(passed, sum(passed) / len(passed), status, runs, [reason for _, reason in outcomes], list(names))
 
-
-def grade_many(jobs, limits=Limits()):
-    """[(source, tests)] -> [Grade], as many at once as this machine has room for."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(lambda job: grade(*job, limits), jobs))
 
 
 # ---- the workspace -------------------------------------------------------------------------------------------------------------
@@ -1986,12 +1977,12 @@ def fits(tree, limits):
 
 class Workspace:
     """
-    A throw-away copy of a repository (a folder, or {path: text or bytes}), for an episode of at most so many `commands`. Between two of
-    them it is a dictionary and nothing else: no process, no descriptor. A command is a run that gets the files; its changes come back.
+    A throw-away copy of a repository (a folder, or {path: text or bytes}). Between two commands it is a dictionary and nothing else: no
+    process, no descriptor. A command is a run that gets the files; its changes come back.
     """
 
-    def __init__(self, source, limits=Limits(), commands=1000):
-        self.limits, self.commands = limits, commands
+    def __init__(self, source, limits=Limits()):
+        self.limits = limits
         if not isinstance(source, dict) and not os.path.isdir(source):
             raise ValueError(f"Workspace: {source} is not a folder")
         self.base = as_files(source) if isinstance(source, dict) else read_tree(source)
@@ -2034,15 +2025,12 @@ class Workspace:
             raise ValueError(f"write: with {path} the files would need more than Limits.disk_mb = {self.limits.disk_mb}")
         self.tree = tree
 
-    def exec(self, command, stdin="", limits=None) -> Run:
+    def exec(self, command, stdin="") -> Run:
         """Run a shell command (or a list of arguments) in the tree, which is then as the command has left it."""
-        if self.commands <= 0:
-            return Run("failed", reason="the allowance of commands is spent")
-        self.commands -= 1
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         job = job_of("command", self.tree, argv=argv, stdin=stdin.encode("utf-8", "surrogatepass"))
         with Machinery.slots:
-            done, _, tree = Flight(job, limits or self.limits, tree=True).land()
+            done, _, tree = Flight(job, self.limits, tree=True).land()
         if tree is not None:  # its links and paths came from inside: they stay inside
             old = {data: data for _, data in self.tree.values()}
             tree = {path: (mode, old.get(data, data)) for path, (mode, data) in tree.items() if contained("", path)}
@@ -2056,7 +2044,7 @@ class Workspace:
         pairs = [(path, self.base.get(path), self.tree.get(path)) for path in sorted(self.base.keys() | self.tree.keys())]
         return "".join(file_diff(*pair) for pair in pairs if pair[1] != pair[2] and not stat.S_ISDIR((pair[1] or pair[2])[0]))
 
-    def grade(self, test_files=None, limits=None) -> Grade:
+    def grade(self, test_files=None) -> Grade:
         """
         Run test files against the tree: {path: text}, or paths in the clean copy (None: all it has), in an interpreter that reaches the
         program by remote calls only. Its conftest.py, plugins and ini files are not there; what has not run has not passed.
@@ -2081,7 +2069,7 @@ class Workspace:
         beside = {Path(path).stem for path in files if path.endswith(".py")}  # a `helpers.py` that lies beside the tests is the tests'
         modules = (new | module_names(self.base) & module_names(program)) - beside  # and a new `json.py` is nobody's json
         with Machinery.slots:
-            verdicts, runs = grade_apart(program, ids, limits or self.limits, files, sorted(modules))
+            verdicts, runs = grade_apart(program, ids, self.limits, files, sorted(modules))
         return as_grade(verdicts, runs, ids)
 
 
@@ -2342,11 +2330,7 @@ def demonstration():
 
 
 def main(argv=None):
-    """The command line; returns the exit status. The zygote's keeper starts here too."""
-    if argv is None and sys.argv[1:2] == ["--zygote"]:
-        global PORTABLE
-        PORTABLE = sys.argv[5] == "1"
-        return keeper(int(sys.argv[3]), int(sys.argv[4]))
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         description="Run a program that nobody trusts, or grade it with tests it cannot reach: in namespaces, under Landlock, seccomp "
         "and rlimits, as far as this machine allows. Without arguments: prints the protections in force and grades two small programs.",
@@ -2387,7 +2371,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(keeper(*map(int, sys.argv[2:5])) if sys.argv[1:2] == ["--zygote"] else main())
     except (ValueError, OSError) as problem:
         print(f"sandbox.py: {problem}", file=sys.stderr)
         sys.exit(2)

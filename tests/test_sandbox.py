@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sandbox
-from sandbox import Call, Check, Io, Limits, Workspace, grade, grade_many, run
+from sandbox import Call, Check, Io, Limits, Workspace, grade, run
 
 SMALL = sandbox.SMALL
 HERE = Path(sandbox.__file__).parent
@@ -36,6 +36,10 @@ HERE = Path(sandbox.__file__).parent
 def at_once(work, items):
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(work, items))
+
+
+def grade_many(jobs, limits=Limits()):
+    return at_once(lambda job: grade(*job, limits), jobs)
 
 
 def footprint():
@@ -692,14 +696,14 @@ def test_no_history_is_reachable_and_no_link_leads_out(tmp_path):
 
 
 def test_commands_change_the_copy_and_only_the_copy():
-    with Workspace({"a.py": "x = 1\n", "d/b.txt": "b\n"}, SMALL, commands=4) as place:
+    with Workspace({"a.py": "x = 1\n", "d/b.txt": "b\n"}, SMALL) as place:
         done = place.exec("sed -i s/1/2/ a.py && rm d/b.txt && mkdir -p e && cp a.py e/c.py && chmod +x e/c.py && mkfifo pipe && ln -s ../../etc out && ln -s a.py in; cat", "typed")
         assert done.status == "ok" and done.stdout == "typed"
         assert place.paths() == ["a.py", "e/c.py"] and place.read("in") == "x = 2\n" and "pipe" not in place.tree and "out" not in place.tree
         assert place.exec("(sleep 50; echo late > a.py) & echo x > /box/run/escape; cd /; touch planted; exit 3").exit_code == 3
         assert place.exec("cat a.py; ls /box/run/escape").stdout == "x = 2\n"
         assert place.exec(["python", "-c", "print(6 * 7)"]).stdout == "42\n"
-        assert place.exec("true").reason == "the allowance of commands is spent"
+
         with pytest.raises(ValueError, match="relative"):
             place.write("../x", "")
         with pytest.raises(ValueError, match="folder of the workspace"):
@@ -851,7 +855,7 @@ import json, sandbox, sys
 from sandbox import Call, Check, grade, Workspace
 sandbox.PORTABLE = "portable" in sys.argv[1]
 limits, hurried = sandbox.SMALL, sandbox.replace(sandbox.SMALL, cpu_s=0.25)
-cheats = sandbox.grade_many([(p, [Call("f", [2], 3), Check("assert f(2) == 3")]) for p in sandbox.CHEATS.values()], limits)
+cheats = [grade(p, [Call("f", [2], 3), Check("assert f(2) == 3")], limits) for p in sandbox.CHEATS.values()]
 honest = grade("def f(x): return x + 1", [Call("f", [2], 3), Check("assert f(2) == 3")], limits)
 with sandbox.ThreadPoolExecutor(4) as pool:
     bombs = dict(zip(sandbox.BOMBS, pool.map(lambda bomb: sandbox.run(bomb[0], limits=hurried).status, sandbox.BOMBS.values())))
