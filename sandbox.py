@@ -253,7 +253,7 @@ def spawn(work, listener=None, flags=0):
     A process that does `work` and nothing else, in new namespaces by `flags`; -> its pid. What breaks it is told to whoever listens.
     For a process of one thread: os.fork() would do, but its hooks touch 150 pages that every child then has to copy.
     """
-    if PORTABLE:
+    if PORTABLE and not flags:
         pid = os.fork()
     else:
         where = (0, thread_id_address()) if ARM else (thread_id_address(), 0)
@@ -477,7 +477,7 @@ def seccomp_program(namespaces):
 def seccomp(program):
     code = ctypes.create_string_buffer(program)
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code)))
-    prctl(PR_SECCOMP, 2, ctypes.byref(header))
+    syscall(SYS_PRCTL, PR_SECCOMP, 2, ctypes.byref(header), 0, 0)
 
 
 # ---- the walls together --------------------------------------------------------------------------------------------------------
@@ -494,7 +494,6 @@ BARE = {  # without namespaces
     "limits": f"{FULL['limits']}; disk and processes are only watched",
 }
 LEAST = {  # what every Unix has
-    **dict.fromkeys(("namespaces", "landlock", "seccomp", "cgroup"), f"missing: not used on {sys.platform}"),
     "view": "missing: programs reach the files, the network and the processes of their user",
     "end": "missing: the process group is killed; a process that has left it stays",
     "limits": "in force: CPU, memory and processes as far as rlimits go; wall, disk and output are watched",
@@ -511,8 +510,7 @@ def raise_walls(namespaces, uid, facts):
         libc.sethostname(b"sandbox", 7)
         build_view(sources)
         sys.executable = TOOLS + "/python"
-    if not PORTABLE:
-        raise_filters(walls, facts)
+    raise_filters(walls, facts)
     if not namespaces and walls["landlock"] < 6 and facts["user"].startswith("missing"):
         # nothing holds signals back: a program of root's could end every process of the machine
         raise OSError(errno.EPERM, f"run this as another user than root, or with a Python that user {OUTSIDE_ID} can read")
@@ -711,8 +709,7 @@ def run_python(job):
     sys.settrace(None)
     if tracer:
         tracer.send()
-    if "threading" in sys.modules:
-        sys.modules["threading"]._shutdown()
+    threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -1138,13 +1135,14 @@ def start_zygote(control, namespaces, facts):
     try:
         pid = spawn(lambda: near.close() or zygote(control, far, namespaces, uid), far, NAMESPACES | NEW_HOSTNAME if namespaces else 0)
     except OSError as error:
-        facts["namespaces"] = f"missing: {error.strerror} (AppArmor, a container's seccomp filter or a sysctl forbids them)"
+        who = "" if PORTABLE else " (AppArmor, a container's seccomp filter or a sysctl forbids them)"
+        facts["namespaces"] = f"missing: {error.strerror}{who}"
         return None
     far.close()
     try:
         if namespaces:
             map_ids(pid, uid or OUTSIDE_ID, os.getgid() if uid else OUTSIDE_ID, uid == 0)
-        made = [] if PORTABLE else cage(pid, facts)
+        made = cage(pid, facts)
         near.send(b"g")
         told = receive(near)
     except OSError as error:
@@ -1176,7 +1174,7 @@ def keeper(control, parent, portable):
     PORTABLE, control, facts = bool(portable), socket.socket(fileno=control), {}
     trainer = [] if PORTABLE else [os.pidfd_open(parent)]  # elsewhere the zygote sees it go, by the end of `control`
     prctl(PR_DUMPABLE, 1)
-    started = not PORTABLE and start_zygote(control, True, facts) or start_zygote(control, False, facts)
+    started = start_zygote(control, True, facts) or start_zygote(control, False, facts)
     if not started:
         return send(control, {"error": facts["namespaces"]})
     control.close()
