@@ -874,7 +874,8 @@ def evaluate(model, tokenizer, files: dict[str, dict[str, str]], *, count: int =
     How well a model fills holes in files it has not seen: one row a level and arm, the same holes in both arms, greedy.
 
     files    {repository: {path: text}} of held-out projects
-    returns  [{"level", "context": "file" or "repository", "count", "exact_match", "edit_similarity", "parse_rate"}], all in per cent
+    returns  [{"level", "context": "file" or "repository", "count", "exact_match", "edit_similarity", "parse_rate", "marks"}], all in
+             per cent; marks are the three by hole: {"exact_match": [...], ...}
 
     The parse rate is that of the whole file with the completion in the hole; every file here parses with its own middle.
     """
@@ -889,9 +890,10 @@ def evaluate(model, tokenizer, files: dict[str, dict[str, str]], *, count: int =
                 got = complete(model, hole.prefix, hole.suffix, tokenizer, **settings, **more)
                 whole = parses(hole.prefix + got + hole.suffix, language)
                 scores[arm].append((100 * exact_match(got, hole.middle, language), edit_similarity(got, hole.middle), 100 * whole))
-        for arm, marks in scores.items():
-            means = zip(("exact_match", "edit_similarity", "parse_rate"), np.mean(marks or [[np.nan] * 3], axis=0).tolist())
-            rows.append({"level": level, "context": arm, "count": len(marks), **dict(means)})
+        for arm, found in scores.items():
+            marks = {metric: [hole[i] for hole in found] for i, metric in enumerate(("exact_match", "edit_similarity", "parse_rate"))}
+            means = {metric: float(np.mean(values or [np.nan])) for metric, values in marks.items()}
+            rows.append({"level": level, "context": arm, "count": len(found), **means, "marks": marks})
     return rows
 
 

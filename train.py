@@ -903,7 +903,8 @@ class Curriculum:
 
     Phase 1 shows every family at level 1. Before phases 2 and 3 the model answers four tasks of each family and level: its pass rate p
     there sets how often a level is drawn (level_weights), and phase 3 perturbs what is solved. Every few steps the held-out loss by
-    family moves the families' shares (adjust). All of it depends on the seed and on the recorded rates alone.
+    family moves the families' shares (adjust); the log of the stage holds these moves. All of it depends on the seed and on the recorded
+    rates alone.
     """
 
     def __init__(self, model, tokenizer, stage, replay, shares, context, rows, steps, seed, world, written=""):
@@ -911,7 +912,7 @@ class Curriculum:
         self.replay, self.replay_shares, self.world, self.steps = replay, shares, world, steps
         self.ends, self.every = [round(end * steps) for end in np.cumsum([share for share, _, _ in PHASES])], max(1, steps // 8)
         self.base = {family: 1 / len(tasks.FAMILIES) for family in tasks.FAMILIES}
-        self.step, self.phase, self.weights, self.rates, self.history = 0, -1, dict(self.base), {}, {f: [] for f in self.base}
+        self.step, self.phase, self.weights, self.rates, self.moves = 0, -1, dict(self.base), {}, []
         self.given, self.phase_given = defaultdict(int), {}
         self.written, self.gate = written_samples(tokenizer, written, self.thinking) if written else (defaultdict(list), Counter())
         self.mixture, self.measured = None, 0  # measured: the phase before which the pass rates were taken last
@@ -982,11 +983,13 @@ class Curriculum:
     @torch.no_grad()
     def reweigh(self):
         """Held-out loss by family, then one move of the shares."""
+        losses = {}
         for family, samples in self.heldout.items():
-            ids, targets, segments = map(torch.from_numpy, data.pack(samples, self.context))
-            loss = self.model.loss(ids.to(self.world.device), targets.to(self.world.device), segments.to(self.world.device))
-            self.history[family].append(float(loss))
-        self.weights = adjust(self.weights, self.base, self.history)
+            ids, targets, segments = (torch.from_numpy(part).to(self.world.device) for part in data.pack(samples, self.context))
+            losses[family] = float(self.model.loss(ids, targets, segments))
+        history = {family: [move["loss"][family] for move in self.moves] + [loss] for family, loss in losses.items()}
+        self.weights = adjust(self.weights, self.base, history)
+        self.moves.append({"step": self.step, "loss": losses, "weights": self.weights})
         self.mixture.shares = self.shares()
 
     def realised(self):
@@ -994,12 +997,12 @@ class Curriculum:
         return {name: count / total for name, count in self.given.items()}
 
     def state(self):
-        kept = ("step", "phase", "weights", "rates", "measured", "history", "phase_given")
+        kept = ("step", "phase", "weights", "rates", "measured", "moves", "phase_given")
         return {name: getattr(self, name) for name in kept} | {"given": dict(self.given), "gate": dict(self.gate),
                                                                "mixture": self.mixture.state()}
 
     def load_state(self, state):
-        for name in ("step", "weights", "rates", "measured", "history", "phase_given"):
+        for name in ("step", "weights", "rates", "measured", "moves", "phase_given"):
             setattr(self, name, state[name])
         self.given = defaultdict(int, state["given"])
         self.enter(state["phase"])
@@ -1225,8 +1228,10 @@ def finish_stage(model, tokenizer, folder, mixture, shares, filled, log, cfg, wo
         realised = ", ".join(f"{n} {100 * s:.2f}%" for n, s in mixture.realised().items())
         line = f"{folder.name}: held-out bits per byte " + ", ".join(f"{n} {s:.3f}" for n, s in scores.items())
         line += f" | rows filled {100 * filled:.1f}% | shares {realised}"
-        gate = {"samples": mixture.gate} if isinstance(mixture, Curriculum) else {}  # admitted, and refused for which reason
-        log({"bits_per_byte": scores, "filled": filled, "realised": mixture.realised(), "asked": shares} | gate, line, last=True)
+        record = {"bits_per_byte": scores, "filled": filled, "realised": mixture.realised(), "asked": shares}
+        if isinstance(mixture, Curriculum):  # samples: admitted, and refused for which reason
+            record |= {"samples": mixture.gate, "rates": mixture.rates, "moves": mixture.moves}
+        log(record, line, last=True)
     if world.size > 1:
         dist.barrier()
 
@@ -1234,39 +1239,47 @@ def finish_stage(model, tokenizer, folder, mixture, shares, filled, log, cfg, wo
 # ---------------------------------------------------------------------------------------------- how good is a checkpoint?
 
 
-@torch.no_grad()
-def bits_per_byte(model, heldout: Path, max_bytes: int, world: World, languages=None) -> dict[str, float]:
+def heldout_bits(model, heldout: Path, max_bytes: int, world: World) -> dict[str, tuple[list, list]]:
     """
-    {language: bits per byte} of the held-out documents of data.py's `code`, at most max_bytes a language.
+    {language: (bits of each document, its bytes)} of the held-out documents of data.py's `code`, at most max_bytes a language.
 
     bits = sum of -log2 p(token) over every token of the document, the first (after the start token) and the closing end of text
-    included; bytes = its UTF-8 length. Documents longer than the context are cut into rows that overlap by one token, so that
-    each token is predicted exactly once. Lower is better, and any two models can be compared, whatever their vocabularies.
+    included; bytes = its UTF-8 length.
     """
     file = data.TokenFile(heldout, "code")
     chosen: dict[str, list[int]] = defaultdict(list)
     size: dict[str, int] = defaultdict(int)
     for i in range(len(file.lengths)):
         language = file.language(i)
-        if size[language] + file.nbytes[i] <= max_bytes and (not languages or language in languages):
+        if size[language] + file.nbytes[i] <= max_bytes:
             chosen[language].append(i)
             size[language] += int(file.nbytes[i])
-    bits = {name: total_bits(model, [file.ids(i) for i in documents], world) for name, documents in chosen.items()}
-    return {name: bits[name] / size[name] for name in sorted(chosen, key=lambda name: -size[name])}
+    return {name: (document_bits(model, [file.ids(i) for i in chosen[name]], world), file.nbytes[chosen[name]].tolist())
+            for name in sorted(chosen, key=lambda name: -size[name])}
 
 
-def total_bits(model, documents, world) -> float:
-    """Sum of -log2 p over all tokens but the first of each document, in windows of the context that overlap by one token."""
-    context, nats = model.config.max_position_embeddings, 0.0
-    windows = [np.asarray(ids[a : a + context + 1], np.int64) for ids in documents for a in range(0, len(ids) - 1, context)]
-    windows.sort(key=len)  # rows of like length together: little padding
+def bits_per_byte(model, heldout: Path, max_bytes: int, world: World) -> dict[str, float]:
+    """{language: bits per byte}. Lower is better, and any two models can be compared, whatever their vocabularies."""
+    return {name: sum(bits) / sum(size) for name, (bits, size) in heldout_bits(model, heldout, max_bytes, world).items()}
+
+
+@torch.no_grad()
+def document_bits(model, documents, world) -> list[float]:
+    """
+    Sum of -log2 p over all tokens but the first, of each document; one that is longer than the context is cut into windows that overlap
+    by one token, so that each token is predicted exactly once.
+    """
+    context, nats = model.config.max_position_embeddings, torch.zeros(len(documents), dtype=torch.float64)
+    windows = [(i, np.asarray(ids[a : a + context + 1], np.int64)) for i, ids in enumerate(documents)
+               for a in range(0, len(ids) - 1, context)]
+    windows.sort(key=lambda window: len(window[1]))  # rows of like length together: little padding
     rows = max(1, 4096 // context)
     for start in range(0, len(windows), rows):
-        batch = [torch.from_numpy(w).to(world.device) for w in windows[start : start + rows]]
+        owners, batch = zip(*[(i, torch.from_numpy(w).to(world.device)) for i, w in windows[start : start + rows]])
         inputs = torch.nn.utils.rnn.pad_sequence([w[:-1] for w in batch], batch_first=True)
         targets = torch.nn.utils.rnn.pad_sequence([w[1:] for w in batch], batch_first=True, padding_value=-100)
-        nats += float(model.loss(inputs, targets, reduction="sum"))
-    return nats / math.log(2)
+        nats.index_add_(0, torch.tensor(owners), model.loss(inputs, targets, reduction="none").sum(1).double().cpu())
+    return (nats / math.log(2)).tolist()
 
 
 def compressors(texts: list[bytes]) -> dict[str, float]:
@@ -1289,7 +1302,7 @@ def heldout_python(heldout: Path, tokenizer, max_bytes: int) -> dict[str, dict[s
 def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks: int, n_samples: int):
     """
     Yields rows (metric, of what, value) for one checkpoint, as they are measured. A value is a number, or (numerators, denominators) by
-    task, so that interval() can say how sure it is.
+    document, hole or task, so that interval() can say how sure it is.
 
     bits per byte    of held-out projects by language; beside it what gzip and xz need for the same Python files
     fim              exact match, edit similarity and parse rate by level, with and without similar files of the same project
@@ -1302,14 +1315,17 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
     """
     model = LoopCoder.from_pretrained(checkpoint, device=world.device, dtype=torch.float32).eval()
     tokenizer, heldout = data.Tokenizer.load(checkpoint), Path(cfg.out) / "data" / "heldout"
-    for language, value in bits_per_byte(model, heldout, cfg.eval_bytes, world).items():
-        yield "bits per byte", language, value
-    projects = heldout_python(heldout, tokenizer, cfg.eval_bytes)
+    for language, pair in heldout_bits(model, heldout, cfg.eval_bytes, world).items():
+        yield "bits per byte", language, pair
+    projects, everywhere = heldout_python(heldout, tokenizer, cfg.eval_bytes), defaultdict(list)
     for name, value in compressors([text.encode() for texts in projects.values() for text in texts.values()]).items():
         yield "bits per byte", f"python by {name}", value
     for row in fim.evaluate(model, tokenizer, projects, count=n_tasks, context=min(1024, model.config.max_position_embeddings)):
-        for metric in ("exact_match", "edit_similarity", "parse_rate"):
-            yield f"fim {metric}, %", f"{row['level']}, {row['context']} context", row[metric]
+        for metric, values in row["marks"].items():
+            yield f"fim {metric}, %", f"{row['level']}, {row['context']} context", (values, [1] * len(values))
+            everywhere[metric] += values
+    for metric, values in everywhere.items():
+        yield f"fim {metric}, %", "all", (values, [1] * len(values))
     if git:
         for name, value in commits.evaluate(model, tokenizer, list(commits.triplets(git))).items():
             yield "commits", name, value
@@ -1340,6 +1356,8 @@ def interval(a, b=None, draws=4000, seed=0):
     shares alike. nan where a metric has no cases at all.
     """
     a, b = (pair and tuple(np.asarray(x, dtype=float) for x in pair) for pair in (a, b))
+    if not len(a[0]):
+        return (math.nan,) * 3
     index = np.random.default_rng(seed).integers(0, len(a[0]), (draws, len(a[0])))
 
     def ratio(pair, at=None):
@@ -1363,7 +1381,7 @@ def evaluate(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks
             raise ValueError(f"--against {against}: no table.json there; run --eval {against} with the same --tasks and --samples first")
         before = json.loads(path.read_text())
         if len(before["pass@1 compose"][0]) != 2 * n_tasks:
-            raise ValueError(f"--against {against}: evaluated on another number of tasks; use the same --tasks for both")
+            raise ValueError(f"--against {against}: evaluated on another number of tasks; run --eval {against} with --tasks {n_tasks}")
     table, clear = {}, []
     for what, which, value in evaluation_table(checkpoint, cfg, world, git, n_tasks, n_samples):
         name = f"{what} {which}"

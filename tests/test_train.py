@@ -159,9 +159,12 @@ def test_a_table_has_intervals_and_gains_over_another_checkpoint_on_the_same_tas
         train.evaluate(out / seed, cfg, train.start_world(cfg), "", 1, 1, against)
         table[seed] = json.loads((out / seed / "table.json").read_text())
     lines = capsys.readouterr().out.splitlines()
-    bits = [name for name in table["0"] if name == "bits per byte python"]
-    gain = table["1"][bits[0]] - table["0"][bits[0]]
-    assert any(line.startswith("bits per byte") and " python " in line and line.endswith(f"gain {gain:+8.4f}") for line in lines) and gain
+    before, after = (table[seed]["bits per byte python"] for seed in "01")
+    assert before[1] == after[1] and len(before[1]) > 1  # the same documents
+    gain = (sum(after[0]) - sum(before[0])) / sum(before[1])
+    assert any(line.startswith("bits per byte") and " python " in line and f"gain {gain:+.3f} [" in line for line in lines) and gain
+    holes = sum(len(pair[0]) for name, pair in table["1"].items() if "exact_match" in name and not name.endswith("all"))
+    assert holes and len(table["1"]["fim exact_match, % all"][0]) == holes  # what is forgotten has its interval, too
     graded = [line for line in lines if line.startswith("pass@1") and "gain" in line]
     assert len(graded) == len(tasks.FAMILIES) and all("[0.000, 0.000]" in line for line in graded)  # random weights solve nothing
     assert lines[-1] == f"clearly above chance and {out / '0'}: 0 families of {len(tasks.FAMILIES)} ()"
