@@ -141,7 +141,8 @@ class Check:
 
     def __post_init__(self):
         try:
-            parse(self.source)
+            if not parse(self.source).body:
+                raise ValueError("Check: its source holds nothing; what asserts nothing would pass every program")
         except (SyntaxError, TypeError) as error:
             raise ValueError(f"Check: its source is not Python: {error}") from error
 
@@ -169,6 +170,8 @@ def parse(text, mode="exec"):
 
 # ---- messages ------------------------------------------------------------------------------------------------------------------
 # Between our own processes, and to a program: 4 bytes of length and then the bytes, which are mostly JSON.
+
+ANSWER_BYTES, REPORT_BYTES = 1 << 20, 1 << 24  # the most of one answer, and of all that a program says besides its output
 
 
 def framed(payload):
@@ -782,7 +785,7 @@ class Tracer:
 
 LOOK_EVERY_S = 0.02
 FREE_DESCRIPTORS, BUFFER_BYTES = 32, 1 << 18
-ANSWER_BYTES, REPORT_BYTES = 1 << 20, 1 << 24  # the most of one answer, of all that is said besides stdout and stderr
+
 
 
 def below(pid, most=1 << 22):
@@ -1112,9 +1115,9 @@ def cage(pid, facts):
     """A ceiling on everything together, in a cgroup, where we may make one: the kernel's own backstop behind the wardens' looks."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
     ceilings = {"memory.max": memory, "memory.limit_in_bytes": memory, "pids.max": 8192}  # of version 2, of version 1, of both
-    made, why, here = [], "no controller is ours to use", Path("/proc/self/cgroup")
+    made, here = [], Path("/proc/self/cgroup")
     version_2 = "unified" if os.path.isdir("/sys/fs/cgroup/unified") else "."
-    facts["cgroup"] = ""
+    facts["cgroup"] = "missing: no controller is ours to use"
     for line in here.read_text().splitlines() if here.exists() else ():
         _, names, path = line.split(":", 2)
         for name in {"memory", "pids", ""}.intersection(names.split(",")):
@@ -1129,8 +1132,8 @@ def cage(pid, facts):
                     Path(folder, "cgroup.procs").write_text(str(pid))
                     facts["cgroup"] = f"in force: all runs together, {memory >> 20} MB and {ceilings['pids.max']} processes"
             except OSError as error:
-                why = error.strerror
-    facts["cgroup"] = facts["cgroup"] or f"missing: {why}"
+                if facts["cgroup"].startswith("missing"):
+                    facts["cgroup"] = f"missing: {error.strerror}"
     return made
 
 
@@ -1196,7 +1199,7 @@ AT_ONCE = 2 * (os.cpu_count() or 1)  # more runs would only wait for each other
 class Machinery:
     """The zygote of this process: started when it is first needed, replaced when it has died, gone when we go."""
 
-    lock, slots, current = threading.Lock(), threading.BoundedSemaphore(AT_ONCE), None
+    lock, slots, current = threading.RLock(), threading.BoundedSemaphore(AT_ONCE), None
     BOOT = "import marshal, sys\nwith open(int(sys.argv[5]), 'rb') as file: code = file.read()\nexec(marshal.loads(code))"
 
     def __init__(self):
@@ -1221,16 +1224,20 @@ class Machinery:
             raise OSError(errno.EPERM, f"the sandbox does not start: {self.facts['error']}")
 
     def stop(self):
-        while self.idle:
-            self.idle.pop().close()
-        with contextlib.suppress(OSError):
-            self.control.shutdown(socket.SHUT_RDWR)  # also where a fork of ours still holds the descriptor
-        self.control.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        """End it, and with it every run that it holds. The next run starts another."""
+        with self.lock:
+            if Machinery.current is self:
+                Machinery.current = None
+            while self.idle:
+                self.idle.pop().close()
+            with contextlib.suppress(OSError):
+                self.control.shutdown(socket.SHUT_RDWR)  # also where a fork of ours still holds the descriptor
+            self.control.close()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
 
     def warden(self):
         """The socket of a warden that has nothing to do."""
@@ -1253,19 +1260,13 @@ class Machinery:
     @classmethod
     def after_fork(cls):
         """A fork of this process starts a zygote of its own; the one it knows is its parent's."""
-        cls.lock, cls.slots, cls.current = threading.Lock(), threading.BoundedSemaphore(AT_ONCE), None
-
-    def replace(self):
-        with self.lock:
-            if Machinery.current is self:
-                Machinery.current = None
-                self.stop()
+        cls.lock, cls.slots, cls.current = threading.RLock(), threading.BoundedSemaphore(AT_ONCE), None
 
 
 def stop():
-    """End the zygote and with it every run. The next run starts another."""
+    """End the zygote, where there is one."""
     if Machinery.current is not None:
-        Machinery.current.replace()
+        Machinery.current.stop()
 
 
 class Flight:
@@ -1285,7 +1286,7 @@ class Flight:
                 socket.send_fds(self.sock, [b"r"], [link.fileno()] if link else [])
                 break
             except OSError:  # it has died since it was last used; nothing was begun, so nothing is lost
-                self.machinery.replace()
+                self.machinery.stop()
                 if attempt == 2:
                     raise
         with contextlib.suppress(OSError):  # what breaks now, land() will say
@@ -1307,7 +1308,7 @@ class Flight:
             self.sock.close()
             with contextlib.suppress(subprocess.TimeoutExpired):  # was it this place alone, or has the zygote died with all of them?
                 self.machinery.process.wait(0.5)
-                self.machinery.replace()
+                self.machinery.stop()
             return Run("sandbox error", reason=f"the run was lost: {error}"), b"", None
         self.machinery.idle.append(self.sock)
         return as_run(result, stdout, stderr), b"".join(said), tree
@@ -2163,13 +2164,15 @@ def protection() -> dict:
 
 def require(*layers):
     """ValueError unless every layer is in force: a level (full, reduced) or a key of protection()."""
-    have, levels = protection(), ["minimal", "reduced", "full"]
+    have = protection()
+    level, good = have.pop("level"), "in force"
+    bad = "; ".join(f"{name} {text}" for name, text in have.items() if not text.startswith(good))
+    have = {"reduced": bad if level == "minimal" else good, "full": good if level == "full" else bad, **have}
     for layer in layers:
-        if layer not in levels and layer not in have:
-            raise ValueError(f"--require {layer}: it must be one of {', '.join(levels[1:] + list(have)[1:])}")
-        if levels.index(have["level"]) < levels.index(layer) if layer in levels else not have[layer].startswith("in force"):
-            words_ = have.get(layer) or "; ".join(f"{name} {text}" for name, text in have.items() if text.startswith("missing"))
-            raise ValueError(f"protection {layer!r} is required, and this machine gives {have['level']!r}: {words_}")
+        if layer not in have:
+            raise ValueError(f"--require {layer}: it must be one of {', '.join(have)}")
+        if not have[layer].startswith(good):
+            raise ValueError(f"protection {layer!r} is required, and this machine gives {level!r}: {have[layer]}")
 
 
 BOMBS = {  # name: (program, the status it must end with, "" for any but ok); with SMALL as limits
@@ -2335,6 +2338,8 @@ def main(argv=None):
         return 0 if selftest() else 1
     if args.bench:
         return bench()
+    if (args.tests or not args.program) and (args.stdin or args.trace) or args.tests and not args.program:
+        raise ValueError("a PROG is graded with --tests, or runs with --stdin and --trace: give a PROG, and not both")
     if not args.program:
         return demonstration()
     source = text_from(args.program)

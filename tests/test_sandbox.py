@@ -977,6 +977,7 @@ def test_hundreds_of_runs_leave_nothing_behind():
     (lambda: grade("", []), "at least one"),
     (lambda: grade("", [3]), "Call, Io or Check"),
     (lambda: grade("", [Check("assert (")]), "not Python"),
+    (lambda: Check("# nothing\n"), "asserts nothing"),
     (lambda: grade("", [Call("f", [], 1)], language="c"), "of Io"),
     (lambda: grade("", [Call("f", [object()], 1)]), "not plain data"),
     (lambda: Call("f", 1, 2), "list of arguments"),
@@ -1008,7 +1009,7 @@ def test_the_command_line_runs_grades_traces_and_refuses(tmp_path):
     assert command_line(tmp_path / "p.py", "--tests", tmp_path / "t.json").stdout.endswith("passed: 3 of 3\n")
     wrong = command_line(tmp_path / "p.py", "--tests", tmp_path / "t.py")
     assert wrong.returncode == 1 and "failed: 0 of 1" in wrong.stdout
-    for bad in ([tmp_path / "none.py"], [tmp_path / "bin.py"], [tmp_path / "p.py", "--tests", tmp_path / "args.json"], [tmp_path / "p.py", "--tests", tmp_path / "bad.json"], ["--require", "moat"], [tmp_path / "p.py", "--cpu_s", "0"]):
+    for bad in ([tmp_path / "none.py"], [tmp_path / "bin.py"], [tmp_path / "p.py", "--tests", tmp_path / "args.json"], [tmp_path / "p.py", "--tests", tmp_path / "bad.json"], ["--tests", tmp_path / "t.py"], [tmp_path / "p.py", "--trace", "--tests", tmp_path / "t.py"], ["--require", "moat"], [tmp_path / "p.py", "--cpu_s", "0"]):
         done = command_line(*bad)
         assert done.returncode == 2 and done.stderr.startswith("sandbox.py: ") and done.stderr.count("\n") == 1 and not done.stdout, done
     assert "level" in command_line().stdout
