@@ -881,6 +881,10 @@ class Tree:
                 return
             time.sleep(0.001)
 
+    def used(self):
+        cpu_s, peak_mb = max(self.cpu_s, sum(self.seen.values())), max(self.peak_kb / 1024, self.peak / 2**20)
+        return {"cpu_s": cpu_s, "peak_mb": peak_mb, "exit_code": os.waitstatus_to_exitcode(self.status), "level": self.walls["level"]}
+
 
 def buffer(size):
     """Memory that goes back to the kernel with its last user; never Python's own, from which later programs are forked."""
@@ -944,19 +948,18 @@ class Talk(Inbox):
         return over or self.complete()
 
 
-def attend(tree, work, limits, inboxes, asker, wake):
+def attend(tree, work, limits, inboxes, talk, asker, wake):
     """
-    Watch a program until it ends, breaks a limit or has said all it was asked; then kill every process of the run and count. When
-    `asker`, the socket of whoever wants this run, hangs up, nobody needs the answer.
+    Watch a program until it ends, breaks a limit (the answer: which, and why) or has said all it was asked by `talk`. When `asker`, the
+    socket of whoever wants this run, hangs up, nobody needs the answer.
     """
     poll, readers = select.poll(), {inbox.descriptor: inbox for inbox in inboxes}
-    talk = inboxes[-1] if isinstance(inboxes[-1], Talk) else None
     for descriptor in (wake, *readers):
         poll.register(descriptor, select.POLLIN)
     poll.register(asker, 0)
     broken, over, next_look = None, False, tree.started + LOOK_EVERY_S
     while not over:
-        if talk in readers.values():
+        if talk:
             poll.register(talk.descriptor, select.POLLIN | (select.POLLOUT if talk.unsent else 0))
         for descriptor, event in poll.poll(max(0, (next_look - time.monotonic()) * 1000)):
             if descriptor == wake:
@@ -968,23 +971,13 @@ def attend(tree, work, limits, inboxes, asker, wake):
             elif event == select.POLLOUT:
                 talk.write()
             elif readers[descriptor].read():
-                over = over or readers.pop(descriptor) is talk
                 poll.unregister(descriptor)
+                over = over or readers[descriptor] is talk
         if not over and time.monotonic() >= next_look:
             broken = tree.look(work, limits)
             over = broken is not None
             next_look = time.monotonic() + LOOK_EVERY_S
-    wall_s = time.monotonic() - tree.started
-    tree.fell()
-    for reader in readers.values():  # all writers are dead: what is left in the pipes is all there will ever be
-        with contextlib.suppress(BlockingIOError):  # unless one has left the process group, where that is all we can kill
-            while not reader.read():
-                pass
-    return {
-        "used": {"wall_s": wall_s, "cpu_s": max(tree.cpu_s, sum(tree.seen.values())), "level": tree.walls["level"],
-                 "peak_mb": max(tree.peak_kb / 1024, tree.peak / 2**20), "exit_code": os.waitstatus_to_exitcode(tree.status)},
-        "cut": [inbox.cut for inbox in inboxes], "broken": broken, "finished": bool(talk and talk.complete() and not broken),
-    }  # fmt: skip
+    return broken
 
 
 def warden(asker, walls, not_ours):
@@ -1032,21 +1025,28 @@ def one_run(order, links, asker, wake, walls):
         said, work = socket.recv_fds(told, 4096, 1)[:2]
         if said != b"ready":  # the walls do not stand: our own failure
             raise OSError(f"the program could not be started: {text_of(said[4:]) or 'no word'}")
-        inboxes = list(map(Inbox, our_ends, sizes))
+        inboxes, talk = list(map(Inbox, our_ends, sizes)), None
         if order["questions"]:
             questions = [buffer(4 + size) for size in order["questions"]]
             for question in questions:
                 read_into(asker, question)
-            inboxes.append(Talk(near, questions))
-        result = attend(tree, work[0], limits, inboxes, asker, wake)
+            talk = Talk(near, questions)
+            inboxes.append(talk)
+        broken = attend(tree, work[0], limits, inboxes, talk, asker, wake)
+        wall_s = time.monotonic() - tree.started
     finally:
         tree.fell()
-    for descriptor in (told.detach(), near.detach(), *our_ends):
-        os.close(descriptor)
-    send(asker, result)
+    for inbox in inboxes:  # all writers are dead: what is left in the pipes is all there will ever be
+        with contextlib.suppress(BlockingIOError):  # unless one has left the process group, where that is all we can kill
+            while not inbox.read() and not inbox.cut:
+                pass
+    finished, cut = bool(talk and talk.complete() and not broken), [inbox.cut for inbox in inboxes]
+    send(asker, {"broken": broken, "finished": finished, "cut": cut, "used": {"wall_s": wall_s, **tree.used()}})
     for inbox in inboxes:
         asker.sendall(struct.pack("!I", len(inbox.said())))
         asker.sendall(inbox.said())
+    for descriptor in (told.detach(), near.detach(), *our_ends):
+        os.close(descriptor)
     if order["tree"]:
         reader = spawn(lambda: send_tree(asker, work[0], limits))  # yet another process, so that no file's content stays in this one
         if os.waitpid(reader, 0)[1]:
@@ -1411,9 +1411,6 @@ def run(source, stdin="", files=None, limits=Limits(), language="python", trace=
 DEPTH = 64
 
 
-class Unsendable(ValueError):
-    """A value that is not plain data."""
-
 
 PLAIN = {  # type: its JSON, by the type's own methods, so that a lying __iter__ has no say; subclasses are what they extend
     type(None): lambda value, _: value,
@@ -1435,11 +1432,11 @@ PLAIN = {  # type: its JSON, by the type's own methods, so that a lying __iter__
 def pack(value, other=None, depth=0):
     """A value as a JSON tree. `other(value)` makes a tree of what is not plain."""
     if depth > DEPTH:
-        raise Unsendable(f"nested deeper than {DEPTH}, or in itself")
+        raise ValueError(f"nested deeper than {DEPTH}, or in itself")
     kind = next((each for each in PLAIN if issubclass(type(value), each)), None)
     if kind is None:
         if other is None:
-            raise Unsendable(f"{type(value).__name__} is not plain data")
+            raise ValueError(f"{type(value).__name__} is not plain data")
         return other(value)
     body = PLAIN[kind](value, lambda items: [pack(item, other, depth + 1) for item in items])
     if kind is int and body.bit_length() >= 4096:
@@ -1507,8 +1504,6 @@ def serve(job):
 
     def keep(value):
         """Hand out an object, which the other side can then name by its number."""
-        if len(kept) >= 10_000:
-            raise Unsendable("more than 10,000 objects in use")
         kept.append(value)
         bases = value.__mro__ if isinstance(value, type) else ()
         return {"object": [len(kept) - 1, [base.__name__ for base in bases[:8]]]}
@@ -1531,7 +1526,7 @@ def serve(job):
             reply = [nonce, "raised", [base.__name__ for base in type(error).__mro__[:8]], message_of(error)]
         frame = json.dumps(reply).encode()
         if len(frame) > ANSWER_BYTES:
-            frame = json.dumps([nonce, "raised", ["Unsendable"], f"an answer of {len(frame)} bytes, {ANSWER_BYTES} at most"]).encode()
+            frame = json.dumps([nonce, "raised", ["ValueError"], f"an answer of {len(frame)} bytes, {ANSWER_BYTES} at most"]).encode()
         channel.sendall(framed(frame))
         try:
             nonce, *question = receive(channel)
@@ -1595,7 +1590,7 @@ class Line:
     def reference(self, value):
         if isinstance(value, Remote):
             return {"object": [value._start]}
-        raise Unsendable(f"{type(value).__name__} cannot be handed to the program: it is not plain data")
+        raise ValueError(f"{type(value).__name__} cannot be handed to the program: it is not plain data")
 
     def remote(self, tag, body):
         number, bases = body
@@ -2118,8 +2113,9 @@ def c(name, *args):
 def fits(n):
     try: return stat.S_IFMT(os.fstat(n).st_mode) and os.readlink(f"/proc/self/fd/{n}") != os.getcwd()
     except OSError: return False
-plan, outcomes = json.load(open("plan.json")), {}
+plan, outcomes, home = json.load(open("plan.json")), {}, os.getcwd()
 for name, code in plan["probes"].items():
+    os.chdir(home)
     try:
         exec(code, {"there": plan["there"], "arm": os.uname().machine == "aarch64", "c": c, "fits": fits})
         outcomes[name] = ""

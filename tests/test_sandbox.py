@@ -63,7 +63,8 @@ def settled():
 
 PROBES = {
     **sandbox.PROBES,
-    "home": "open('/root/.bashrc'); open('/home')",
+    "the home of root": "import os, sys; [name for name in os.listdir('/root') if not sys.base_prefix.startswith('/root/' + name)][0]",
+    "the homes of all": "import os; os.listdir('/home')",
     "etc/shadow": "open('/etc/shadow')",
     "our source": f"open({str(HERE / 'sandbox.py')!r})",
     "installed packages": "import numpy",
@@ -82,7 +83,7 @@ PROBES = {
     "remove a tool": "import os; os.remove('/usr/bin/env')",
     "change a tool": "import os; os.chmod('/usr/bin/env', 0o777)",
     "change the owner": "import os; open('o', 'w'); os.chown('o', 0, 0)",
-    "disk device": "open('/dev/vda', 'rb'); open('/dev/sda', 'rb')",
+    "disk device": "import glob; open(glob.glob('/dev/[hsv]d[a-z]*')[0], 'rb')",
     "kernel memory": "open('/dev/mem', 'rb')",
     "terminal": "open('/dev/tty')",
     "type into a terminal": "import fcntl; fcntl.ioctl(0, 0x5412, b'x')",
@@ -142,6 +143,8 @@ needs_full = pytest.mark.skipif(CLAIMED, reason="this machine does not give ever
 @pytest.mark.parametrize("name", PROBES)
 def test_no_way_out(stopped, name):
     assert stopped[name], f"nothing stopped it: {PROBES[name]}"
+    if PROBES[name].startswith("c("):  # by a wall, not by the nonsense in its arguments
+        assert stopped[name].startswith("PermissionError") or "[Errno 38]" in stopped[name], stopped[name]
 
 
 def test_what_an_honest_program_needs_still_works():
@@ -854,7 +857,7 @@ REPORT = """
 import json, sandbox, sys
 from sandbox import Call, Check, grade, Workspace
 sandbox.PORTABLE = "portable" in sys.argv[1]
-limits, hurried = sandbox.SMALL, sandbox.replace(sandbox.SMALL, cpu_s=0.25)
+limits, hurried = sandbox.SMALL, sandbox.replace(sandbox.SMALL, cpu_s=0.25, memory_mb=64)
 cheats = [grade(p, [Call("f", [2], 3), Check("assert f(2) == 3")], limits) for p in sandbox.CHEATS.values()]
 honest = grade("def f(x): return x + 1", [Call("f", [2], 3), Check("assert f(2) == 3")], limits)
 with sandbox.ThreadPoolExecutor(4) as pool:
