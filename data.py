@@ -24,8 +24,6 @@ import argparse
 import ast
 import base64
 import bisect
-import collections
-import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -41,16 +39,13 @@ import json
 import keyword
 import math
 import mmap
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 import urllib.parse
 import zlib
@@ -194,17 +189,17 @@ def read_all(entries):
         git = functools.cache(lambda repo: stack.enter_context(subprocess.Popen(
             ["git", "-C", repo, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
         for entry in entries:
-            kind, _, rest = entry.place.partition("\0")
+            kind, *where = entry.place.split("\0")
             if kind == "git":
-                repo, oid = rest.split("\0")
-                git(repo).stdin.write(oid.encode() + b"\n")
-                git(repo).stdin.flush()
-                size = int(git(repo).stdout.readline().split()[2])
-                yield git(repo).stdout.read(size + 1)[:-1]  # the object is followed by a newline
+                reader = git(where[0])
+                reader.stdin.write(f"{where[1]}\n".encode())
+                reader.stdin.flush()
+                size = int(reader.stdout.readline().split()[2])
+                yield reader.stdout.read(size + 1)[:-1]  # the object is followed by a newline
             elif kind == "line":
-                path, offset = rest.split("\0")
-                open_once(path).seek(int(offset))
-                yield json.loads(open_once(path).readline())[0].encode("utf-8", "replace")
+                spool = open_once(where[0])
+                spool.seek(int(where[1]))
+                yield json.loads(spool.readline())[0].encode("utf-8", "replace")
             else:
                 yield Path(entry.place).read_bytes()
 
@@ -257,7 +252,8 @@ def held_out_projects(entries, share):
             chosen.add(project)
             held.update(row)
     if len(size) < 2:
-        raise ValueError(f"only one project ({''.join(size)}) in the sources: nothing can be held out; give more sources")
+        raise ValueError(f"only one project ({''.join(size)}) in the sources: nothing can be held out; give more sources, or a folder "
+                         f"with several folders in it: each is a project")
     return chosen or {min(size, key=lambda project: (sum(size[project].values()), project))}  # of a handful, the smallest
 
 
@@ -265,28 +261,23 @@ def held_out_projects(entries, share):
 
 AGENT = {"User-Agent": "nanoLoopCoder/0.1 (reads Common Crawl's archives, never the sites themselves)", "Accept-Encoding": "identity"}
 LARGEST_RECORD, LARGEST_DOWNLOAD = 16_000_000, 2_000_000_000  # bytes
-TRIES = 6
+TRIES, PASSING = 6, (408, 429, 500, 502, 503, 504)  # what may be otherwise at the next try
 
 
 def request(url, method="GET", headers=(), **options):
-    """One request, patiently: lost connections, 429 and 5xx are tried again after 1, 2, 4, ... seconds or as long as the server says."""
-    pause = 0
-    for attempt in range(TRIES):
-        time.sleep(pause)
-        pause = 2**attempt
-        try:
-            reply = requests.request(method, url, headers={**AGENT, **dict(headers)}, timeout=60, stream=True, **options)
-        except requests.RequestException as error:
-            trouble = type(error).__name__
-            continue
-        if reply.ok or reply.status_code == 416:  # 416: the range that we ask for begins at the end of the file
-            return reply
-        trouble = f"HTTP {reply.status_code}"
-        if reply.status_code < 500 and reply.status_code not in (408, 429):
-            raise ValueError(f"{url}: {trouble}; the server does not give it")
-        if (after := reply.headers.get("Retry-After", "")).isdigit():
-            pause = min(int(after), 60)
-    raise OSError(f"{url}: {trouble} after {TRIES} tries; run the same command later, it goes on where it stopped")
+    """One request, patiently: what may pass is tried again after 2, 4, 8, ... seconds or as long as the server says."""
+    again = urllib3.Retry(TRIES - 1, backoff_factor=1, status_forcelist=PASSING, allowed_methods=None, raise_on_status=False)
+    session = requests.Session()
+    session.adapters = dict.fromkeys(session.adapters, requests.adapters.HTTPAdapter(max_retries=again))
+    try:
+        reply = session.request(method, url, headers={**AGENT, **dict(headers)}, timeout=60, stream=True, **options)
+    except requests.ConnectionError as error:
+        raise OSError(f"{url}: no connection after {TRIES} tries; run the same command later, it goes on where it stopped") from error
+    if reply.status_code in PASSING:
+        raise OSError(f"{url}: HTTP {reply.status_code} after {TRIES} tries; run the same command later, it goes on where it stopped")
+    if not reply.ok and reply.status_code != 416:  # 416: the range that we ask for begins at the end of the file
+        raise ValueError(f"{url}: HTTP {reply.status_code}; the server does not give it")
+    return reply
 
 
 def download(url, path, first=0, size=None):
@@ -637,8 +628,6 @@ def clean(text, language="text"):
 
 MACROS, TOLERATED = {"c", "c++"}, 0.05  # share of bytes in faulty nodes; macros are no syntax, elsewhere every fault counts
 DEEPEST, SLOWEST_S = 200, 5.0         # nesting of brackets; seconds for one file
-BRACKETS = np.zeros(256, np.int8)
-BRACKETS[[ord(c) for c in "([{"]], BRACKETS[[ord(c) for c in ")]}"]] = 1, -1
 
 
 def parses(code, language):
@@ -646,7 +635,7 @@ def parses(code, language):
     if language not in fim.LANGUAGES:
         return True
     data, began = fim.to_bytes(code), time.monotonic()
-    if np.cumsum(BRACKETS.take(np.frombuffer(data, np.uint8)), dtype=np.int32).max(initial=0) > DEEPEST:
+    if np.cumsum(fim.OPENS.take(np.frombuffer(data, np.uint8)), dtype=np.int32).max(initial=0) > DEEPEST:
         return False
     parser, late = fim.parser(language), lambda *_: time.monotonic() - began > SLOWEST_S
     try:
@@ -778,9 +767,9 @@ def signature(shingle_set):
 
 
 @functools.cache
-def bands(threshold, n=len(PERMUTATIONS)):
+def bands(threshold):
     """(b, r): a pair of Jaccard s meets with probability 1 - (1 - s^r)^b. The r with fewest errors, a miss counting double."""
-    s = np.linspace(0.005, 0.995, 100)
+    s, n = np.linspace(0.005, 0.995, 100), len(PERMUTATIONS)
     missed = lambda r: (1 - s**r) ** (n // r)
     r = min(range(1, 33), key=lambda r: np.where(s < threshold, 1 - missed(r), 2 * missed(r)).sum())
     return n // r, r
@@ -1005,7 +994,7 @@ PLACE = 256 + len(KEYWORDS) + 100    # kinds of token: signs, keywords, names an
 
 def first_lines(text):
     """What both scorers see: the lines that are not blank, up to READ_LINES."""
-    return list(itertools.islice((line for line in text.split("\n") if line.strip()), READ_LINES))
+    return "\n".join([line for line in text.split("\n") if line.strip()][:READ_LINES])
 
 
 class NgramScorer:
@@ -1021,7 +1010,7 @@ class NgramScorer:
     def features(self, texts):
         x = np.zeros((len(texts), self.PLACES), np.float32)
         for out, text in zip(x, texts):
-            ids = np.asarray(self.tokenizer.encode("\n".join(first_lines(text))), U64) + U64(1)  # 0 would add nothing
+            ids = np.asarray(self.tokenizer.encode(first_lines(text)), U64) + U64(1)  # 0 would add nothing
             found = np.concatenate([grams(ids, n) for n in (1, 2, 3)])
             out[:] = np.sqrt(np.bincount((found % U64(self.PLACES)).astype(np.int64), minlength=self.PLACES))
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
@@ -1035,7 +1024,7 @@ def line_marks(text, width=16):
     A text as a proxy reads it, one row a line, (lines, width): indentation, length, then the first tokens, apart for the first place of a
     line, the second, and the others. Of a name or number only length and kind: what names mean, a few hundred documents cannot teach.
     """
-    raw = np.frombuffer(fim.to_bytes("\n".join(first_lines(text))), np.uint8)
+    raw = np.frombuffer(fim.to_bytes(first_lines(text)), np.uint8)
     at = token_starts(raw)
     if not len(at):
         return np.zeros((1, width), np.int64)
@@ -1244,27 +1233,57 @@ def language_mixture(available, budget):
     return {name: min(size, cap * weight[name]) for name, size in available.items()}
 
 
+EXPONENTS = np.geomspace(0.02, 3, 150)  # 3 % apart; below and above, a power is as good as a straight line or as nothing
+
+
 def refit(points):
     """
-    Fit L = A N^-a + B D^-b + floor to [(parameters, tokens, loss)]: for every pair of exponents of a grid the rest is linear; the
-    best by squared error, with A, B, floor >= 0; A is 0 where size has not helped. -> dict.
+    Fit L = A N^-a + B D^-b + floor with A, B, floor >= 0 to [(parameters, tokens, loss)] by least squares. For each pair of exponents of
+    a grid the rest is linear: of the normal equations of every choice of terms the best solution without a negative one is taken.
+
+    -> dict; `N_range` and `D_range` hold the exponents that fit as well, by an F test at 95 % (a profile likelihood; points of one run
+    are no independent draws, so the truth is wider). A range that ends where EXPONENTS does leaves its exponent open: so it is if one
+    size alone was trained, if size has not helped (A is 0 then), or if as many sizes as terms were.
     """
-    (n, d, loss), exponents, fits = np.array(points, float).T, np.linspace(0.05, 1.5, 59).tolist(), []
-    for a, b in itertools.product([0.0] + exponents * (len(set(n)) > 1), exponents):
-        design = np.stack([(n / n.max()) ** -a * (a > 0), (d / d.max()) ** -b, np.ones_like(n)], 1)
-        weight = np.linalg.lstsq(design, loss, rcond=None)[0]
-        if (weight >= -1e-9).all():
-            A, B, floor = weight.tolist()
-            fits.append((((design @ weight - loss) ** 2).mean() ** 0.5, A * n.max()**a, B * d.max()**b, floor, a, b))
-    if not fits:
+    n, d, loss = np.array(points, float).T
+    a, b = map(np.ravel, np.meshgrid(EXPONENTS, EXPONENTS, indexing="ij"))
+    design = np.stack([(n / n.max()) ** -a[:, None], (d / d.max()) ** -b[:, None], np.ones((len(a), len(n)))], 2)  # (pairs, points, 3)
+    weight, error = np.zeros((len(a), 3)), np.full(len(a), np.inf)
+    for terms in ([2], [0], [1], [0, 2], [1, 2], [0, 1], [0, 1, 2]):
+        x = design[..., terms]
+        found = np.linalg.solve(x.mT @ x + 1e-12 * np.eye(len(terms)), (x.mT @ loss)[..., None])[..., 0]
+        off = (((x @ found[..., None])[..., 0] - loss) ** 2).sum(1)
+        better = (found >= 0).all(1) & (off < 0.999 * error)  # a further term must earn its place
+        weight[better], error[better] = 0, off[better]
+        weight[np.ix_(better, terms)] = found[better]
+    best, free = error.argmin(), len(loss) - 5
+    (A, B, floor), a, b = weight[best].tolist(), a[best] * (weight[best, 0] > 0), b[best]
+    if A == B == 0:
         raise ValueError(f"no falling law fits these {len(points)} losses: {points[:3]}...; train longer or on more sizes")
-    return dict(zip(("rms", "A", "B", "floor", "alpha_N", "alpha_D"), map(float, min(fits))))
+    t = 1.96 + 2.372 / max(free, 1) + 2.823 / max(free, 1) ** 2  # Student's at 95 %, by its expansion (Abramowitz and Stegun 26.7.5)
+    fits = (error <= error[best] * (1 + t**2 / free) if free > 0 else error < np.inf).reshape(len(EXPONENTS), -1)
+    law = {"rms": (error[best] / len(loss)) ** 0.5, "A": A * n.max()**a, "B": B * d.max()**b, "floor": floor, "alpha_N": a, "alpha_D": b}
+    for name, row in (("N_range", fits.any(1)), ("D_range", fits.any(0))):
+        among = EXPONENTS[np.convolve(row, [1, 1, 1], "same") > 0]  # a step more on both sides: the truth lies between those of the grid
+        law[name] = among[0], among[-1]
+    return law
 
 
-def small_runs(folder, widths=(32, 48, 64), steps=120, batch=8, context=256):
-    """[(language, parameters, tokens, loss)]: dense models on each large language; every batch is new, so its loss is held out."""
+def show_law(language, points):
+    """The fitted law in one line, and one for each exponent: how sure it is, or that these runs do not determine it."""
+    law = refit(points)
+    print(f"{language}: loss = {law['A']:.4g} N^-{law['alpha_N']:.3f} + {law['B']:.4g} D^-{law['alpha_D']:.3f} + {law['floor']:.3f}; "
+          f"error {law['rms']:.4f} (rms) over {len(points)} losses")
+    for name, (low, high) in (("N", law["N_range"]), ("D", law["D_range"])):
+        sure = low > EXPONENTS[0] and high < EXPONENTS[-1]
+        print(f"  alpha_{name} " + (f"lies between {low:.3f} and {high:.3f} (95 %)" if sure else
+              f"is not determined by these runs: all from {low:.3f} to {high:.3f} fit as well (95 %); train more sizes, and longer"))
+
+
+def small_runs(folder, widths=(16, 32, 64, 128), steps=120, batch=8, context=256, tests=48):
+    """[(language, parameters, tokens, loss)]: dense models on each large language; all sizes see the same batches and test rows."""
     file, tokenizer, rows = TokenFile(Path(folder) / "train", "code"), Tokenizer.load(Path(folder) / "tokenizer"), []
-    taken, size, needed = defaultdict(list), Counter(), int(1.05 * steps * batch * context)
+    taken, size, needed = defaultdict(list), Counter(), int(1.05 * (steps * batch + tests) * context)
     for i in np.random.default_rng(0).permutation(len(file.lengths)).tolist():
         if size[language := file.language(i)] < needed:
             taken[language].append(file.ids(i))
@@ -1277,19 +1296,20 @@ def small_runs(folder, widths=(32, 48, 64), steps=120, batch=8, context=256):
         model = LoopCoder(LoopCoderConfig(vocab_size=tokenizer.vocab_size, hidden_size=width, intermediate_size=3 * width, loop_num=1,
                                           num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=width // 2))
         parameters = sum(p.numel() for p in model.model.layers.parameters())
-        optimizer, losses = torch.optim.AdamW(model.parameters(), 2e-3), []
+        optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
         packed = list(map(torch.from_numpy, pack(taken[language], context)))
-        order = torch.randperm(len(packed[0]))
-        for step in range(min(steps, len(order) // batch)):
-            optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 10)  # then constant: every length is a run of its own
-            loss = model.loss(*(x[order[batch * step:batch * (step + 1)]] for x in packed))
+        order = torch.randperm(len(packed[0]), generator=torch.Generator().manual_seed(0))
+        test, training = order[:tests], order[tests:tests + steps * batch]
+        for step, chosen in enumerate(training.split(batch), 1):
+            optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 10)  # then constant: every length is a run of its own
+            loss = model.loss(*(x[chosen] for x in packed))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            losses.append(loss.item())
-            if (step + 1) % (steps // 4) == 0:
-                rows.append((language, parameters, (step + 1) * batch * context, float(np.mean(losses[-10:]))))
+            if step % (steps // 4) == 0:
+                with torch.no_grad():
+                    rows.append((language, parameters, step * batch * context, model.loss(*(x[test] for x in packed)).item()))
         print("refit   {:12s}{:8d} parameters {:8d} tokens: loss {:.3f}".format(*rows[-1]))
     return rows
 
@@ -1487,8 +1507,8 @@ class Tokenizer:
         self.tokens = tokens
         self.special = {name: len(tokens) + i for i, name in enumerate(SPECIAL)}
         self.vocab_size = len(tokens) + len(SPECIAL)
-        ranks = {token: i for i, token in enumerate(tokens)}
-        self.encoding = tiktoken.Encoding("nanoloopcoder", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.special)
+        self.encoding = tiktoken.Encoding("nanoloopcoder", pat_str=SPLIT, mergeable_ranks={token: i for i, token in enumerate(tokens)},
+                                          special_tokens=self.special)
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -1505,6 +1525,9 @@ class Tokenizer:
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
+
+    def length(self, text):
+        return len(self.encode(text))
 
     def encode_parts(self, parts):
         """[(text, is_special, in_loss)] -> (ids, in_loss of each id)."""
@@ -1573,7 +1596,7 @@ class TokenWriter:
     def __init__(self, folder, name, vocab_size, cut=True):
         self.path, self.dtype, self.cut = Path(folder) / name, np.dtype("<u2" if vocab_size <= 65536 else "<u4"), cut
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.files = {kind: open(f"{self.path}.{kind}.tmp", "wb") for kind in ("tokens", "index", "loss")}
+        self.files = {kind: open(f"{self.path}.{kind}", "wb") for kind in ("tokens", "index", "loss")}
         self.hash, self.counts, self.masked, self.tokens = hashlib.sha256(), defaultdict(Counter), False, 0
         self.languages, self.projects = {}, {}
 
@@ -1590,15 +1613,12 @@ class TokenWriter:
         self.counts[language].update(documents=1, tokens=len(ids), bytes=nbytes)
 
     def close(self):
-        """Rename everything into place; returns the summary that also stands in NAME.json. No documents: no files, None."""
-        for file in self.files.values():
-            file.close()
+        """Returns the summary that also stands in NAME.json. No documents: no files, None."""
         total = sum(self.counts.values(), Counter())
-        for kind in self.files:
-            if total and (kind != "loss" or self.masked):
-                os.replace(f"{self.path}.{kind}.tmp", f"{self.path}.{kind}")
-            else:
-                os.remove(f"{self.path}.{kind}.tmp")
+        for kind, file in self.files.items():
+            file.close()
+            if not total or kind == "loss" and not self.masked:
+                os.remove(file.name)
         if not total:
             return None
         summary = {**total, "sha256": self.hash.hexdigest(), "dtype": self.dtype.str, "cut": self.cut, "masked": self.masked,
@@ -1705,6 +1725,8 @@ class Mixture:
     the next row that best_fit fills from it. Shares may change on the way. The order of an epoch depends on its number alone, so the
     state is small.
     """
+    COUNTS = ("opened", "drawn", "given", "due")           # by category: pieces sent to the pool, their tokens, tokens in rows, asked for
+
     def __init__(self, files, shares, context, rows, seed=0, piece=None):
         missing = [name for name in shares if name not in files]
         total = sum(shares.values())
@@ -1715,8 +1737,8 @@ class Mixture:
         self.files, self.context, self.rows, self.seed = files, context, rows, seed
         self.piece = piece or context                      # tokens of a document that go into one row at most
         self.pieces = {name: self._pieces(files[name]) for name in self.names}
-        self.epoch, self.cursor, self.order = dict.fromkeys(self.names, 0), dict.fromkeys(self.names, 0), {}
-        self.drawn, self.given, self.due = (dict.fromkeys(self.names, 0) for _ in range(3))   # tokens in the pool, in rows, asked for
+        self.order = {}                                    # name -> the order of the pieces in the epoch that is under way
+        self.opened, self.drawn, self.given, self.due = (dict.fromkeys(self.names, 0) for _ in self.COUNTS)
         self.pool = []                                     # (category, document, start, tokens), oldest first
 
     def _pieces(self, file):
@@ -1729,14 +1751,12 @@ class Mixture:
         return np.array(rows, np.int64)
 
     def _draw(self, name):
-        if name not in self.order:
-            key = digest(str(self.seed), name, str(self.epoch[name]))
+        epoch, at = divmod(self.opened[name], len(self.pieces[name]))
+        if at == 0 or name not in self.order:
+            key = digest(str(self.seed), name, str(epoch))
             self.order[name] = np.random.default_rng(key).permutation(len(self.pieces[name]))
-        document, start, n = self.pieces[name][self.order[name][self.cursor[name]]].tolist()
-        self.cursor[name] += 1
-        if self.cursor[name] == len(self.order[name]):
-            self.cursor[name], self.epoch[name] = 0, self.epoch[name] + 1
-            del self.order[name]
+        document, start, n = self.pieces[name][self.order[name][at]].tolist()
+        self.opened[name] += 1
         self.drawn[name] += n
         self.pool.append((name, document, start, n))
 
@@ -1767,14 +1787,13 @@ class Mixture:
         return {name: count / total for name, count in self.given.items()}
 
     def state(self):
-        counts = {name: dict(getattr(self, name)) for name in ("epoch", "cursor", "drawn", "given", "due")}
-        return counts | {"pool": [list(piece) for piece in self.pool]}
+        return {count: dict(getattr(self, count)) for count in self.COUNTS} | {"pool": [list(piece) for piece in self.pool]}
 
     def load_state(self, state):
-        if set(state["epoch"]) != set(self.names):
-            raise ValueError(f"mixture state of {sorted(state['epoch'])} does not belong to a mixture of {sorted(self.names)}")
-        for name in ("epoch", "cursor", "drawn", "given", "due"):
-            setattr(self, name, dict(state[name]))
+        if set(state["opened"]) != set(self.names):
+            raise ValueError(f"mixture state of {sorted(state['opened'])} does not belong to a mixture of {sorted(self.names)}")
+        for count in self.COUNTS:
+            setattr(self, count, dict(state[count]))
         self.pool, self.order = [tuple(piece) for piece in state["pool"]], {}
 
 
@@ -1787,7 +1806,6 @@ def plain_parts(text):
 def file_samples(docs, tokenizer, context, rng):
     """A fifth of the files, half of them with a hole; at most `context` tokens, each second one a quarter of that."""
     docs = [doc for doc in docs if doc.language in CODE and digest(doc.project, doc.path) % 5 == 0]
-    length = lambda text: len(tokenizer.encode(text))
     for i, (doc, level) in enumerate(zip(docs, fim.plan(len(docs), rng))):
         limit = context // (4 if i % 2 else 1) - fim.FILE_SPECIALS - 2  # pieces of a text may measure a token more than the whole
         if level is None:
@@ -1795,7 +1813,7 @@ def file_samples(docs, tokenizer, context, rng):
         else:
             split = fim.split(doc.text, doc.language if doc.language in fim.LANGUAGES else None, level, rng, max_middle=limit)
             with contextlib.suppress(ValueError):  # a middle of rare characters alone can be longer than the limit
-                yield doc.language, doc.project, fim.file_parts(fim.trim(split, limit, length))
+                yield doc.language, doc.project, fim.file_parts(fim.trim(split, limit, tokenizer.length))
 
 
 PER_PROJECT = 6  # whole contexts, and as many files with a hole, that the part of a project in one shard gives
@@ -1803,7 +1821,6 @@ PER_PROJECT = 6  # whole contexts, and as many files with a hole, that the part 
 
 def repo_samples(docs, tokenizer, context, rng):
     """A project's files in dependency order, what is imported before its users; and files with a hole behind similar snippets."""
-    length = lambda text: len(tokenizer.encode(text))
     for project, group in itertools.groupby(docs, key=lambda doc: doc.project):  # they come sorted
         files = {doc.path: doc for doc in group if doc.language in CODE}
         if len(files) < 2:
@@ -1812,10 +1829,10 @@ def repo_samples(docs, tokenizer, context, rng):
         contexts, room = [], 0
         for path in fim.dependency_order(texts):
             new = [("<|file_sep|>", True, True), (f"{path}\n{texts[path]}\n", False, True)]
-            size = 1 + length(new[1][0])
+            size = 1 + tokenizer.length(new[1][0])
             if size > room:
                 contexts.append((files[path].language, [("<|repo_name|>", True, True), (f"{project}\n", False, True)]))
-                room = context - 4 - length(project)
+                room = context - 4 - tokenizer.length(project)
             if size <= room:                                             # a file that no context holds is left out
                 contexts[-1][1].extend(new)
                 room -= size
@@ -1826,7 +1843,7 @@ def repo_samples(docs, tokenizer, context, rng):
             limit, language = context // (4 if i % 2 else 1) - 8, files[path].language
             split = fim.split(texts[path], language if language in fim.LANGUAGES else None, level, rng, max_middle=limit)
             with contextlib.suppress(ValueError):
-                near, split = fim.trim_repo(project, fim.similar_files(index, path, split), path, split, limit, length)
+                near, split = fim.trim_repo(project, fim.similar_files(index, path, split), path, split, limit, tokenizer.length)
                 yield language, project, fim.repo_parts(project, near, path, split)
 
 
@@ -1840,13 +1857,15 @@ def split_of(repository, default, paths, held_out):
     return default if known.isdisjoint(held_out) else "heldout"
 
 
-def commit_samples(repository, default, held_out, tokenizer, context):
+def commit_samples(repository, default, held_out, tokenizer, context, log):
     """Triplets of a git history: message and patch whole, the context around them cut to fit. Patches too long for it are left out."""
-    length = lambda text: len(tokenizer.encode(text))
-    for i, triplet in enumerate(commits.triplets(repository)):
-        parts = commits.triplet_parts(triplet, budget=context // (4 if i % 2 else 1), length=length)
-        split = split_of(repository, default, {*triplet.old_files, *triplet.new_files}, held_out)
-        yield split, "commit", "diff", Path(repository).resolve().name, parts
+    try:
+        for i, triplet in enumerate(commits.triplets(repository)):
+            parts = commits.triplet_parts(triplet, budget=context // (4 if i % 2 else 1), length=tokenizer.length)
+            split = split_of(repository, default, {*triplet.old_files, *triplet.new_files}, held_out)
+            yield split, "commit", "diff", Path(repository).resolve().name, parts
+    except ValueError as error:  # a shallow clone, a history that is too short: the files of such a repository are good all the same
+        log(f"absent  commit    {error}")
 
 
 AGENT_FAMILIES = ("terminal", "tools", "web", "gui", "swe")
@@ -1863,10 +1882,6 @@ def task_samples(split, name, seeds):
             parts = tasks.trajectory_parts(task, bool(task.detour) and seed % 3 == 0) if episode else tasks.task_parts(task, thinking=True)
             yield split, name, family, "", parts
 
-
-def fact_samples():
-    for fact in code_facts():
-        yield "train", "text", "facts", "", plain_parts(f"Question: {fact.question}\nAnswer: {fact.answer}\n")
 
 
 def shard_samples(path, fates, tokenizer, context):
@@ -1890,7 +1905,7 @@ def read_benchmarks(paths):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", errors="replace") as file:
             try:
                 rows = [json.loads(line).values() for line in file if line.strip()] if ".jsonl" in path.name else [[file.read()]]
-            except (ValueError, AttributeError, EOFError, zlib.error) as error:
+            except (ValueError, AttributeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise ValueError(f"{path}: not JSON lines of objects ({error}); mend it, what is not read would not be kept out") from error
         texts[path.name.split(".")[0]] += [text for row in rows for text in row if isinstance(text, str) and len(text) > 40]
     return texts
@@ -1904,7 +1919,7 @@ def clean_shard(job):
     entries, path, decontaminator = job
     if Path(path).exists():
         return
-    found, drops, prints, sets = [], defaultdict(list), defaultdict(list), [np.empty(0, U32)]
+    found, drops, prints, sets = [], defaultdict(list), [], [np.empty(0, U32)]
     for entry, raw in zip(entries, read_all(entries)):
         language, shown, fired = entry.language, decode(raw), ["binary"]
         text = shown
@@ -1922,10 +1937,8 @@ def clean_shard(job):
         if text is not None:
             found.append((text, language, entry.project, entry.path))
             sets.append(shingles(text))
-            row = U64(digest(normal(text))), len(text), len(sets[-1]), signature(sets[-1]), embed([text])[0].astype(np.float16)
-            for name, value in zip(("exact", "size", "varied", "signature", "vector"), row):
-                prints[name].append(value)
-    np.savez(f"{path}.npz", **{name: np.array(rows) for name, rows in prints.items()})
+            prints.append((U64(digest(normal(text))), len(text), len(sets[-1]), signature(sets[-1]), embed([text])[0].astype(np.float16)))
+    np.savez(f"{path}.npz", **dict(zip(("exact", "size", "varied", "signature", "vector"), map(np.array, zip(*prints)))))
     Path(f"{path}.shingles").write_bytes(np.concatenate(sets).tobytes())
     write_json(f"{path}.documents", found)
     write_json(path, {"about": [(project, name, len(fim.to_bytes(text))) for text, _, project, name in found], "drops": drops})
@@ -1938,42 +1951,31 @@ def documents(fates, split):
         yield from (Document(*row) for row, fate in zip(rows, where) if fate == split)
 
 
-WORK = []  # in a process of parallel(): its work, found in memory, for it was forked; so it may be a closure that holds a model
+class Answers:
+    """work(job) as a DataLoader asks for it. Its processes are forked, so work may be a closure; a refusal is an answer, too."""
+    def __init__(self, work):
+        self.work = work
 
-
-def begin(work, parent):
-    """A process of parallel() begins. Ctrl-C is for its parent; if that is killed, this one ends, too."""
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
-    WORK.append(work)
-
-
-def inherited(job):
-    return WORK[-1](job)
+    def __getitem__(self, job):
+        try:
+            return self.work(job), None
+        except (ValueError, OSError) as error:
+            return None, error
 
 
 def parallel(work, jobs, workers):
     """Yields work(job) for each job, in order, from so many processes. Few jobs are under way at a time: there may be endlessly many."""
-    if workers == 1:
-        yield from map(work, jobs)
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), begin, (work, os.getpid()))
-    under_way = collections.deque()
+    forked = {"num_workers": workers, "multiprocessing_context": "fork"} if workers > 1 else {}
+    loader = torch.utils.data.DataLoader(Answers(work), None, sampler=jobs, collate_fn=tuple, generator=torch.Generator(), **forked)
     try:
-        for job in jobs:
-            under_way.append(pool.submit(inherited, job))
-            if len(under_way) > 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    except concurrent.futures.BrokenExecutor as error:
+        for answer, error in loader:
+            if error:
+                raise error
+            yield answer
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
         raise OSError("a process was killed, perhaps for want of memory; the same command with --workers 1 goes on") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def deduplicate(paths, near=0.7, alike=0.8):
@@ -2071,15 +2073,17 @@ MOST_TASKS = 1_000_000  # tokens of a category of generated tasks: there is no e
 BEST = 0.25             # of each language, the share of code that the scorer puts first: the set to anneal on
 
 
-def write_splits(out, fates, scorer, tokenizer, repositories, held_out, context, workers):
+def write_splits(out, fates, scorer, tokenizer, repositories, held_out, context, workers, log):
     """
     All categories of both splits -> {split: {category: summary}}. The processes make and tokenise samples, this one writes them in the
     order of the jobs, so that every number of processes leaves the same bytes.
     """
     writers = {(split, name): TokenWriter(out / split, name, tokenizer.vocab_size, cut=name in ("code", "text", "quality"))
                for split in ("train", "heldout") for name in CATEGORIES}
-    makers = {"shard": lambda path: shard_samples(path, fates[path], tokenizer, context), "facts": fact_samples, "tasks": task_samples,
-              "commits": lambda repository, default: commit_samples(repository, default, held_out, tokenizer, context)}
+    makers = {"shard": lambda path: shard_samples(path, fates[path], tokenizer, context), "tasks": task_samples,
+              "commits": lambda repository, default: commit_samples(repository, default, held_out, tokenizer, context, log),
+              "facts": lambda: (("train", "text", "facts", "", plain_parts(f"Question: {fact.question}\nAnswer: {fact.answer}\n"))
+                                for fact in code_facts())}
 
     def make(job):
         rows, code = [], []
@@ -2152,7 +2156,8 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
     offered = {e: source for e, source in find(sources, out / "fetched", counts).items() if 0 < e.size <= LARGEST_FILE}
     sample = draw_sample(list(offered), max_bytes)
     if not sample:
-        raise ValueError(f"source {' '.join(sources)}: nothing to train on; known extensions are {' '.join(sorted(BY_EXTENSION))}")
+        skipped = "".join(f"{reason} {number}, " for reason, number in counts.items())
+        raise ValueError(f"source {' '.join(sources)}: nothing to train on; {skipped}known extensions are {' '.join(sorted(BY_EXTENSION))}")
     held_out = held_out_projects(sample, heldout)
     stamp("find", f"{megabytes(offered)}; sample {megabytes(sample)}; projects held out {len(held_out)}")
 
@@ -2170,7 +2175,7 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
     lessons = heapq.nsmallest(1200, python, key=lambda doc: digest(doc.path))
     scorer = quality_table(lessons, tokenizer, teacher, ("code",), log=log).get("code")  # None: too few, and no category `quality`
     stamp("quality", "of code learned")
-    splits = write_splits(work, fates, scorer, tokenizer, histories(sources, git), held_out, context, workers)
+    splits = write_splits(work, fates, scorer, tokenizer, histories(sources, git), held_out, context, workers, log)
 
     used = {source: Counter() for source in sources}
     for entry in sample:
@@ -2308,10 +2313,17 @@ def bench_syntax(texts):
 BENCHES = {"tokenizer": bench_tokenizer, "duplicates": bench_duplicates, "renamed": bench_renamed, "syntax": bench_syntax}
 
 
+def own_modules():
+    """What the running Python can import, in the order of a hash."""
+    entries = sorted((e for e in running_python() if e.language == "python" and 200 < e.size < LARGEST_FILE), key=lambda e: digest(e.path))
+    for entry, raw in zip(entries, read_all(entries)):
+        if text := decode(raw):
+            yield Document(text, entry.language, entry.project, entry.path)
+
+
 def bench(arm):
     """One arm or all of them, on the running Python's own files: our figure and the peer's in one run."""
-    files = sorted((e for e in running_python() if e.language == "python" and 200 < e.size < 200_000), key=lambda e: digest(e.path))
-    texts = [text for raw in read_all(files) if (text := decode(raw))]
+    texts = [doc.text for doc in own_modules() if len(doc.text) < 200_000]
     for name, work in BENCHES.items():
         if arm in (name, "all"):
             try:
@@ -2339,12 +2351,9 @@ def explain(rule, out):
         print(f"\n== {name}\n{text}")
 
 
-def show_mixture():
-    solved = solve_mixture(350, LAW["B"], LAW["alpha_D"])
-    helped = solve_mixture(350, LAW["B"], LAW["alpha_D"], LAW["synergy"], gamma=1.0)
-    print("billions of tokens of 350   report  solver  solver with synergy")
-    for row in zip(LAW["languages"], LAW["optimised"], solved, helped):
-        print("{:28s}{:6.2f}  {:6.2f}  {:6.2f}".format(*row))
+
+def refuse(message):
+    raise ValueError(f"{message}; --help lists the options")
 
 
 def main(argv=None):
@@ -2370,6 +2379,7 @@ def main(argv=None):
     add("--mixture", action="store_true", help="print the allocation of tokens to languages: the report's, and the solver's")
     add("--refit", action="store_true", help="fit the scaling law to small runs on the built corpus")
     add("--bench", nargs="?", const="all", choices=["all", *BENCHES], help="speed beside tokenizers, datasketch and rensa, tree-sitter")
+    parser.error = refuse
     args = parser.parse_args(argv)
     url, _, model = args.teacher.partition("#")
     teacher = tasks.Teacher(url, model or "default", Path(args.out) / "teacher") if url else None
@@ -2381,16 +2391,18 @@ def main(argv=None):
         for fact in code_facts(args.facts, teacher):
             print(f"{fact.question}  {fact.answer}")
     elif args.mixture:
-        show_mixture()
+        solved = solve_mixture(350, LAW["B"], LAW["alpha_D"])
+        helped = solve_mixture(350, LAW["B"], LAW["alpha_D"], LAW["synergy"], gamma=1.0)
+        print("billions of tokens of 350   report  solver  solver with synergy")
+        for row in zip(LAW["languages"], LAW["optimised"], solved, helped):
+            print("{:28s}{:6.2f}  {:6.2f}  {:6.2f}".format(*row))
     elif args.refit:
         rows = small_runs(args.out)
         for language in sorted({row[0] for row in rows}):
-            print(language, {name: round(value, 4) for name, value in refit([row[1:] for row in rows if row[0] == language]).items()})
+            show_law(language, [row[1:] for row in rows if row[0] == language])
     elif args.proxies:
-        entries = [e for e in running_python() if e.language == "python" and 0 < e.size <= LARGEST_FILE]
-        read = lambda chosen: ((text, e) for e, raw in zip(chosen, read_all(chosen)) if (text := decode(raw)))
-        tokenizer = Tokenizer.train((text for text, _ in read(draw_sample(entries, 8_000_000))), args.vocab_size)
-        quality_table((Document(text, e.language, e.project, e.path) for text, e in read(entries)), tokenizer, teacher)
+        tokenizer = Tokenizer.train((doc.text for doc in itertools.islice(own_modules(), 600)), args.vocab_size)
+        quality_table(own_modules(), tokenizer, teacher)
     else:
         try:
             build(args.out, args.source, args.vocab_size, args.max_mb * 1e6, args.heldout, args.context, args.git, args.benchmark,
