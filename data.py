@@ -350,15 +350,18 @@ def warc_pages(path, counts):
             while stream and (line := stream.readline(65536)):
                 if line.startswith(b"WARC/"):
                     try:
-                        yield page(*record(stream))
+                        yield page(stream)
                     except ValueError as error:
                         counts[str(error)] += 1
                     except http.client.HTTPException:
                         counts["headers not understood"] += 1
 
 
-def record(stream):
-    """(headers, block) of the WARC record whose first line was just read."""
+def page(stream):
+    """
+    The document of the WARC record whose first line was just read: a `conversion` (WET) is text, a `response` is HTML or text behind
+    its HTTP headers. ValueError: its reason is counted.
+    """
     head = http.client.parse_headers(stream)
     size = int(head["Content-Length"]) if str(head["Content-Length"]).isdigit() else -1
     if not 0 <= size <= LARGEST_RECORD:
@@ -366,26 +369,19 @@ def record(stream):
     block = stream.read(size)
     if len(block) < size:
         raise ValueError("record cut short")
-    return head, block
-
-
-def page(head, block):
-    """The document of a record: a `conversion` (WET) is text, a `response` is HTML or text behind its HTTP headers."""
-    kind, url, body, content = head["WARC-Type"], head["WARC-Target-URI"] or "", block, "text/plain"
-    if kind == "response":
-        stream = io.BytesIO(block)
-        status = stream.readline()
-        content, body = http.client.parse_headers(stream).get("Content-Type", ""), stream.read()
-        if status.split()[1:2] != [b"200"] or not re.match("text/(html|plain)", content):
-            raise ValueError("record is no page")
-    elif kind != "conversion":
+    inside, content, good = io.BytesIO(block), "text/plain", head["WARC-Type"] == "conversion"
+    if head["WARC-Type"] == "response":
+        good, content = inside.readline().split()[1:2] == [b"200"], http.client.parse_headers(inside).get("Content-Type", "")
+    if not good or not re.match("text/(html|plain)", content):
         raise ValueError("record is no page")
+    body = inside.read()
     for name, data in (("WARC-Payload-Digest", body), ("WARC-Block-Digest", block)):
         if (head[name] or "").startswith("sha1:") and head[name][5:] != base64.b32encode(hashlib.sha1(data).digest()).decode():
             raise ValueError("record with a wrong digest")
     if (text := decode(body)) is None:
         raise ValueError("record is binary")
     text = html_text(text) if content.startswith("text/html") else text
+    url = head["WARC-Target-URI"] or ""
     return Document(text, "text", urllib.parse.urlsplit(url).hostname or "unknown site", url)
 
 
@@ -2352,15 +2348,14 @@ def explain(rule, out):
 
 
 
-def refuse(message):
-    raise ValueError(f"{message}; --help lists the options")
-
-
 def main(argv=None):
     """Read the options, then build the corpus, or explain, measure or fit one part of it."""
+    def refuse(message):
+        raise ValueError(f"{message}; --help lists the options")
+
     parser = argparse.ArgumentParser(description="Build training tokens, held-out tokens and their tokenizer. Only a source that is a URL "
                                      "uses the network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    add, parser.error = parser.add_argument, refuse
     add("--source", nargs="+", default=["python"], help="`python` (the running one), folders, git repositories, FILE.jsonl(.gz), "
         "FILE.warc(.gz), FILE.wet(.gz), their URLs, cc:INDEX?url=PATTERN")
     add("--git", nargs="+", default=[], help="git repositories whose histories make the category commit (those among --source do too)")
@@ -2379,7 +2374,6 @@ def main(argv=None):
     add("--mixture", action="store_true", help="print the allocation of tokens to languages: the report's, and the solver's")
     add("--refit", action="store_true", help="fit the scaling law to small runs on the built corpus")
     add("--bench", nargs="?", const="all", choices=["all", *BENCHES], help="speed beside tokenizers, datasketch and rensa, tree-sitter")
-    parser.error = refuse
     args = parser.parse_args(argv)
     url, _, model = args.teacher.partition("#")
     teacher = tasks.Teacher(url, model or "default", Path(args.out) / "teacher") if url else None

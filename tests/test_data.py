@@ -792,6 +792,7 @@ def test_points_that_leave_an_exponent_open_are_said_to_do_so(points, open_one, 
     data.show_law("python", points)
     lines = {line.split()[0]: line for line in capsys.readouterr().out.strip().split("\n")}
     assert "is not determined by these runs" in lines[f"alpha_{open_one}"]
+    assert all(data.refit(planted((n,), TOKENS, seed=seed, noise=0.01))["A"] == 0 for n in (1e3, 1e5) for seed in range(4))
     worse = data.refit([(n, d, loss + n / 1e6) for n, d, loss in planted((1e4, 1e5), TOKENS, A=0)])
     assert worse["A"] == worse["alpha_N"] == 0 and worse["alpha_D"] == pytest.approx(0.45, abs=0.05)
 
