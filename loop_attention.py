@@ -83,73 +83,96 @@ def widened(q, k, v):
 
 
 @torch.compiler.assume_constant_result
-def has_bfloat16_tiles():
-    """Whether this CPU has AMX: units that multiply bfloat16 tiles several times as fast as float32 vectors."""
-    return torch.cpu._is_amx_tile_supported()
+def has_bfloat16_products():
+    """Whether this CPU multiplies bfloat16 matrices by instructions of its own, twice as fast as float32 ones or more."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def fuses(q):
-    """Whether FusedBackward is the faster form: a compiler is there to fuse what lies between its products, which AMX takes in bfloat16."""
-    return torch.compiler.is_compiling() and q.dtype == torch.bfloat16 and has_bfloat16_tiles()
+    """Whether FusedAttention is the faster form: a compiler is there to fuse what lies between its products, which are faster in bfloat16."""
+    return torch.compiler.is_compiling() and q.dtype == torch.bfloat16 and has_bfloat16_products()
 
 
-class FusedBackward(torch.autograd.Function):
+FUSED_TILE = 256   # queries in a tile of FusedAttention
+
+
+class FusedAttention(torch.autograd.Function):
     """
-    Attention with torch's forward kernel and a backward of ours, for torch.compile: five products for each tile of queries, and between
-    them one elementwise pass that a compiler fuses. With S = q k^T / sqrt(D) + mask and delta = rowsum(do o):
+    Attention for torch.compile, a tile of queries at a time: two products forward, five backward, and between them elementwise passes
+    that a compiler fuses. With S = q k^T / sqrt(D) + mask, lse = log sum exp(S) and delta = rowsum(do o):
 
-        P = exp(S - lse)    dV = P^T do    dS = P (do V^T - delta)    dQ = dS K / sqrt(D)    dK = dS^T Q / sqrt(D)
+        P = exp(S - lse)    O = P V    dV = P^T do    dS = P (do V^T - delta)    dQ = dS K / sqrt(D)    dK = dS^T Q / sqrt(D)
 
     q (N, H, T, D), k and v (N, KV, S, D); mask (N, 1, T, S) in the dtype of q, 0 or -inf; without one S = T and attention is causal.
+    The backward pass makes S again and in other steps, as k q^T: a compiler would keep what it finds in both passes, T x T numbers.
     """
 
     @staticmethod
+    def tiles(T, S, mask):
+        """[(queries, keys)] of each tile, as slices."""
+        if mask is not None:
+            return [(slice(0, T), slice(0, S))]
+        return [(slice(a, min(a + FUSED_TILE, T)), slice(0, min(a + FUSED_TILE, T))) for a in range(0, T, FUSED_TILE)]
+
+    @staticmethod
+    def seen(keys, queries):
+        """Whether a key is no later than a query; compared in float32, which a CPU compares faster than integers."""
+        place = lambda x: torch.arange(x.start, x.stop, dtype=torch.float32)
+        return place(keys)[:, None] <= place(queries)                            # (keys, queries)
+
+    @staticmethod
     def forward(ctx, q, k, v, mask):
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask)
+        ctx.sizes = (N, H, T, D), (KV, S) = q.shape, k.shape[1:3]
+        n, group, wide = N * KV, H // KV, torch.promote_types(q.dtype, torch.float32)
+        q, k, v = q.reshape(n, group, T, D), k.reshape(n, S, D), v.reshape(n, S, D)
+        mask = None if mask is None else mask.expand(N, KV, T, S).reshape(n, 1, T, S)
+        parts = []
+        for queries, keys in FusedAttention.tiles(T, S, mask):
+            qt, kt, vt = q[:, :, queries].reshape(n, -1, D).contiguous(), k[:, keys].contiguous(), v[:, keys].contiguous()
+            s = torch.bmm(qt, kt.mT).view(n, group, -1, keys.stop).to(wide) * D**-0.5
+            s = torch.where(FusedAttention.seen(keys, queries).T, s, -math.inf) if mask is None else s + mask
+            peak = s.amax(-1, keepdim=True)
+            p = (s - peak).exp().to(q.dtype)
+            total = p.to(wide).sum(-1, keepdim=True)                             # of the weights as they are used
+            o = torch.bmm(p.flatten(1, 2), vt).view(n, group, -1, D)
+            parts.append(((o / total).to(q.dtype), peak + total.log()))
+        o, lse = (torch.cat(x, dim=2) for x in zip(*parts))
         ctx.save_for_backward(q, k, v, o, lse, mask)
-        return o
+        return o.view(N, H, T, D)
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, o, lse, mask = ctx.saved_tensors
-        (N, H, T, D), (KV, S) = q.shape, k.shape[1:3]
-        n, group, wide = N * KV, H // KV, torch.promote_types(q.dtype, torch.float32)
-        tile = TILE if mask is None else T
-        delta = (do.to(wide) * o).sum(-1).view(n, group, T, 1)
-        lse, q, do = lse.reshape(n, group, T, 1), q.reshape(n, group, T, D), do.reshape(n, group, T, D)
-        k, v = k.reshape(n, S, D), v.reshape(n, S, D)
-        parts, scale = [], D**-0.5
-        for a in range(0, T, tile):
-            b = min(a + tile, T)
-            e = b if mask is None else S                                         # the tile sees no key from here on
-            ke, ve, rows = k[:, :e], v[:, :e], lambda x, a=a, b=b: x[:, :, a:b].reshape(n, -1, D)
-            scores = lambda x, y, a=a, b=b: torch.bmm(x, y.mT).view(n, group, b - a, -1).to(wide)
-            qt, dot = rows(q), rows(do)
-            s = scores(qt, ke) * scale
-            if mask is None:
-                s = torch.where(torch.arange(e) <= torch.arange(a, b)[:, None], s, -math.inf)
-            else:
-                s = s + mask.expand(N, KV, T, S).reshape(n, 1, T, S)
-            p = (s - lse[:, :, a:b]).exp()
-            ds = (p * (scores(dot, ve) - delta[:, :, a:b])).to(q.dtype).flatten(1, 2)
-            p = p.to(q.dtype).flatten(1, 2)
-            parts.append((torch.bmm(ds, ke).view(n, group, b - a, D), torch.bmm(ds.mT, qt), torch.bmm(p.mT, dot)))
+        (N, H, T, D), (KV, S) = ctx.sizes
+        n, group, wide = N * KV, H // KV, lse.dtype
+        do = do.reshape(n, group, T, D)
+        delta = (do.to(wide) * o).sum(-1, keepdim=True)
+        across = lambda x, queries: x[:, :, queries].permute(0, 3, 1, 2)         # (n, group, T, 1) -> (n, 1, group, queries)
+        qdo, kv, parts = torch.stack([q, do]), torch.stack([k, v]), []
+        for queries, keys in FusedAttention.tiles(T, S, mask):
+            qt, dot = qdo[:, :, :, queries].reshape(2, n, -1, D).contiguous()
+            kt, vt = kv[:, :, keys].contiguous()
+            s = torch.bmm(kt, qt.mT).view(n, keys.stop, group, -1).to(wide) * D**-0.5    # (n, keys, group, queries)
+            s = torch.where(FusedAttention.seen(keys, queries)[:, None], s, -math.inf) if mask is None else s + mask.permute(0, 3, 1, 2)
+            p = (s - across(lse, queries)).exp()
+            ds = (p * (torch.bmm(vt, dot.mT).view(p.shape) - across(delta, queries))).to(q.dtype).flatten(2)
+            dq = torch.bmm(ds.mT, kt).view(n, group, -1, D)
+            parts.append((dq, torch.bmm(ds, qt), torch.bmm(p.to(q.dtype).flatten(2), dot)))
         dq, dk, dv = zip(*parts)
-        dq = torch.cat(dq, dim=2)
 
         def total(parts):                                                        # the sum of (n, e, D), each e a tile longer than the last
             starts = range(0, S, parts[0].shape[1])
             pieces = [sum(x[:, a:a + parts[0].shape[1]].to(wide) for x in parts if x.shape[1] > a) for a in starts]
-            return torch.cat(pieces, dim=1)
+            return torch.cat(pieces, dim=1).view(N, KV, S, D)
 
-        dk, dv = total(dk), total(dv)
-        return ((dq * scale).view(N, H, T, D), (dk * scale).to(q.dtype).view(N, KV, S, D), dv.to(q.dtype).view(N, KV, S, D), None)
+        dq, dk, dv = torch.cat(dq, dim=2).view(N, H, T, D) * D**-0.5, total(dk) * D**-0.5, total(dv)
+        return dq, dk.to(q.dtype), dv.to(q.dtype), None
 
 
 def attend_documents(q, k, v, starts):
     """Causal attention of each document to itself: q (B, H, T, D), k and v (B, KV, T, D), starts (B, T) or None -> (B, H, T, D)."""
     if starts is None and fuses(q):
-        return FusedBackward.apply(q, k, v, None)
+        return FusedAttention.apply(q, k, v, None)
     q, k, v, dtype = *widened(q, k, v), q.dtype
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True) if starts is None else each_document(q, k, v, starts)
     return o.to(dtype)
@@ -189,7 +212,7 @@ def attend_window(q, k, v, window, starts):
         return x.transpose(1, 2).flatten(0, 1)
 
     q, k, v = blocks(q, 0), blocks(k, c), blocks(v, c)
-    o = FusedBackward.apply(q, k, v, mask) if fused else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    o = FusedAttention.apply(q, k, v, mask) if fused else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return o.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T].to(dtype)
 
 

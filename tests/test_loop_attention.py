@@ -78,8 +78,8 @@ def test_the_fast_form_and_all_its_gradients_equal_the_reference(dtype, toleranc
 
 @pytest.mark.parametrize("T, tile", [(300, 128), (128, 64), (50, 128), (65, 16)])
 @pytest.mark.parametrize("form", ["causal", "mask"])
-def test_the_backward_for_a_compiler_equals_the_gradients_of_the_equation(T, tile, form, monkeypatch):
-    monkeypatch.setattr(la, "TILE", tile)
+def test_the_form_for_a_compiler_and_its_gradients_equal_the_equation(T, tile, form, monkeypatch):
+    monkeypatch.setattr(la, "FUSED_TILE", tile)
     B, H, KV, D = 2, 6, 3, 8
     q, k, v = (torch.randn(B, heads, T, D, dtype=torch.float64, requires_grad=True) for heads in (H, KV, KV))
     i = torch.arange(T)
@@ -88,14 +88,14 @@ def test_the_backward_for_a_compiler_equals_the_gradients_of_the_equation(T, til
         keep = keep & (i > i[:, None] - torch.tensor([9, 30])[:, None, None, None])   # another window in each row
     mask = torch.zeros(B, 1, T, T, dtype=q.dtype).masked_fill(~keep, -math.inf) if form == "mask" else None
     do = torch.randn(B, H, T, D, dtype=q.dtype)
-    o, expected = la.FusedBackward.apply(q, k, v, mask), la.masked_attention(q, k, v, keep)
+    o, expected = la.FusedAttention.apply(q, k, v, mask), la.masked_attention(q, k, v, keep)
     torch.testing.assert_close(o, expected, rtol=0, atol=1e-13)
     for a, b in zip(torch.autograd.grad(o, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
 
-def test_compiled_in_bfloat16_that_backward_is_taken_and_as_exact_as_rounding_allows(monkeypatch):
-    monkeypatch.setattr(la, "has_bfloat16_tiles", lambda: True)                  # the choice of a CPU with AMX, on any
+def test_compiled_in_bfloat16_that_form_is_taken_and_as_exact_as_rounding_allows(monkeypatch):
+    monkeypatch.setattr(la, "has_bfloat16_products", lambda: True)               # the choice of a CPU with AMX, on any
     graphs = []
 
     def backend(graph, _inputs):
@@ -110,6 +110,18 @@ def test_compiled_in_bfloat16_that_backward_is_taken_and_as_exact_as_rounding_al
     assert (out - expected).norm() <= 0.01 * expected.norm()
     for a, b in zip(torch.autograd.grad(out, x, do), torch.autograd.grad(expected, exact, do.double())):
         assert (a - b).norm() <= 0.02 * b.norm()
+
+
+def test_what_a_compiler_keeps_for_the_backward_grows_with_the_row_and_not_with_its_square():
+    def kept(T):
+        sizes = []
+        q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
+        form = torch.compile(lambda q, k, v: la.FusedAttention.apply(q, k, v, None), backend="aot_eager_decomp_partition", dynamic=False)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()), lambda x: x):
+            form(q, k, v)
+        return sum(sizes)
+
+    assert kept(1024) <= 2.1 * kept(512)
 
 
 def test_plain_causal_attention_equals_pytorchs_own():
