@@ -721,8 +721,8 @@ class RLConfig:
     context: int = flag(768, "longest episode, in tokens")
     overlong: int = flag(32, "soft punishment over the last tokens of the room; 0: none")
     mask_cut: bool = flag(False, "learn nothing from episodes that were cut at a limit")
-    shuffle_rewards: bool = flag(False, "control: permute the rewards inside each group")
     planted: float = flag(0.0, "swe: share of groups that start behind a wrong edit and its failure, to learn from what follows")
+    shuffle_rewards: bool = flag(False, "control: permute the rewards inside each group")
     shuffle_feedback: bool = flag(False, "control: failing tests show another task's failure")
     slots: int = flag(96, "rows that are decoded at a time")
     micro_tokens: int = flag(8192, "padded tokens of one forward and backward")
@@ -1025,9 +1025,10 @@ def comparison(found, against=None):
 # Does it work, and is it the reward that does it? Models of under a million parameters, made here from nothing; held-out templates;
 # several seeds; and beside each run the controls that would show the same gain if it came from anything else.
 # compose   two demonstrations in five are wrong, so imitation cannot tell which to believe; a reward can.
-# swe       demonstrations repair at once what a report tells; where none does they guess, and where the guess fails they give up, or try
-#           another fix blind. None reads the failure of its own edit. Of three candidates one has then failed, so a blind retry is right
-#           half the time at best: the value that recovery is to be measured against.
+# swe       demonstrations repair at once what a user reports, in the task or as the answer to a fix that was submitted untested; where no
+#           report comes they guess, and where the guess fails its test they give up, or now and then try another fix blind. None reads the
+#           failure of its own test. Of four candidates one is the fault and one has then failed, so a blind retry is right half the time at
+#           best: the value that recovery is to be measured against.
 
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
 
@@ -1044,10 +1045,11 @@ STUDY = {
     },
     "swe": {
         "shape": HEADS | dict(hidden_size=128, intermediate_size=352, num_hidden_layers=2), "vocab": 380,
-        "demonstrations": 4000, "levels": (2,), "reported": 0.3, "wrong": 0.4, "blind": 0.15,
-        "phases": [("reported", 6e5, 5e-3), ("reported", 6e5, 2.5e-3), ("all", 4e5, 2.5e-3)], "rows": 32,
-        "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=16, samples=12, updates=3, lr=3e-4,
-                    planted=0.75, steps=40, slots=192, minutes=0, eval_tasks=100),
+        "demonstrations": 4000, "levels": (2,), "reported": 0.3, "wrong": 0.4, "blind": 0.1,
+        "phases": [("reported", 6e5, 5e-3), ("reported", 6e5, 2.5e-3), ("all", 4e5, 2.5e-3), ("reported", 5e5, 4e-3), ("all", 3e5, 2.5e-3)],
+        "rows": 16,
+        "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=12, samples=12, updates=3, lr=3e-4,
+                    planted=0.6, steps=20, slots=192, minutes=0, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_feedback": {"shuffle_feedback": True}, "more_sft": None},
         "metrics": ("swe pass@1", "swe recovery", "swe planted recovery"),
     },
@@ -1077,13 +1079,22 @@ def careless(task, rng, blind):
     return (*begun, *(again if rng.random() < blind else ()), ("assistant", "submit"))
 
 
+def told(task, rng):
+    """The same task, its turns the repair of what a user reports: in the task itself, or after a wrong fix was submitted untested."""
+    if rng.random() < 0.5:
+        return dataclasses.replace(task, prompt=f"{task.prompt}\n{task.tests['report']}")
+    begun = up_to_failure(task)
+    rest = task.detour[len(begun) :]
+    return dataclasses.replace(task, turns=(*begun[:-2], ("mistake", "submit"), ("user", begun[-1][1]), *rest))
+
+
 def demonstrations(plan, cfg):
     """What a start imitates, in parts, as in life with some wrong answers: {"all": ..., "reported": repairs of what a report tells}."""
     found, reported, rng = [], [], random.Random(cfg.seed)
     for i in range(plan["demonstrations"]):
         task, luck = draw_task(cfg, cfg.families, plan["levels"][i % len(plan["levels"])], 10**6 + i), rng.random()
         if task.turns:
-            reported.append(tasks.trajectory_parts(dataclasses.replace(task, prompt=f"{task.prompt}\n{task.tests['report']}")))
+            reported.append(tasks.trajectory_parts(told(task, rng)))
             task = dataclasses.replace(task, detour=careless(task, rng, plan["blind"]))
             own = tasks.trajectory_parts(task, detour=luck < plan["reported"] + plan["wrong"])
             found.append(reported[-1] if luck < plan["reported"] else own)

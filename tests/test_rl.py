@@ -497,6 +497,22 @@ def test_shuffled_feedback_shows_another_tasks_failure_and_a_planted_start_stand
     assert "FAIL" in foreign and foreign != seen[0] and foreign.split("FAIL")[0] == seen[0].split("FAIL")[0]
 
 
+def test_what_a_study_starts_from_repairs_what_a_user_reports_and_tries_blind_after_its_own_failure():
+    plan = rl.STUDY["swe"] | {"demonstrations": 120}
+    parts = rl.demonstrations(plan, rl.RLConfig(**plan["cfg"]))
+    learned = lambda sample: [text for text, special, in_loss in sample if in_loss and not special]
+    for sample in parts["reported"]:
+        told = "".join(text for text, *_ in sample)
+        edits = [text for text in learned(sample) if text.startswith("edit")]
+        assert len(edits) == 1 and "want" in told.split(edits[0])[0] and told.rsplit("tool\n", 1)[1].startswith("PASS")
+        assert "tool\nFAIL" not in told and learned(sample).count("submit") == 1
+    both = ["<|im_start|>user\nFAIL" in "".join(text for text, *_ in sample) for sample in parts["reported"]]
+    assert 40 < sum(both) < 80
+    after = [learned(sample)[-1:] + learned(sample)[-2:-1] for sample in parts["all"] if "tool\nFAIL" in "".join(t for t, *_ in sample)]
+    assert 30 < len(after) < 70 and all(last == "submit" for last, _ in after)
+    assert 0 < sum(call.startswith("edit") for _, call in after) < 20
+
+
 def test_512_trajectories_are_in_flight_at_once_and_each_is_what_it_would_be_alone(tokenizer):
     """Every one of them runs tests of its own in the sandbox, and all are begun before the first one ends."""
     model, verdicts, at_once, most = small_model(tokenizer, hidden_size=16, head_dim=8, num_hidden_layers=1), rl.Verdicts(), set(), []
