@@ -48,6 +48,7 @@ import sys
 import sysconfig
 import time
 import urllib.parse
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from html.parser import HTMLParser
@@ -154,7 +155,7 @@ def git_files(repo, project_of):
     """Entries of a git repository's HEAD, bare or not: what is committed, not what lies around."""
     listing = subprocess.run(["git", "-C", repo, "ls-tree", "-r", "-l", "-z", "--full-tree", "HEAD"], capture_output=True)
     if listing.returncode:
-        raise ValueError(f"{repo}: git cannot list HEAD ({listing.stderr.decode(errors='replace').strip()}); is there a commit?")
+        raise ValueError(f"{repo}: git cannot list HEAD ({' '.join(listing.stderr.decode(errors='replace').split())}); is there a commit?")
     for row in listing.stdout.decode("utf-8", "replace").split("\0")[:-1]:
         (mode, kind, oid, size), path = row.split("\t", 1)[0].split(), row.split("\t", 1)[1]
         if kind == "blob" and mode != "120000" and (language := wanted(path)):  # 120000: a symbolic link
@@ -194,8 +195,10 @@ def read_all(entries):
                 reader = git(where[0])
                 reader.stdin.write(f"{where[1]}\n".encode())
                 reader.stdin.flush()
-                size = int(reader.stdout.readline().split()[2])
-                yield reader.stdout.read(size + 1)[:-1]  # the object is followed by a newline
+                header = reader.stdout.readline().split()
+                if len(header) != 3:
+                    raise ValueError(f"{where[0]}: git cannot read {entry.path} (object {where[1]}); `git fsck` there says what is broken")
+                yield reader.stdout.read(int(header[2]) + 1)[:-1]  # the object is followed by a newline
             elif kind == "line":
                 spool = open_once(where[0])
                 spool.seek(int(where[1]))
@@ -1229,7 +1232,7 @@ def language_mixture(available, budget):
     return {name: min(size, cap * weight[name]) for name, size in available.items()}
 
 
-EXPONENTS = np.geomspace(0.02, 3, 150)  # 3 % apart; below and above, a power is as good as a straight line or as nothing
+EXPONENTS = np.geomspace(0.02, 3, 150)  # 3 % apart; a smaller power looks like a logarithm, a larger one like a step
 
 
 def refit(points):
@@ -1238,8 +1241,8 @@ def refit(points):
     a grid the rest is linear: of the normal equations of every choice of terms the best solution without a negative one is taken.
 
     -> dict; `N_range` and `D_range` hold the exponents that fit as well, by an F test at 95 % (a profile likelihood; points of one run
-    are no independent draws, so the truth is wider). A range that ends where EXPONENTS does leaves its exponent open: so it is if one
-    size alone was trained, if size has not helped (A is 0 then), or if as many sizes as terms were.
+    are no independent draws, so the truth is wider). A range that ends where EXPONENTS does leaves its exponent open: so it is after
+    runs of one or two sizes, and where size has not helped (A is 0 then) or helped less than the losses scatter.
     """
     n, d, loss = np.array(points, float).T
     a, b = map(np.ravel, np.meshgrid(EXPONENTS, EXPONENTS, indexing="ij"))
@@ -1961,6 +1964,7 @@ class Answers:
 
 def parallel(work, jobs, workers):
     """Yields work(job) for each job, in order, from so many processes. Few jobs are under way at a time: there may be endlessly many."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # how many processes a machine can bear is the user's to say
     forked = {"num_workers": workers, "multiprocessing_context": "fork"} if workers > 1 else {}
     loader = torch.utils.data.DataLoader(Answers(work), None, sampler=jobs, collate_fn=tuple, generator=torch.Generator(), **forked)
     try:

@@ -997,6 +997,10 @@ def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_pat
     assert list(entries) == list(data.find([str(tmp_path / "two"), str(tmp_path / "one")], tmp_path, Counter()))
     for entry, raw in zip(entries, data.read_all(entries)):
         assert raw == (tmp_path / entry.project / entry.path).read_bytes() and len(raw) == entry.size
+    oid = list(entries)[0].place.split("\0")[2]
+    (tmp_path / "one" / ".git" / "objects" / oid[:2] / oid[2:]).unlink()
+    with pytest.raises(ValueError, match="one: git cannot read src/"):
+        list(data.read_all(entries))
     said = []  # of one commit there is no history; that is said, and is no reason to stop
     assert list(data.commit_samples(str(tmp_path / "one"), "train", set(), None, 512, said.append)) == []
     assert said[0].startswith("absent  commit") and str(tmp_path / "one") in said[0]
