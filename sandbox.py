@@ -658,6 +658,7 @@ def live(asker, ready, descriptors, limits, walls):
         Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, take this one
     else:
         os.environ.update(environment(walls["disk"]))
+
         if walls["landlock"]:
             walls["ruleset"] = landlock_rules(walls["landlock"], shown_paths(), [walls["disk"]], DEVICES)
     for name in ("work", "tmp", "shm"):
@@ -823,7 +824,7 @@ class Tree:
     """The processes of a run: who there is, what they use, what those used who have ended; and the end of them all."""
 
     def __init__(self, child, walls):
-        self.child, self.walls, self.started = child, walls, time.monotonic()
+        self.child, self.walls, self.started, self.waited = child, walls, time.monotonic(), waited_for_cpu("self")
         self.status, self.cpu_s, self.peak_kb = None, 0.0, 0  # exit status of the child; CPU seconds and the largest of whom we reaped
         self.seen, self.peak = {}, 0  # {pid: CPU seconds}, also of those who ended unseen; the most memory ever
 
@@ -854,8 +855,10 @@ class Tree:
             return "failed", f"more than {limits.disk_mb} MB of files"
         if sum(self.seen.values()) > limits.cpu_s:
             return "timeout", f"more than {limits.cpu_s:g} s of CPU"
-        if elapsed > limits.wall_s and elapsed - waited_for_cpu(self.child) > limits.wall_s or elapsed > limits.patience_s:
-            return "timeout", f"longer than {limits.wall_s:g} s"
+        if elapsed > limits.wall_s:  # without the time in which it waited for a CPU, or we did, who ask the questions
+            waited = waited_for_cpu(self.child) + waited_for_cpu("self") - self.waited
+            if elapsed - waited > limits.wall_s or elapsed > limits.patience_s:
+                return "timeout", f"longer than {limits.wall_s:g} s"
         return None
 
     def reap(self, how=os.WNOHANG):
@@ -872,12 +875,15 @@ class Tree:
                 self.status = status
 
     def fell(self):
-        """Kill everybody, reap everybody. Without namespaces the group goes first and at once: a fork bomb outruns single signals."""
+        """Kill everybody, reap everybody."""
+        alone = self.walls["namespaces"]
         while True:
-            for pid in [-1] if self.walls["namespaces"] else [-self.child, *below(os.getpid())]:
+            with contextlib.suppress(OSError):  # all, or first of all the group: a fork bomb grows while we look for its processes
+                os.kill(-1 if alone else -self.child, signal.SIGKILL)
+            for pid in () if alone else below(os.getpid()):
                 with contextlib.suppress(OSError):  # it has gone by itself
                     os.kill(pid, signal.SIGKILL)
-            if self.reap(0 if self.walls["namespaces"] else os.WNOHANG):
+            if self.reap(0 if alone else os.WNOHANG):
                 return
             time.sleep(0.001)
 
