@@ -89,7 +89,7 @@ def has_bfloat16_products():
 
 
 def fuses(q):
-    """Whether FusedAttention is the faster form: a compiler is there to fuse what lies between its products, which are faster in bfloat16."""
+    """Whether FusedAttention is the faster form: a compiler fuses what lies between its products, and those are faster in bfloat16."""
     return torch.compiler.is_compiling() and q.dtype == torch.bfloat16 and has_bfloat16_products()
 
 
@@ -239,11 +239,15 @@ def loop_attention(q, k_global, v_global, k_local, v_local, gate_weight, gate_bi
 
 
 def attention_step(q, k, v, mask=None):
-    """One query a row: q (B, H, D) on keys (B, KV, S, D), mask (B, 1, 1, S) or None. The heads of a group act as its queries."""
-    B, H, D = q.shape
-    if q.dtype == torch.bfloat16:                                                # where torch's kernel is faster with a query by itself
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[:, :, 0]
-    return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask).view(B, H, D)
+    """
+    One query a row: q (B, H, D) on keys (B, KV, S, D), mask (B, 1, 1, S) or None. The heads of a group act as its queries.
+
+    So few queries are two products of stacks of matrices, which torch's attention kernel makes one by one.
+    """
+    (B, H, D), (KV, S) = q.shape, k.shape[1:3]
+    scores = torch.bmm(q.reshape(B * KV, -1, D) * D**-0.5, k.reshape(B * KV, S, D).mT).view(B, KV, -1, S)
+    p = (scores if mask is None else scores + mask).softmax(-1)
+    return torch.bmm(p.view(B * KV, -1, S), v.reshape(B * KV, S, D)).view(B, H, D)
 
 
 def loop_attention_step(q, k_global, v_global, k_ring, v_ring, gate_weight, gate_bias, lengths, global_mask=None, ring_mask=None):

@@ -364,9 +364,10 @@ class Cache:
         L, KV, D, W = config.num_hidden_layers, config.num_key_value_heads, config.head_dim, config.loop_window_size
         self.config, self.rows, self.capacity = config, rows, capacity
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        # keys in the first KV heads, values in the last: one write a step. One slot more than capacity: padding is written there
-        self.first = [torch.zeros(rows, 2 * KV, capacity + 1, D, device=device, dtype=dtype) for _ in range(L)]
-        self.later = [[torch.zeros(rows, 2 * KV, W, D, device=device, dtype=dtype) for _ in range(L)] for _ in range(config.loop_num - 1)]
+        # keys and values of a head side by side: one write a step, and all rows and heads are one stack of matrices. One slot more than
+        # capacity: padding is written there
+        self.first = [torch.zeros(rows, KV, 2, capacity + 1, D, device=device, dtype=dtype) for _ in range(L)]
+        self.later = [[torch.zeros(rows, KV, 2, W, D, device=device, dtype=dtype) for _ in range(L)] for _ in range(config.loop_num - 1)]
         shifted = config.loop_num - 1 if config.loop_input == "shift" else 0
         self.last_hidden = [torch.zeros(rows, 1, config.hidden_size, device=device, dtype=dtype) for _ in range(shifted)]
         positions = torch.arange(capacity, device=device)[None]
@@ -403,12 +404,12 @@ def cache_bytes_per_token(config, itemsize=2):
 
 
 def attend_masked(q, k, v, keep):
-    """q (n, H, T, D) on keys (n, KV, S, D); keep (n, T, S). Returns (n, H, T, D)."""
+    """q (n, H, T, D) on keys (n, KV, S, D); keep (n, T, S). Returns (n, H, T, D) in the dtype of q."""
     n, H, T, D = q.shape
     groups = H // k.shape[1]
-    q = q.reshape(n, k.shape[1], groups * T, D)
     keep = keep[:, None].expand(n, groups, T, -1).reshape(n, 1, groups * T, -1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).view(n, H, T, D)
+    o = F.scaled_dot_product_attention(q.reshape(n, k.shape[1], groups * T, D).to(k.dtype), k, v, attn_mask=keep)
+    return o.to(q.dtype).view(n, H, T, D)
 
 
 class CachedAttention:
@@ -441,25 +442,23 @@ class CachedAttention:
 
     def pass_1(self, layer, q, k, v):
         """Write K1, V1 at their positions, attend to all of the row so far."""
-        first, KV = self.cache.first[layer], k.shape[1]
-        first[self.rows[:, None], :, self.write_at] = torch.cat([k, v], dim=1).transpose(1, 2).to(first.dtype)
+        first = self.cache.first[layer]
+        first[self.rows[:, None], :, :, self.write_at] = torch.stack([k, v], dim=2).permute(0, 3, 1, 2, 4).to(first.dtype)
         if self.empty:
             return causal_attention(q, k, v)
-        kv = first[self.rows, :, : self.end]
-        return attend_masked(q, kv[:, :KV], kv[:, KV:], self.keep_first)
+        return attend_masked(q, *first[self.rows, :, :, : self.end].unbind(2), self.keep_first)
 
     def later_pass(self, turn, layer, gate, q, k, v, k1, v1):
         """The gated pair: K1, V1 of the whole row, and the window of this pass, whose slots are then renewed."""
-        KV, W, later = k.shape[1], self.cache.config.loop_window_size, self.cache.later[turn - 1][layer]
-        held, new = later[self.rows], torch.cat([k, v], dim=1).to(later.dtype)
-        index = self.source[:, None, :, None].expand(-1, 2 * KV, -1, k.shape[-1])
-        later[self.rows] = torch.where(self.renewed[:, None], new.gather(2, index), held)
+        later = self.cache.later[turn - 1][layer]
+        held, new = later[self.rows], torch.stack([k, v], dim=2).to(later.dtype)  # (n, KV, 2, W, D), (n, KV, 2, T, D)
+        index = self.source[:, None, None, :, None].expand(-1, *held.shape[1:])
+        later[self.rows] = torch.where(self.renewed[:, None, None], new.gather(3, index), held)
         if self.empty:
-            return loop_attention(q, k1, v1, k, v, gate.weight, gate.bias, W)
-        kv1 = self.cache.first[layer][self.rows, :, : self.end]
-        o_global = attend_masked(q, kv1[:, :KV], kv1[:, KV:], self.keep_first)
-        kv = torch.cat([held, new], dim=2)                                       # (n, 2 KV, W + T, D)
-        return mix(q, o_global, attend_masked(q, kv[:, :KV], kv[:, KV:], self.keep_later), gate.weight, gate.bias)
+            return loop_attention(q, k1, v1, k, v, gate.weight, gate.bias, self.cache.config.loop_window_size)
+        o_global = attend_masked(q, *self.cache.first[layer][self.rows, :, :, : self.end].unbind(2), self.keep_first)
+        o_local = attend_masked(q, *torch.cat([held, new], dim=3).unbind(2), self.keep_later)
+        return mix(q, o_global, o_local, gate.weight, gate.bias)
 
 
 class PackedWeights:
@@ -521,11 +520,12 @@ class Step:
         self.W = W
 
     def write(self, kv, new, ring):
-        """Put new (B, 2 KV, D) into its slot of kv (B, 2 KV, slots, D)."""
+        """Put new (B, 2 KV, D), keys first, into its slot of kv (B, KV, 2, slots, D)."""
+        new = new.unflatten(1, (2, -1)).transpose(1, 2)
         if self.slot is not None:
-            kv.select(2, self.slot % self.W if ring else self.slot).copy_(new)
+            kv.select(3, self.slot % self.W if ring else self.slot).copy_(new)
         else:
-            kv[self.rows, :, self.position % self.W if ring else self.position] = new
+            kv[self.rows, :, :, self.position % self.W if ring else self.position] = new
 
 
 # ---- files: the released layout --------------------------------------------------------------------------------------
@@ -660,8 +660,9 @@ class LoopCoder(nn.Module):
             if turn and config.loop_input == "shift":
                 before = None
                 if cache is not None:
-                    before = cache.last_hidden[turn - 1][rows]
-                    cache.last_hidden[turn - 1][rows] = x.gather(1, last[:, None, None].expand(-1, 1, x.shape[-1]))
+                    kept_state = cache.last_hidden[turn - 1]
+                    before = kept_state[rows].to(x.dtype)
+                    kept_state[rows] = x.gather(1, last[:, None, None].expand(-1, 1, x.shape[-1])).to(kept_state.dtype)
                 x = embedded + shift(x, positions, before)
             if turn and config.loop_grad_scale != 1.0:
                 x = ScaleGradient.apply(x, config.loop_grad_scale)
@@ -764,13 +765,15 @@ class LoopCoder(nn.Module):
     # ---- decoding ----
 
     def new_cache(self, rows, capacity):
-        """An empty Cache for `rows` sequences of up to `capacity` tokens."""
+        """An empty Cache for `rows` sequences of up to `capacity` tokens; on a CPU in float32, which attends to few queries faster."""
         limit, weight = self.config.max_position_embeddings, self.lm_head.weight
+        dtype = self.compute_dtype or weight.dtype
         if capacity > limit:
             raise ValueError(f"a context of {capacity} tokens is longer than the model's {limit} (max_position_embeddings)")
         if weight.device.type == "cpu":
             keep_freed_memory()
-        return Cache(self.config, rows, capacity, weight.device, self.compute_dtype or weight.dtype)
+            dtype = torch.promote_types(dtype, torch.float32)
+        return Cache(self.config, rows, capacity, weight.device, dtype)
 
     @torch.no_grad()
     def append(self, cache, rows, input_ids, lengths):
@@ -814,16 +817,17 @@ class LoopCoder(nn.Module):
         """The passes of decode(): final hidden states (B, C) over their root mean square."""
         config, packed, at = self.config, cache.packed, Step(cache)
         H, KV, D, B = config.num_attention_heads, config.num_key_value_heads, config.head_dim, len(tokens)
-        k1v1 = [kv[:, :, : at.end].split(KV, dim=1) for kv in cache.first]
+        k1v1 = [kv[:, :, :, : at.end].unbind(2) for kv in cache.first]
         embedded = x = self.embed(tokens)                                        # (B, C)
         for turn in range(config.loop_num):
             x_before = x
             if turn and config.loop_input == "shift":
                 kept = cache.last_hidden[turn - 1]
-                before, kept[:] = kept[:, 0].clone(), x[:, None] if active is None else torch.where(active[:, None, None], x[:, None], kept)
+                before = kept[:, 0].to(x.dtype, copy=True)
+                kept[:] = x[:, None] if active is None else torch.where(active[:, None, None], x[:, None], kept)
                 x = embedded + before * (cache.lengths > 0)[:, None]
             for i, w in enumerate(packed.layers):
-                qkv = torch.mm(packed.unit(x), w.qkv).view(B, H + 2 * KV, D)
+                qkv = torch.mm(packed.unit(x), w.qkv).view(B, H + 2 * KV, D).to(at.cos.dtype)
                 qk = qkv[:, : H + KV]                                            # rotary, in place
                 torch.addcmul(qk * at.cos, qk.roll(D // 2, -1), at.sin, out=qk)
                 q, kv = qkv[:, :H], cache.first[i] if turn == 0 else cache.later[turn - 1][i]
@@ -831,9 +835,9 @@ class LoopCoder(nn.Module):
                 if turn == 0:
                     o = attention_step(q, *k1v1[i], at.mask)
                 else:
-                    ring = kv[:, :, : at.ring_end].split(KV, dim=1)
+                    ring = kv[:, :, :, : at.ring_end].unbind(2)
                     o = loop_attention_step(q, *k1v1[i], *ring, w.gate, w.bias, at.total, at.mask, at.ring_mask)
-                x = torch.addmm(x, o.view(B, H * D), w.o)
+                x = torch.addmm(x, o.view(B, H * D).to(x.dtype), w.o)
                 gate, up = torch.mm(w.gate_up, packed.unit(x).T).chunk(2)        # (I, B): a wide product is faster from this side
                 x = torch.addmm(x, F.silu(gate).mul_(up).T, w.down)
             if turn and self.loop_alpha is not None:

@@ -538,6 +538,19 @@ def test_rotation_keeps_lengths_depends_on_distances_alone_and_its_gradient_turn
     assert torch.autograd.gradcheck(lambda x: m.rotate(x, cos, sin), x)
 
 
+@pytest.mark.parametrize("loop_input", ["hidden", "shift"])
+def test_in_bfloat16_prefill_a_second_prompt_and_steps_are_as_exact_as_the_full_forward(loop_input):
+    model = small(dtype=torch.bfloat16, loop_input=loop_input)
+    ids = tokens(3, 60)
+    with torch.no_grad():
+        full, cache = model(ids)[0], model.new_cache(3, 60)
+        model.prefill(cache, [ids[0, :40], ids[1, :20], ids[2, :40]])
+        model.prefill(cache, [ids[1, 20:40]], [1])
+        steps = torch.stack([model.decode(cache, ids[:, t]) for t in range(40, 60)], 1)
+        exact = model.double()(ids)[0][:, 40:]
+    assert (steps - exact).norm() <= 1.5 * (full[:, 40:] - exact).norm() <= 0.2 * exact.norm()
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_compiled_the_training_path_is_the_same_and_without_documents_it_is_one_graph(documents):
     model, ids = small(), tokens(2, 30)
