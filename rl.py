@@ -894,15 +894,21 @@ def line_of(record, steps):
     )
 
 
+def load(folder, cfg, world):
+    """(model, tokenizer) of a checkpoint, in float32; ValueError where this configuration's episodes are longer than it can read."""
+    tokenizer, model = Tokenizer.load(folder), LoopCoder.from_pretrained(folder, device=world.device, dtype=torch.float32)
+    if cfg.context >= model.config.max_position_embeddings:
+        raise ValueError(f"--context {cfg.context}: must be below the {model.config.max_position_embeddings} positions of {folder}")
+    return model, tokenizer
+
+
 def train(cfg: RLConfig, world) -> Path:
     """Run RL from cfg's start to its stage; a killed run loses at most the step it was in. Returns the folder of the new checkpoint."""
     folder, start = result_folder(cfg), start_folder(cfg)
     log, snapshot, first, spent = folder / "log.jsonl", folder / "state.pt", 0, 0.0
     if cfg.resume and (folder / "model.safetensors").exists() and not snapshot.exists():
         return folder  # complete
-    tokenizer, model = Tokenizer.load(start), LoopCoder.from_pretrained(start, device=world.device, dtype=torch.float32)
-    if cfg.context >= model.config.max_position_embeddings:
-        raise ValueError(f"--context {cfg.context}: must be below the {model.config.max_position_embeddings} positions of {start}")
+    model, tokenizer = load(start, cfg, world)
     optimizer = pipeline.Optimizer(model, kind="adamw", weight_decay=0.0)
     curriculum, verdicts = Curriculum([int(level) for level in cfg.levels.split(",")]), Verdicts()
     folder.mkdir(parents=True, exist_ok=True)
@@ -993,8 +999,7 @@ def evaluate(model, tokenizer, cfg, split="test", seed=0):
 def evaluate_checkpoint(folder, cfg, world):
     """Load, evaluate, and leave the result beside the weights as eval.json: the intervals, and the counts by task they are made of."""
     folder = Path(folder)
-    tokenizer, model = Tokenizer.load(folder), LoopCoder.from_pretrained(folder, device=world.device, dtype=torch.float32)
-    found = evaluate(model, tokenizer, cfg)
+    found = evaluate(*load(folder, cfg, world), cfg)
     known = json.loads((folder / "eval.json").read_text()) if (folder / "eval.json").exists() else {}
     for name, pair in found.items():
         known[name] = dict(zip(("value", "low", "high"), pipeline.interval(pair))) | {"counts": [x.tolist() for x in pair]}

@@ -727,6 +727,19 @@ def test_the_command_line_says_what_is_missing_in_one_line_and_exits_with_2(tmp_
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_a_missing_checkpoint_and_a_context_beyond_the_models_are_named_before_anything_is_written(start, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    for flags, says in (
+        (["--eval", nowhere], "nowhere: no checkpoint"),
+        (["--eval", start, "--against", nowhere], "nowhere: no checkpoint"),
+        (["--eval", start, "--context", "9999"], "--context 9999.* 512 positions"),
+        (["--ckpt", start, "--context", "9999", "--out", nowhere], "--context 9999.* 512 positions"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            rl.main([str(flag) for flag in flags])
+        assert not nowhere.exists()
+
+
 def say(rng, level):
     """The smallest family there is: write the digit that was asked for. Held out are pairs of a wording and a digit."""
     frame, n = rng.choice(["Say {}", "Give {}", "Now {}", "Type {}"]), rng.randrange(10)
