@@ -824,7 +824,7 @@ class Tree:
     """The processes of a run: who there is, what they use, what those used who have ended; and the end of them all."""
 
     def __init__(self, child, walls):
-        self.child, self.walls, self.started, self.waited = child, walls, time.monotonic(), waited_for_cpu("self")
+        self.child, self.walls, self.started, self.late_s = child, walls, time.monotonic(), 0.0  # late_s: how late our looks were
         self.status, self.cpu_s, self.peak_kb = None, 0.0, 0  # exit status of the child; CPU seconds and the largest of whom we reaped
         self.seen, self.peak = {}, 0  # {pid: CPU seconds}, also of those who ended unseen; the most memory ever
 
@@ -856,8 +856,7 @@ class Tree:
         if sum(self.seen.values()) > limits.cpu_s:
             return "timeout", f"more than {limits.cpu_s:g} s of CPU"
         if elapsed > limits.wall_s:  # without the time in which it waited for a CPU, or we did, who ask the questions
-            waited = waited_for_cpu(self.child) + waited_for_cpu("self") - self.waited
-            if elapsed - waited > limits.wall_s or elapsed > limits.patience_s:
+            if elapsed - waited_for_cpu(self.child) - self.late_s > limits.wall_s or elapsed > limits.patience_s:
                 return "timeout", f"longer than {limits.wall_s:g} s"
         return None
 
@@ -979,7 +978,9 @@ def attend(tree, work, limits, inboxes, talk, asker, wake):
             elif readers[descriptor].read():
                 poll.unregister(descriptor)
                 over = over or readers[descriptor] is talk
-        if not over and time.monotonic() >= next_look:
+        late_s = time.monotonic() - next_look
+        if not over and late_s >= 0:
+            tree.late_s += late_s
             broken = tree.look(work, limits)
             over = broken is not None
             next_look = time.monotonic() + LOOK_EVERY_S
