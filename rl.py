@@ -258,13 +258,11 @@ def run_tests(files, calls):
 
 
 def parses(files):
-    """Does every Python file of {path: text} parse? What looks odd in it and parses is no one's news."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
-        try:
-            return all(sandbox.parse(text) for path, text in files.items() if path.endswith(".py"))
-        except (SyntaxError, ValueError, RecursionError):
-            return False
+    """Does every Python file of {path: text} parse?"""
+    try:
+        return all(sandbox.parse(text) for path, text in files.items() if path.endswith(".py"))
+    except (SyntaxError, ValueError, RecursionError):
+        return False
 
 
 def foreign_feedback(task):
@@ -932,6 +930,9 @@ def train(cfg: RLConfig, world) -> Path:
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             pipeline.write_atomically(snapshot, lambda path, state=state: torch.save(state, path))
             print(f"{folder.name}: {line_of(record, cfg.steps)}", flush=True)
+            if step + 1 in (3, cfg.steps) and not any(r["informative"] for r in read_log(folder)):
+                print(f"{folder.name}: nothing was learned so far: no group held answers that earn differently. The start solves all or "
+                      f"none of {cfg.families}, or never answers in the form that the path pays", flush=True)  # fmt: skip
         if cfg.minutes and all_sum([spent], world)[0] > 60 * cfg.minutes * world.size:
             break
     if world.main:
@@ -1153,6 +1154,8 @@ def study_seed(out, name, seed):
 
 
 def one_thread():
+    """The world of a study's process."""
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # what a model writes may look odd and parse: no one's news
     return pipeline.start_world(pipeline.TrainConfig(device="cpu", dtype="float32", threads=1))
 
 
@@ -1430,6 +1433,7 @@ def draw_and_report(out):
 def main(argv=None):
     """Read the options, then train, evaluate, report, draw or study."""
     cfg, extra = arguments(argv)
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # what a model writes may look odd and parse: no one's news
     if extra["plot"]:
         print(*plot(cfg.out), sep="\n")
     if extra["report"]:

@@ -589,8 +589,9 @@ def command(cfg):
     return [sys.executable, "rl.py", *flags]
 
 
-def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit_and_a_finished_one_is_kept(start, tmp_path):
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit_and_a_finished_one_is_kept(start, tmp_path, capsys):
     whole = rl.train(config(start, tmp_path / "whole"), world())
+    assert "nothing was learned" not in capsys.readouterr().out
     cfg = config(start, tmp_path / "cut", threads=1)
     run = subprocess.Popen(command(rl.dataclasses.replace(cfg, steps=500)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
     lines = [run.stdout.readline()]
@@ -632,10 +633,11 @@ def test_a_full_disk_ends_the_run_in_one_line_and_costs_one_step(start, tmp_path
     assert [r["step"] for r in rl.read_log(folder)] == [1] and (folder / "model.safetensors").exists()
 
 
-def test_groups_without_signal_leave_the_weights_alone(start, tmp_path):
+def test_groups_without_signal_leave_the_weights_alone_and_the_run_says_so(start, tmp_path, capsys):
     folder = rl.train(config(start, tmp_path, families="gui", room=1, overlong=0, steps=1), world())
     (record,) = rl.read_log(folder)
     assert record["informative"] == 0 and record["grad"] == 0
+    assert "nothing was learned" in capsys.readouterr().out
     a, b = weights(folder), weights(start)
     assert all(torch.equal(a[name], b[name]) for name in a)
     model = LoopCoder.from_pretrained(start)
