@@ -900,7 +900,10 @@ COMMANDS = {  # key: (words, command, the file it writes, what it writes, whethe
 
 
 def terminal(rng, level):
-    """Two files and a folder, and `level` things to do with them. The state that is wanted is computed here, not by a shell."""
+    """
+    Two files and a folder, and `level` things to do with them; from level 3 on they are listed before. The state that is wanted is
+    computed here, not by a shell.
+    """
     kinds, names = rng.sample(list(COMMANDS), level), rng.sample(STEMS, 3 + level)
     files = {f"{name}.txt": "".join(rng.choice(WORDS) + "\n" for _ in range(4)) for name in names[:2]} | {f"{names[2]}/keep.txt": ""}
     yield pairs(kinds, f"{kinds[0]} {names[0]}")
@@ -917,8 +920,8 @@ def terminal(rng, level):
         wrong.append(command.format(**v | {"a": f"{names[2]}/keep.txt", "b": b + "s", "w": v["w"] + "s"}))
         text = state.pop(v["a"]) if goes else state[v["a"]]
         state |= {path.format(**v): effect(text, v)} if path else {}
-    spot = rng.randrange(level)
-    yield dict(prompt=f"{names[0]}.txt {names[1]}.txt {names[2]}/\n{sentence(*said)}", solution="\n".join(commands), files=files,
+    spot, listing = rng.randrange(level), f"{names[0]}.txt {names[1]}.txt {names[2]}/\n" if level > 2 else ""
+    yield dict(prompt=listing + sentence(*said), solution="\n".join(commands), files=files,
                wrong="\n".join([*commands[:spot], wrong[spot], *commands[spot + 1:]]), trace=lines("{}: {}", said, kinds),
                tests={"state": state}, names=tuple(names))
 
@@ -968,18 +971,18 @@ def run_calls(domain: str, state: dict, text: str) -> tuple[dict, list]:
 
 
 def tools(rng, level):
-    """`level` calls in one domain; from level 3 on the last may need what another call gives back."""
+    """`level` calls in one domain, names in quotes; from level 3 on the last may need what another call gives back."""
     domain = rng.choice(list(APIS))
     kinds = rng.choices([f for f, (_, words, _) in APIS[domain].items() if words], k=level)
     given = [{k: rng.choice(VALUES[k]) for k in APIS[domain][f][0]} for f in kinds]
     firsts = [f"{f} {next(iter(g.values()))}" for f, g in zip(kinds, given)]
     yield pairs(firsts, firsts[0])
     write = lambda name, **arguments: json.dumps({"name": name, "arguments": arguments})
-    spoken = [{k: {True: "on", False: "off"}[v] if type(v) is bool else v for k, v in g.items()} for g in given]
+    spoken = [{k: ("off", "on")[v] if type(v) is bool else f'"{v}"' if type(v) is str else v for k, v in g.items()} for g in given]
     said, calls = [APIS[domain][f][1].format(**g) for f, g in zip(kinds, spoken)], [write(f, **g) for f, g in zip(kinds, given)]
     if level >= 3 and domain == "stock":
         one, other = rng.sample(WHAT, 2)
-        said[-1], kinds[-1] = f"add as many {one} as there are {other}", f"get gives ${level}, add"
+        said[-1], kinds[-1] = f'add as many "{one}" as there are "{other}"', f"get gives ${level}, add"
         calls[-1:] = [write("get", item=other), write("add", item=one, count=f"${level}")]
     state = {item: n for n, item in enumerate(WHAT, 11)} if domain == "stock" else {}
     goal, results = run_calls(domain, state, "\n".join(calls))
@@ -1153,7 +1156,7 @@ def gui(rng, level):
     fields = rng.sample([(kind, name) for kind, names in FIELDS.items() for name in names], min(1 + level, 4))
     given = [(kind, name, rng.choice(WHO) if kind == "input" else "") for kind, name in fields[:(1, 1, 2, 2, 3)[level - 1]]]
     yield pairs([name for _, name, _ in given], f"{given[0][1]} {given[0][2] or home} {min(level, 2)}")
-    elements = rng.sample(fields, len(fields)) + [("button", "save"), ("button", "clear")]
+    elements = rng.sample(fields, len(fields)) + [("button", "save"), ("button", "clear")] * (level > 1)
     page = lambda parts: "".join(HTML[kind].format(name) for kind, name in parts)
     pages = {home: page([*elements, ("a", other)]), other: page([("a", home)])} if level < 4 else \
         {home: page([("a", other)]), other: page([*elements, ("a", home)])}

@@ -168,8 +168,12 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(allowed)}")
-        if self.scale <= 0:
-            raise ValueError(f"--scale {self.scale}: must be above 0")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"--scale {self.scale}: must be a number above 0")
+        least = {"save_every": 1, "eval_bytes": 1, "timeout": 1}
+        for name in ("batch_tokens", "micro_batch_tokens", "lr", "weight_decay", "clip", "replay", "threads", "recheck_every", *least):
+            if not least.get(name, 0) <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a number from {least.get(name, 0)} up")
         if self.inject:
             Inject.parse(self.inject)
 
@@ -364,7 +368,11 @@ def start_world(cfg: TrainConfig) -> World:
     name = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and size > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -804,10 +812,13 @@ def written_samples(tokenizer, path, thinking):
     judged again. The thinking path takes those that think, the instruct path the part behind the thinking.
     """
     found, table = defaultdict(list), Counter()
-    for line in Path(path).read_text().splitlines():
-        record = json.loads(line)
-        task = tasks.generate(*record["id"])
-        for answer in record["answers"]:
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            task, answers = tasks.generate(*record["id"]), record["answers"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--written {path}, line {number}: not a line of python tasks.py --write ({error})") from None
+        for answer in answers:
             final = tasks.final_answer(answer)
             if thinking and answer == final:
                 continue
@@ -861,14 +872,20 @@ def mark(problems, answers, judge=solved) -> list[tuple[float, int]]:
     return [(sum(some), len(some)) for some in known]
 
 
-def solve_rates(model, tokenizer, cells, n_tasks, n_samples, split="test", thinking=False, seed=0) -> dict:
-    """{(family, level): list of (right answers, answers) by task}: what the model itself can do, measured by running its answers."""
-    problems = [tasks.generate(family, level, tasks.ASKED + k, split) for family, level in cells for k in range(n_tasks)]
-    rates = defaultdict(list)
-    for task, (right, known) in zip(problems, mark(problems, sample_answers(model, tokenizer, problems, n_samples, thinking, seed))):
-        if known:
-            rates[task.family, task.difficulty].append((right, known))
-    return dict(rates)
+def solve_rates(model, tokenizer, levels, thinking) -> dict[str, float]:
+    """
+    {"family/level": pass rate}: what the model itself can do, measured by running its likeliest answers to four training tasks each. A
+    level is asked only of families that know something of the level before.
+    """
+    rates, families = {}, list(tasks.FAMILIES)
+    for level in levels:
+        problems = [tasks.generate(family, level, tasks.ASKED + k) for family in families for k in range(4)]
+        marks = mark(problems, sample_answers(model, tokenizer, problems, 1, thinking))
+        for i, family in enumerate(families):
+            right, known = map(sum, zip(*marks[4 * i : 4 * i + 4]))
+            rates |= {f"{family}/{level}": right / known} if known else {}
+        families = [family for family in families if rates.get(f"{family}/{level}")]
+    return rates
 
 
 def adjust(weights: dict, base: dict, history: dict) -> dict:
@@ -943,10 +960,7 @@ class Curriculum:
         tokens = share * self.steps * self.rows * self.context / len(self.base)
         if phase > self.measured:
             self.model.eval()
-            cells = [(family, level) for family in self.base for level in levels]
-            model = whole_copy(self.model, self.world)
-            found = solve_rates(model, self.tokenizer, cells, 4, 1, split="train", thinking=self.thinking, seed=self.seed + phase)
-            self.rates = {f"{family}/{level}": sum(c for c, _ in row) / sum(n for _, n in row) for (family, level), row in found.items()}
+            self.rates = solve_rates(whole_copy(self.model, self.world), self.tokenizer, levels, self.thinking)
             self.model.train()
             self.measured = phase
             easy = {family: self.rates.get(f"{family}/1", 0.0) for family in self.base}
@@ -1595,8 +1609,8 @@ def arguments(argv):
     """The command line as (TrainConfig, what else was asked for)."""
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Train the chain of checkpoints (pretrain, anneal, mid1, mid2) on real code, one folder a stage under --out; "
-        "build the corpus first if it is not there. With --eval, print one table for a checkpoint instead.",
+        description=f"Train the chain of checkpoints ({', '.join(STAGES)}) on real code and verified tasks, one folder a stage under "
+        "--out; build the corpus first if it is not there. With --eval, print one table for a checkpoint instead.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for f in dataclasses.fields(TrainConfig):
@@ -1616,6 +1630,9 @@ def arguments(argv):
     parser.add_argument("--ranks", type=int, default=0, help="with --dry-run: processes to plan for; 0: 1, 8 or 64, by size")
     given = vars(parser.parse_args(argv))
     extra = {name: given.pop(name) for name in ("eval", "bench", "plot", "dry_run", "ranks", "git", "tasks", "samples", "against")}
+    for name in ("tasks", "samples"):
+        if extra[name] < 1:
+            raise ValueError(f"--{name} {extra[name]}: must be 1 or more")
     return TrainConfig(**given), extra
 
 

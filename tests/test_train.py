@@ -59,7 +59,7 @@ def random_checkpoint(folder, corpus, seed=0):
     model.LoopCoder(model.LoopCoderConfig.preset("toy", vocab_size=tokenizer.vocab_size)).save_pretrained(folder)
 
 
-def weights(folder):
+def tensors(folder):
     return model.LoopCoder.from_pretrained(folder).state_dict()
 
 
@@ -107,10 +107,18 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, toy, tmp_path, monkeypatch, st
     finally:
         train.Optimizer.step = step
     run_chain(config(broken, stages=stage, save_every=5, resume=True))
-    a, b = weights(whole / stage), weights(broken / stage)
+    a, b = (tensors(o / stage) for o in (whole, broken))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    rows = [[json.loads(line).get("loss") for line in (o / stage / "log.jsonl").read_text().splitlines()] for o in (whole, broken)]
-    assert rows[0] == rows[1]
+    logs = [[json.loads(line) for line in (o / stage / "log.jsonl").read_text().splitlines()] for o in (whole, broken)]
+    assert [record.get("loss") for record in logs[0]] == [record.get("loss") for record in logs[1]]
+    moves, history = logs[1][-1].get("moves", []), {name: [] for name in tasks.FAMILIES}
+    base = weights = {name: 1 / len(tasks.FAMILIES) for name in tasks.FAMILIES}
+    assert bool(moves) == (stage == "sft_instruct") and moves == logs[0][-1].get("moves", [])
+    for move in moves:  # what the log says of the dynamic mixture is enough to go through it again
+        for name in history:
+            history[name].append(move["loss"][name])
+        weights = train.adjust(weights, base, history)
+        assert move["weights"] == weights
 
 
 def test_micro_batches_do_not_change_the_gradient(toy):
@@ -203,6 +211,11 @@ def command(*words, **more):
     (["--source", "/no/such/folder"], "no such folder"),
     (["--stages", "mid1", "--source", "."], "which is not there"),
     (["--learning-rat", "1"], "unrecognized arguments"),
+    (["--eval", "nothing/here"], "no config.json there"),
+    (["--eval", "nothing/here", "--tasks", "0"], "--tasks 0: must be 1 or more"),
+    (["--save-every", "0"], "--save-every 0: must be a number from 1 up"),
+    (["--lr", "nan"], "--lr nan: must be a number from 0 up"),
+    (["--device", "abacus"], "--device abacus: not on this machine"),
 ])
 def test_bad_input_is_one_clear_line_and_status_2(words, says, tmp_path, corpus):
     out = tmp_path if "--source" in words and "/no/such/folder" in words else linked(corpus, tmp_path)
@@ -216,7 +229,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_whole(tmp_path, c
     out = linked(corpus, tmp_path)
     words = ["--out", out, "--stages", "pretrain", "--scale", "0.001", "--batch-tokens", "512", "--compile", "off", "--eval-bytes", "3000"]
     assert command(*words).returncode == 0
-    before = weights(out / "pretrain")
+    before = tensors(out / "pretrain")
 
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
@@ -224,7 +237,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_whole(tmp_path, c
     for more in ([], ["--save-every", "1"]):
         done = command(*words, "--seed", "5", *more, preexec_fn=small_disk)
         assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("train.py: ") and "Traceback" not in done.stderr
-        after = weights(out / "pretrain")
+        after = tensors(out / "pretrain")
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert not list((out / "pretrain").glob("*.tmp"))
 
@@ -338,3 +351,7 @@ def test_written_answers_are_learned_from_once_they_are_judged_again(corpus, tmp
     assert table["written, admitted"] == 3 and sum(table.values()) == 4
     found, _ = train.written_samples(tokenizer, path, thinking=True)
     assert [tokenizer.decode(ids) for _, (ids, _) in found["math"]] == ["".join(text for text, *_ in tasks.task_parts(drawn[1], True))]
+    for line in ("{}", "not json", '{"id": ["poetry", 1, 1, "train"], "answers": []}'):
+        path.write_text(path.read_text().splitlines()[0] + f"\n{line}\n")
+        with pytest.raises(ValueError, match=f"{path}, line 2: not a line of"):
+            train.written_samples(tokenizer, path, thinking=False)
