@@ -177,6 +177,11 @@ def rms_norm(x, weight, eps):
     return (y * torch.rsqrt(mean_square + eps) * weight.to(y.dtype)).to(x.dtype)
 
 
+def silu(x):
+    """x sigmoid(x). For a compiler in these words: torch's own takes one exponential forward and another one backward."""
+    return x * torch.sigmoid(x) if torch.compiler.is_compiling() else F.silu(x)
+
+
 def linear(x, *layers):
     """One matrix product for several nn.Linear that read the same x; weights are cast to the dtype of x (float32 masters, bf16 compute)."""
     weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
@@ -344,7 +349,7 @@ class Block(nn.Module):
         o = attend(q, k, v, *kept)                                               # (B, H, T, D)
         x = x + linear(o.transpose(1, 2).reshape(B, T, H * D), a.o_proj)
         gate, up = linear(self.post_attention_layernorm(x), m.gate_proj, m.up_proj).chunk(2, dim=-1)
-        return x + linear(F.silu(gate) * up, m.down_proj), k, v
+        return x + linear(silu(gate) * up, m.down_proj), k, v
 
 
 # ---- what decoding keeps ---------------------------------------------------------------------------------------------
