@@ -1720,11 +1720,13 @@ def pack(samples, context):
 
 class Mixture:
     """
-    Batches from several token files at exact shares of tokens: who is furthest behind its share sends the next piece to a pool, and opens
-    the next row that best_fit fills from it. Shares may change on the way. The order of an epoch depends on its number alone, so the
-    state is small.
+    Batches from several token files at exact shares of tokens. Every row owes each category its share of tokens, and what it was given
+    too little before; who is owed most sends the oldest of its waiting pieces that is no longer than that. A long document waits; once it
+    was passed over often, its category saves up for it. Shares may change on the way. The order of an epoch depends on its number alone,
+    so the state is small.
     """
-    COUNTS = ("opened", "drawn", "given", "due")           # by category: pieces sent to the pool, their tokens, tokens in rows, asked for
+    COUNTS = ("opened", "given", "due")                    # by category: pieces that wait or have come; tokens in rows, tokens asked for
+    waits = 128                                            # pieces of a category to choose from
 
     def __init__(self, files, shares, context, rows, seed=0, piece=None):
         missing = [name for name in shares if name not in files]
@@ -1737,8 +1739,8 @@ class Mixture:
         self.piece = piece or context                      # tokens of a document that go into one row at most
         self.pieces = {name: self._pieces(files[name]) for name in self.names}
         self.order = {}                                    # name -> the order of the pieces in the epoch that is under way
-        self.opened, self.drawn, self.given, self.due = (dict.fromkeys(self.names, 0) for _ in self.COUNTS)
-        self.pool = []                                     # (category, document, start, tokens), oldest first
+        self.opened, self.given, self.due = (dict.fromkeys(self.names, 0) for _ in self.COUNTS)
+        self.waiting = {name: [] for name in self.names}   # (number, document, start, tokens), oldest first
 
     def _pieces(self, file):
         """All (document, start, tokens) of a category at this context length."""
@@ -1756,28 +1758,46 @@ class Mixture:
             self.order[name] = np.random.default_rng(key).permutation(len(self.pieces[name]))
         document, start, n = self.pieces[name][self.order[name][at]].tolist()
         self.opened[name] += 1
-        self.drawn[name] += n
-        self.pool.append((name, document, start, n))
+        return self.opened[name], document, start, n
+
+    def _ready(self, name):
+        """The pieces of a category that may come next: all that wait; the oldest alone when it was passed over too often."""
+        waiting = self.waiting[name]
+        waiting += [self._draw(name) for _ in range(self.waits - len(waiting))]
+        return waiting[:1] if self.opened[name] - waiting[0][0] > 2 * self.waits else waiting
+
+    def _choose(self, owed, free):
+        """(category, piece) that goes into a row with this much room left, and waits no longer; None where none fits."""
+        slack = self.context // 16                         # a category may get so many tokens more than it is owed
+        for name in sorted(self.names, key=lambda name: -owed[name]):
+            ready = self._ready(name)
+            if piece := next((piece for piece in ready if piece[3] <= min(free, owed[name] + slack)), None):
+                self.waiting[name].remove(piece)
+                return name, piece
+            if self.files[name].cut and 16 <= free <= owed[name] + slack:  # all that wait here are longer than the room: it takes a part
+                number, document, start, n = ready[0]
+                self.waiting[name][0] = number, document, start + free, n - free
+                return name, (number, document, start, free)
+        fits = [(name, piece) for name in self.names for piece in self._ready(name) if piece[3] <= free]
+        chosen = max(fits, key=lambda fit: owed[fit[0]] - fit[1][3], default=None)  # too much for each category; least too much
+        if chosen:
+            self.waiting[chosen[0]].remove(chosen[1])
+        return chosen
 
     def next(self):
         """(input_ids, targets, segment_ids), each int64 (rows, context)."""
-        waiting = sum(piece[3] for piece in self.pool)
-        while waiting < (self.rows + 4) * self.context:   # 4 rows' worth to choose from
-            ahead = waiting + self.context
-            self._draw(max(self.names, key=lambda name: self.due[name] + self.shares[name] * ahead - self.drawn[name]))
-            waiting += self.pool[-1][3]
-        self.pool.sort(key=lambda piece: self.given[piece[0]] - self.due[piece[0]])  # of one category still the oldest first
-        filled = best_fit([piece[3] for piece in self.pool], self.context, self.rows)
         rows = []
-        for row in filled:
+        for _ in range(self.rows):
+            owed, free = {name: self.due[name] + self.shares[name] * self.context - self.given[name] for name in self.names}, self.context
             rows.append([])
-            for name, document, start, n in (self.pool[i] for i in row):
+            while chosen := self._choose(owed, free):
+                name, (_, document, start, n) = chosen
                 rows[-1].append(shifted(self.files[name].ids(document), self.files[name].in_loss(document), start, n))
                 self.given[name] += n
-        used = {i for row in filled for i in row}
-        for name in self.names:
-            self.due[name] += self.shares[name] * sum(self.pool[i][3] for i in used)
-        self.pool = [piece for i, piece in enumerate(self.pool) if i not in used]
+                owed[name] -= n
+                free -= n
+            for name in self.names:
+                self.due[name] += self.shares[name] * (self.context - free)
         return lay_out(rows, self.context)
 
     def realised(self):
@@ -1786,14 +1806,15 @@ class Mixture:
         return {name: count / total for name, count in self.given.items()}
 
     def state(self):
-        return {count: dict(getattr(self, count)) for count in self.COUNTS} | {"pool": [list(piece) for piece in self.pool]}
+        waiting = {name: [list(piece) for piece in pieces] for name, pieces in self.waiting.items()}
+        return {count: dict(getattr(self, count)) for count in self.COUNTS} | {"waiting": waiting}
 
     def load_state(self, state):
         if set(state["opened"]) != set(self.names):
             raise ValueError(f"mixture state of {sorted(state['opened'])} does not belong to a mixture of {sorted(self.names)}")
         for count in self.COUNTS:
             setattr(self, count, dict(state[count]))
-        self.pool, self.order = [tuple(piece) for piece in state["pool"]], {}
+        self.waiting, self.order = {name: list(map(tuple, pieces)) for name, pieces in state["waiting"].items()}, {}
 
 
 # ------------------------------------------------------------------------------------------------ samples of the later stages

@@ -166,6 +166,30 @@ def test_a_mixture_gives_the_shares_and_resumes_to_the_same_batches(tmp_path):
             np.testing.assert_array_equal(x, y)
 
 
+def test_ten_long_rows_already_hold_the_shares_to_a_percent_and_every_document_comes(tmp_path):
+    """A mid2 in little: short samples and long ones that are never cut, and documents that are, in ten rows of 4,096 tokens."""
+    rng, files = np.random.default_rng(0), {}
+    kinds = (("short", 900, 43, 212, False), ("long", 150, 68, 4088, False), ("code", 300, 23, 20_000, True))
+    for name, documents, shortest, longest, cut in kinds:
+        writer = TokenWriter(tmp_path, name, 1000, cut=cut)
+        for _ in range(documents):
+            writer.add(rng.integers(0, 1000, rng.integers(shortest, longest)), 10, "python")
+        writer.close()
+        files[name] = TokenFile(tmp_path, name)
+    shares, off = {"short": 0.6, "long": 0.15, "code": 0.25}, []
+    for seed in range(8):
+        mixture = Mixture(files, shares, context=4096, rows=1, seed=seed)
+        rows = [mixture.next() for _ in range(10)]
+        off += [abs(share - shares[name]) for name, share in mixture.realised().items()]
+        assert sum(mixture.given.values()) == sum(int((targets != -100).sum()) for _, targets, _ in rows) > 0.99 * 10 * 4096
+    assert np.mean(off) < 0.005 and max(off) < 0.02
+    dealt, ids = set(), files["long"].ids
+    files["long"].ids = lambda i: dealt.add(i) or ids(i)
+    while mixture.opened["long"] < 900:
+        mixture.next()
+    assert len(dealt) == 150  # the longest, too, that one row's share would never hold
+
+
 # ------------------------------------------------------------------------------------------------ tokenizer
 
 @pytest.fixture(scope="module")
