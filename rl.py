@@ -1052,8 +1052,7 @@ STUDY = {
     "swe": {
         "shape": HEADS | dict(hidden_size=128, intermediate_size=352, num_hidden_layers=2), "vocab": 380,
         "demonstrations": 4000, "levels": (2,), "reported": 0.3, "wrong": 0.4, "blind": 0.1,
-        "phases": [("reported", 6e5, 5e-3), ("reported", 6e5, 2.5e-3), ("all", 4e5, 2.5e-3), ("reported", 5e5, 4e-3), ("all", 3e5, 2.5e-3)],
-        "rows": 16,
+        "phases": [("reported", 1.6e6, 5e-3), ("all", 3e5, 2.5e-3)], "rows": 16,
         "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=12, samples=12, updates=3, lr=3e-4,
                     planted=0.6, steps=20, slots=192, minutes=0, eval_tasks=100),
         "arms": {"grpo": {}, "shuffled_feedback": {"shuffle_feedback": True}, "more_sft": None},
