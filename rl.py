@@ -1158,10 +1158,15 @@ def one_thread():
     return pipeline.start_world(pipeline.TrainConfig(device="cpu", dtype="float32", threads=1))
 
 
+def study_worker():
+    """One thread for each process of a study; Ctrl-C is for the parent, which ends its workers."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def study(out, names, seeds, jobs):
     """Every arm of these tasks for so many seeds, `jobs` single-threaded processes side by side; a killed study goes on arm by arm."""
-    leave = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    with multiprocessing.get_context("spawn").Pool(jobs, leave) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, study_worker) as pool:
         starts, cells = [(name, pool.apply_async(study_start, (out, name))) for name in names], []
         for name, start in starts:
             start.get()  # one start serves all seeds
