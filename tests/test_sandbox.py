@@ -907,7 +907,8 @@ def test_a_missing_layer_changes_the_report_and_never_a_verdict(hardship):
     assert found["fooled"] == 0 and found["errors"] == 0 and found["honest"] == "passed" and found["text"] == "x = 1\ny = 2\n"
     for name, (_, want) in sandbox.BOMBS.items():
         status = found["bombs"][name]
-        assert status == want or want == "" and status not in ("ok", "sandbox error"), (name, status)
+        early = "portable" in hardship and want == "ok" and status == "memory"  # a look that finds many daemons at once stops them all
+        assert status == want or early or want == "" and status not in ("ok", "sandbox error"), (name, status)
 
 
 @needs_full
