@@ -254,7 +254,7 @@ def bombed():
 def test_a_bomb_ends_as_it_should_within_its_limits(bombed, name):
     done, want = bombed[0][name], BOMBS[name][1]
     assert done.status == want or want == "" and done.status not in ("ok", "sandbox error"), done
-    assert done.cpu_s < SMALL.cpu_s + 2 and done.peak_mb < (10 if "buffers" in name else 6) * SMALL.memory_mb  # a look can be late, and buffers count as full
+    assert done.cpu_s < SMALL.cpu_s + 2 and done.peak_mb < 4 * SMALL.memory_mb
     assert len(done.stdout) <= SMALL.output_kb * 1024 + 30 and len(done.stderr) <= SMALL.output_kb * 1024 + 30
 
 
@@ -857,7 +857,7 @@ REPORT = """
 import json, sandbox, sys
 from sandbox import Call, Check, grade, Workspace
 sandbox.PORTABLE = "portable" in sys.argv[1]
-limits, hurried = sandbox.SMALL, sandbox.replace(sandbox.SMALL, cpu_s=0.25, memory_mb=64)
+limits, hurried = sandbox.SMALL, sandbox.replace(sandbox.SMALL, cpu_s=0.25)
 cheats = [grade(p, [Call("f", [2], 3), Check("assert f(2) == 3")], limits) for p in sandbox.CHEATS.values()]
 honest = grade("def f(x): return x + 1", [Call("f", [2], 3), Check("assert f(2) == 3")], limits)
 bombs = {name: sandbox.run(bomb, limits=hurried).status for name, (bomb, _) in sandbox.BOMBS.items()}  # not at once: a fork bomb may starve others
@@ -907,8 +907,7 @@ def test_a_missing_layer_changes_the_report_and_never_a_verdict(hardship):
     assert found["fooled"] == 0 and found["errors"] == 0 and found["honest"] == "passed" and found["text"] == "x = 1\ny = 2\n"
     for name, (_, want) in sandbox.BOMBS.items():
         status = found["bombs"][name]
-        early = "portable" in hardship and want == "ok" and status == "memory"  # a look that finds many daemons at once stops them all
-        assert status == want or early or want == "" and status not in ("ok", "sandbox error"), (name, status)
+        assert status == want or want == "" and status not in ("ok", "sandbox error"), (name, status)
 
 
 @needs_full
