@@ -105,7 +105,7 @@ class Entry(NamedTuple):
     path: str          # inside the project, for people and for rules
     language: str
     size: int
-    place: str         # FILE, or "git\0REPOSITORY\0OBJECT", or "line\0SPOOL\0OFFSET"
+    place: str         # FILE, or "FILE\0OFFSET" of a part, or "git\0REPOSITORY\0OBJECT"
 
 
 SKIP_DIRECTORIES = re.compile(r"__pycache__|\..*|.*\.dist-info|.*\.egg-info|node_modules|_?vendor(ed)?|third[-_]?party|externals?", re.I)
@@ -116,9 +116,8 @@ LARGEST_FILE = 1_000_000  # bytes; larger ones are data, whatever their extensio
 def wanted(path):
     """The language of a path, or None: an unknown extension, a vendored copy, a generated file."""
     *folders, name = path.split("/")
-    if any(SKIP_DIRECTORIES.fullmatch(folder) for folder in folders) or GENERATED_NAMES.fullmatch(name):
-        return None
-    return BY_EXTENSION.get(os.path.splitext(name)[1].lower())
+    if not any(map(SKIP_DIRECTORIES.fullmatch, folders)) and not GENERATED_NAMES.fullmatch(name):
+        return BY_EXTENSION.get(os.path.splitext(name)[1].lower())
 
 
 def walk(root, project_of, skip=()):
@@ -186,12 +185,11 @@ def find(sources, folder, counts):
 def read_all(entries):
     """The bytes of each entry, in order; one `git cat-file` a repository, plain reads for the rest."""
     with contextlib.ExitStack() as stack:
-        open_once = functools.cache(lambda path: stack.enter_context(open(path, "rb")))
         git = functools.cache(lambda repo: stack.enter_context(subprocess.Popen(
             ["git", "-C", repo, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
         for entry in entries:
-            kind, *where = entry.place.split("\0")
-            if kind == "git":
+            place, *where = entry.place.split("\0")
+            if place == "git":
                 reader = git(where[0])
                 reader.stdin.write(f"{where[1]}\n".encode())
                 reader.stdin.flush()
@@ -199,12 +197,10 @@ def read_all(entries):
                 if len(header) != 3:
                     raise ValueError(f"{where[0]}: git cannot read {entry.path} (object {where[1]}); `git fsck` there says what is broken")
                 yield reader.stdout.read(int(header[2]) + 1)[:-1]  # the object is followed by a newline
-            elif kind == "line":
-                spool = open_once(where[0])
-                spool.seek(int(where[1]))
-                yield json.loads(spool.readline())[0].encode("utf-8", "replace")
             else:
-                yield Path(entry.place).read_bytes()
+                with open(place, "rb") as file:
+                    file.seek(int(where[0]) if where else 0)
+                    yield file.read(entry.size if where else -1)
 
 
 def fair_cap(sizes, budget, weights=None):
@@ -409,31 +405,28 @@ def json_lines(path, counts):
 
 
 def spooled(source, folder, counts):
-    """Entries of a stream. Its documents first go to a local file, one JSON line each; several processes can sample and read it."""
+    """Entries of a stream. Its texts first go to a local file, end to end; several processes can sample and read it."""
     local, remote = Path(source), source.startswith("cc:") or re.match("https?://", source)
     if not remote and not local.is_file():
         raise ValueError(f"source {source}: there is no such file")
     version = () if remote else (str(local.stat().st_size), str(local.stat().st_mtime_ns))  # a file that has changed is read anew
     raw = folder / f"{digest(source, *version):016x}"
-    spool, skipped, offset = raw.with_suffix(".spool"), Counter(), 0
-    if not spool.exists():
+    spool, index, skipped, entries = raw.with_suffix(".spool"), raw.with_suffix(".index"), Counter(), []
+    if not index.exists():
         raw.mkdir(parents=True, exist_ok=True)
         if source.startswith("cc:"):
             files = crawl(source[3:], raw, skipped)
         else:
             files = [download(source, raw / os.path.basename(urllib.parse.urlsplit(source).path)) if remote else local]
-        with open(f"{spool}.tmp", "w") as out:
+        with open(spool, "wb") as out:
             for path in files:
                 for doc in json_lines(path, skipped) if ".jsonl" in path.name else warc_pages(path, skipped):
-                    out.write(json.dumps(doc) + "\n")
-        write_json(f"{spool}.counts", skipped)
-        os.replace(f"{spool}.tmp", spool)
-    counts.update(json.loads(Path(f"{spool}.counts").read_text()))
-    with open(spool, "rb") as lines:
-        for line in lines:
-            text, language, project, path = json.loads(line)
-            yield Entry(project, path, language, len(text.encode("utf-8", "replace")), f"line\0{spool.resolve()}\0{offset}")
-            offset += len(line)
+                    place = f"{spool.resolve()}\0{out.tell()}"
+                    entries.append(Entry(doc.project, doc.path, doc.language, out.write(doc.text.encode("utf-8", "replace")), place))
+        write_json(index, [entries, skipped])
+    entries, skipped = json.loads(index.read_text())
+    counts.update(skipped)
+    return [Entry(*row) for row in entries]
 
 
 # ------------------------------------------------------------------------------------------------ bytes and pages to text
@@ -451,9 +444,7 @@ def decode(raw):
                 text = raw.decode(encoding)
                 break
     control = sum(map(text.count, "\x00\x01\x02\x03\x04\x05\x06\x0e\x0f\x10\x11\x12\ufffd"))
-    if control > 0.001 * len(text):
-        return None
-    return fim.normalise(text)
+    return fim.normalise(text) if control <= 0.001 * len(text) else None
 
 
 class Page(HTMLParser):
@@ -534,18 +525,7 @@ EDITS = {  # name: (languages, a quick look without which the pattern cannot mat
     "encoded blob": (TEXT, bool, re.compile(
         r"(?:data:[\w/+.-]+;base64,)?(?<![A-Za-z0-9+/=])(?=\S{0,200}\d)(?:[A-Za-z0-9+/]{120,}={0,2}|[0-9a-fA-F]{96,})"), "<BLOB>"),
 }
-FENCED = re.compile(r"(^(`{3,}).*?^\2[ \t]*$)", re.M | re.S)
-
-
-def edit(text, language, fired):
-    """Apply EDITS; in text, fenced code stays as it is, byte for byte. Names that changed something are appended to `fired`."""
-    pieces = FENCED.split(text) if language in TEXT else [text]  # prose, block, fence, prose, block, fence, ..., prose
-    for i in range(0, len(pieces), 3):
-        for name, (languages, possible, pattern, replacement) in EDITS.items():
-            if language in languages and possible(pieces[i]):
-                pieces[i], times = pattern.subn(replacement, pieces[i])
-                fired += [name] if times and name not in fired else []
-    return "".join(piece for i, piece in enumerate(pieces) if i % 3 != 2)
+FENCED = re.compile(r"(^(`{3,}).*?^\2[ \t]*$)", re.M | re.S)  # code in prose: it stays as it is, byte for byte
 
 
 CLASSES = np.zeros((256, 4), np.int64)  # byte -> (alphabetic, digit, white space, any); bytes of other scripts count as letters
@@ -615,8 +595,14 @@ RULES = {  # name: (languages, what is measured, least, most). Sources: s StarCo
 
 def clean(text, language="text"):
     """(text after EDITS, or None where a rule dropped it; the names of the edits and rules that fired)."""
-    fired = []
-    text = edit(text, language, fired)
+    pieces, fired = FENCED.split(text) if language in TEXT else [text], []  # prose, block, its fence, prose, block, its fence, ..., prose
+    for i in range(0, len(pieces), 3):
+        for name, (languages, possible, pattern, replacement) in EDITS.items():
+            if language in languages and possible(pieces[i]):
+                pieces[i], times = pattern.subn(replacement, pieces[i])
+                fired += [name] if times and name not in fired else []
+    del pieces[2::3]
+    text = "".join(pieces)
     numbers = measure(text, language in TEXT)
     broken = [name for name, (languages, what, least, most) in RULES.items() if language in languages
               and (least is not None and numbers[what] < least or most is not None and numbers[what] > most)]
@@ -742,17 +728,28 @@ def normal(text):
     return "\n".join(filter(None, map(str.rstrip, text.split("\n"))))
 
 
-def firsts(keys, rank):
-    """For each the index of the one of lowest rank that has the same key."""
+def survivors(pairs, rank):
+    """Union-find: of each connected group the one of lowest rank is kept. -> for each its survivor's index."""
+    parent = list(range(len(rank)))
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+    for i, j in pairs:
+        a, b = sorted((root(i), root(j)), key=rank.__getitem__)
+        parent[b] = a
+    return list(map(root, parent))
+
+
+def equal_pairs(keys):
+    """Each index behind the first one that has the same key."""
     first = {}
-    for i in sorted(range(len(keys)), key=rank.__getitem__):
-        first.setdefault(keys[i], i)
-    return [first[key] for key in keys]
+    return [(first.setdefault(key, i), i) for i, key in enumerate(keys)]
 
 
 def exact_duplicates(docs):
     """For each text the index of the one kept in its place. The smallest of the equal ones stays, whatever the order."""
-    return firsts(list(map(normal, docs)), docs)
+    return survivors(equal_pairs(map(normal, docs)), docs)
 
 
 PERMUTATIONS = SEEDS.integers(0, 2**31, 128, dtype=U32) * U32(2) + U32(1)  # odd: h -> p h mod 2^32 permutes the 32-bit numbers
@@ -796,19 +793,6 @@ def jaccard(a, b):
     """|a & b| / |a | b| of two sorted sets."""
     common = len(a) + len(b) - len(distinct(np.concatenate([a, b])))
     return common / max(len(a) + len(b) - common, 1)
-
-
-def survivors(pairs, rank):
-    """Union-find: of each connected group the one of lowest rank is kept. -> for each its survivor's index."""
-    parent = list(range(len(rank)))
-    def root(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-    for i, j in pairs:
-        a, b = sorted((root(i), root(j)), key=rank.__getitem__)
-        parent[b] = a
-    return list(map(root, parent))
 
 
 def near_pairs(signatures, read, threshold):
@@ -887,18 +871,15 @@ def words_in_a_row(text, n=10):
 
 class Decontaminator:
     """
-    Does a text touch a benchmark? Three looks at each item's texts, from literal to structural:
-        words    any 10 words in a row that are an item's too (Seed-Coder's length)
-        fuzzy    60 % of an item's shingles of 5 tokens
-        shape    70 % of an item's windows of 12 tokens, names and numbers only by where they stood before
-    The last finds a solution inside a larger file with everything renamed. Windows that are common in code at large (in more than
-    two items) prove nothing and do not count; an item with fewer than 8 left is not looked for in that way.
+    Does a text touch a benchmark? Three looks at each item's texts: any 10 words in a row that are an item's too (Seed-Coder's length);
+    60 % of an item's shingles; 70 % of its shapes of 12 tokens, which finds a solution inside a larger file with everything renamed.
+    What stands in more than two items proves nothing and does not count; an item with fewer than 8 left is seen by its words alone.
     """
     def __init__(self, benchmarks):
-        self.names = [name for name, rows in sorted(benchmarks.items()) for _ in rows]
-        self.looks = []  # (look, sorted hashes, item of each, how many an item must share)
+        items = [(name, text) for name, texts in sorted(benchmarks.items()) for text in texts]
+        self.names, self.looks = [name for name, _ in items], []  # (look, sorted hashes, item of each, how many an item must share)
         for look, share in ((words_in_a_row, 0.0), (shingles, 0.6), (lambda text: distinct(shapes(text, 12)), 0.7)):
-            found = [look(text) for _, rows in sorted(benchmarks.items()) for text in rows]
+            found = [look(text) for _, text in items]
             hashes, item = np.concatenate([*found, np.empty(0, U64)]), np.repeat(np.arange(len(found)), list(map(len, found)))
             order = np.argsort(hashes, kind="stable")
             hashes, item = hashes[order], item[order]
@@ -972,8 +953,6 @@ def maths_rubric(text):
 RUBRICS = {"code": code_rubric, "text": text_rubric, "maths": maths_rubric}
 MATHS = re.compile(r"\b(?:matri|polynom|equation|theorem|integral|derivative|algebra|prime|eigen|vector|coefficient|"
                    r"probabilit|distribution)", re.I)
-
-
 DOCSTRING = re.compile(r'"""((?:[^"\\]|\\.|"(?!""))*)"""')
 
 
@@ -1127,6 +1106,21 @@ def auc(scores, good):
     return float((ranks(scores)[good].sum() - good.sum() * (good.sum() - 1) / 2) / max(good.sum() * (~good).sum(), 1))
 
 
+def ask(teacher, prompt, n=1):
+    """The teacher's n answers; an empty one where it gives none or its budget is spent."""
+    try:
+        return teacher.ask(prompt, n) or [""]
+    except tasks.BudgetSpent:
+        return [""]
+
+
+def teacher_score(teacher, kind, text):
+    """A larger model's opinion, as the one share of a rubric; None where it gave no number."""
+    number = re.search(r"\d+(?:\.\d+)?", ask(teacher, f"Rate this {kind} for readability, clarity and usefulness as training text. "
+                                                      f"Answer with a number from 0 to 10.\n\n{text[:6000]}")[0])
+    return [min(float(number[0]) / 10, 1.0)] if number else None
+
+
 def quality_table(docs, tokenizer, teacher=None, kinds=tuple(RUBRICS), most=1500, log=print):
     """
     Train the proxies and their baselines on some projects' documents, judge both on other projects', print AUC (of the better half by
@@ -1135,48 +1129,27 @@ def quality_table(docs, tokenizer, teacher=None, kinds=tuple(RUBRICS), most=1500
     found, better = defaultdict(dict), {}
     for doc in docs:
         for kind, text in samples_of(doc):
-            if kind in kinds and (kind != "code" or doc.language == "python"):
+            if kind in kinds and (kind != "code" or doc.language == "python") and len(found[kind]) < most:
                 found[kind][digest(text)] = doc.project, text
-                if len(found[kind]) > 2 * most:               # only those with the smallest numbers are wanted in the end
-                    found[kind] = dict(sorted(found[kind].items())[:most])
     for kind in kinds:
-        rows = {True: [], False: []}                          # by whether the source is held out: the texts with their shares
-        for _, (project, text) in sorted(found[kind].items())[:most]:
-            shares = teacher_score(teacher, kind, text) if teacher else RUBRICS[kind](text)
-            if shares is not None:
+        rows = {True: [], False: []}  # by whether the source is held out: the texts with their shares
+        for _, (project, text) in sorted(found[kind].items()):
+            if shares := teacher_score(teacher, kind, text) if teacher else RUBRICS[kind](text):
                 rows[digest(project) % 4 == 0].append((text, np.array(shares, float) * 10 / len(shares)))
-        learn, judge = rows[False], rows[True]
-        if len(learn) < 64 or len(judge) < 16:
-            log(f"proxy   {kind}: only {len(learn)} documents to learn from and {len(judge)} to judge on; left out")
+        size = f"{len(rows[False])} documents, held-out sources {len(rows[True])}"
+        if len(rows[False]) < 64 or len(rows[True]) < 16:
+            log(f"proxy   {kind}: {size}: too few; left out")
             continue
-        (texts, goals), (unseen, truth), marks = zip(*learn), zip(*judge), {}
-        scorers = {"proxy": Proxy(texts, goals), "n-grams": NgramScorer(texts, goals, tokenizer)}
-        truth = np.array([shares.sum() for shares in truth])
-        for name, scorer in scorers.items():
+        (texts, goals), (unseen, truth), marks = zip(*rows[False]), zip(*rows[True]), {}
+        truth = np.sum(truth, 1)
+        for name, scorer in (("proxy", Proxy(texts, goals)), ("n-grams", NgramScorer(texts, goals, tokenizer))):
             scores = scorer(unseen)
-            marks[name] = auc(scores, truth > np.median(truth)), spearman(scores, truth)
-            log(f"{name:8s}{kind}: {len(learn)} documents, held-out sources {len(judge)}: "
-                f"AUC {marks[name][0]:.3f}, Spearman {marks[name][1]:.3f}")
-        best = max(marks, key=marks.get)
-        better[kind] = scorers[best]
+            marks[name] = auc(scores, truth > np.median(truth)), spearman(scores, truth), scorer
+            log(f"{name:8s}{kind}: {size}: AUC {marks[name][0]:.3f}, Spearman {marks[name][1]:.3f}")
+        best = max(marks, key=lambda name: marks[name][:2])
+        better[kind] = marks[best][2]
         log(f"chosen  {kind}: {best}, the better one on sources not seen")
     return better
-
-
-def ask(teacher, prompt, n=1):
-    """The teacher's n answers; none once its budget is spent."""
-    try:
-        return teacher.ask(prompt, n)
-    except tasks.BudgetSpent:
-        return []
-
-
-def teacher_score(teacher, kind, text):
-    """A larger model's opinion, as the one share of a rubric; None where it gave no number."""
-    reply = ask(teacher, f"Rate this {kind} for readability, clarity and usefulness as training text. Answer with a number from 0 to 10."
-                         f"\n\n{text[:6000]}")
-    number = re.search(r"\d+(?:\.\d+)?", reply[0] if reply else "")
-    return [min(float(number[0]) / 10, 1.0)] if number else None
 
 
 # ------------------------------------------------------------------------------------------------ how much of which language
@@ -1315,8 +1288,7 @@ def small_runs(folder, widths=(16, 32, 64, 128), steps=120, batch=8, context=256
 
 # ------------------------------------------------------------------------------------------------ facts with one answer
 
-FACT_MODULES = """
-argparse ast base64 bisect calendar collections contextlib copy csv dataclasses datetime decimal difflib enum fractions functools gzip
+FACT_MODULES = """argparse ast base64 bisect calendar collections contextlib copy csv dataclasses datetime decimal difflib enum fractions functools gzip
 hashlib heapq html inspect io itertools json logging math operator pathlib pickle queue random re sched secrets shlex shutil socket
 sqlite3 statistics string struct subprocess tempfile textwrap threading time timeit tokenize traceback types typing unittest
 urllib.parse uuid weakref zipfile""".split()
@@ -1328,6 +1300,14 @@ class Fact(NamedTuple):
     question: str
     answer: str
     check: tuple       # what introspection looks up again: (form, module, name, parameter)
+
+
+ASK = {
+    "module": "Which module of Python's standard library defines `{name}`?",
+    "default": "In Python, what is the default value of the parameter `{parameter}` of `{module}.{name}`?",
+    "base": "In Python, what is the direct base class of `{module}.{name}`?",
+    "required": "In Python, how many positional arguments does `{module}.{name}` require?",
+}
 
 
 def look_up(form, module, name, parameter=""):
@@ -1343,15 +1323,7 @@ def look_up(form, module, name, parameter=""):
         if form == "required":
             return str(sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters.values()))
         default = parameters[parameter].default
-        return repr(default) if isinstance(default, (bool, int, float, str, type(None))) and len(repr(default)) < 30 else None
-
-
-ASK = {
-    "module": "Which module of Python's standard library defines `{name}`?",
-    "default": "In Python, what is the default value of the parameter `{parameter}` of `{module}.{name}`?",
-    "base": "In Python, what is the direct base class of `{module}.{name}`?",
-    "required": "In Python, how many positional arguments does `{module}.{name}` require?",
-}
+        return repr(default) if isinstance(default, (int, float, str, type(None))) and len(repr(default)) < 30 else None
 
 
 def objective(fact, owners):
@@ -1362,16 +1334,6 @@ def objective(fact, owners):
     return one and plain and not CHANGING.search(doc) and look_up(*fact.check) == fact.answer
 
 
-def public_names():
-    """(module, name, object) of what FACT_MODULES define."""
-    for module in FACT_MODULES:
-        known = importlib.import_module(module)
-        for name in sorted(getattr(known, "__all__", None) or (n for n in vars(known) if not n.startswith("_"))):
-            thing = getattr(known, name, None)
-            if callable(thing) and getattr(thing, "__module__", None) in (module, f"_{module}"):
-                yield module, name, thing
-
-
 def code_facts(count=500, teacher=None):
     """
     CodeSimpleQA-like questions from signatures: generated, filtered (objective), checked by introspection (look_up), and spread over
@@ -1379,14 +1341,16 @@ def code_facts(count=500, teacher=None):
     """
     if count < 0:
         raise ValueError(f"{count} facts: ask for a positive number")
-    owners, found = Counter(name for _, name, _ in public_names()), []
-    for module, name, thing in public_names():
-        with contextlib.suppress(ValueError, TypeError):
-            found += [("default", module, name, p) for p in inspect.signature(thing).parameters]
-            found += [("required", module, name, "")] * (not inspect.isclass(thing))
-        found += [("module", module, name, ""), ("base", module, name, "")]
+    owners, checks = Counter(), []
+    for module, known in ((module, importlib.import_module(module)) for module in FACT_MODULES):
+        for name in getattr(known, "__all__", None) or [name for name in vars(known) if not name.startswith("_")]:
+            if callable(thing := getattr(known, name, None)) and look_up("module", module, name):
+                owners[name] += 1
+                checks += [(form, module, name, "") for form in ("module", "base", "required")[:2 if inspect.isclass(thing) else 3]]
+                with contextlib.suppress(ValueError, TypeError):
+                    checks += [("default", module, name, parameter) for parameter in inspect.signature(thing).parameters]
     facts = [Fact(ASK[form].format(module=module, name=name, parameter=parameter), answer, (form, module, name, parameter))
-             for form, module, name, parameter in found if (answer := look_up(form, module, name, parameter)) is not None]
+             for form, module, name, parameter in checks if (answer := look_up(form, module, name, parameter)) is not None]
     facts = sorted((fact for fact in facts if objective(fact, owners)), key=lambda fact: digest(fact.question))
     vectors = embed([f"{fact.check[0]} {fact.check[1]} {fact.question}" for fact in facts])
     centres, clusters = vectors[:32], defaultdict(list)
@@ -1401,10 +1365,9 @@ def code_facts(count=500, teacher=None):
 
 def rephrased(teacher, fact):
     """The teacher's wording where, asked without the answer, it gives that answer; else ours."""
-    reply = ask(teacher, f"Rephrase this question, keeping its one answer. Reply with the question alone.\n{fact.question}")
-    question = (reply or [""])[0].strip()
-    answers = ask(teacher, f"{question}\nReply with the answer alone.", 2) if question else []
-    return fact._replace(question=question) if answers and all(a.strip().strip("`") == fact.answer for a in answers) else fact
+    question = ask(teacher, f"Rephrase this question, keeping its one answer. Reply with the question alone.\n{fact.question}")[0].strip()
+    answers = ask(teacher, f"{question}\nReply with the answer alone.", 2) if question else [""]
+    return fact._replace(question=question) if all(a.strip().strip("`") == fact.answer for a in answers) else fact
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer
@@ -1670,24 +1633,6 @@ def cut_pieces(length, context):
     return [(start, min(context, length - 1 - start)) for start in range(0, length - 1, context)]
 
 
-def best_fit(lengths, context, rows):
-    """Rows of indices: each opens with the oldest piece that waits (so none waits for ever), then takes the largest that still fits."""
-    waiting = sorted((length, -i) for i, length in enumerate(lengths))  # of equal lengths the older one stands last
-    age, used, filled = iter(range(len(lengths))), [False] * len(lengths), []
-    while len(filled) < rows and waiting:
-        oldest = next(i for i in age if not used[i])
-        row, free, take = [], context, (lengths[oldest], -oldest)
-        while take is not None:
-            waiting.pop(bisect.bisect_left(waiting, take))
-            row.append(-take[1])
-            used[-take[1]] = True
-            free -= take[0]
-            at = bisect.bisect_right(waiting, (free, 0))
-            take = waiting[at - 1] if at else None
-        filled.append(row)
-    return filled
-
-
 def lay_out(rows, context):
     """rows of (ids fed (n,), targets (n,)) -> input_ids, targets, segment_ids, each (rows, context); padding is its own segment."""
     input_ids, segment_ids = np.zeros((2, len(rows), context), np.int64)
@@ -1710,12 +1655,21 @@ def shifted(ids, in_loss, start, n):
 
 
 def pack(samples, context):
-    """Samples (ids, or pairs (ids, in_loss)) -> input_ids, targets, segment_ids, each (rows, context). Only what fits no row is cut."""
+    """
+    Samples (ids, or pairs (ids, in_loss)) -> input_ids, targets, segment_ids, each (rows, context). Only what fits no row is cut; each
+    row takes the largest piece that still fits, again and again.
+    """
     samples = (sample if isinstance(sample, tuple) else (sample, None) for sample in samples)
     pieces = [shifted(ids, in_loss, start, n) for ids, in_loss in samples for start, n in cut_pieces(len(ids), context)]
-    pieces.sort(key=lambda piece: -len(piece[0]))
-    filled = best_fit([len(fed) for fed, _ in pieces], context, rows=len(pieces))
-    return lay_out([[pieces[i] for i in row] for row in filled], context)
+    pieces = sorted(pieces[::-1], key=lambda piece: len(piece[0]))
+    rows, free = [], 0
+    while pieces:
+        if not (at := bisect.bisect_right(pieces, free, key=lambda piece: len(piece[0]))):
+            rows.append([])
+            at, free = len(pieces), context
+        rows[-1].append(pieces.pop(at - 1))
+        free -= len(rows[-1][-1][0])
+    return lay_out(rows, context)
 
 
 class Mixture:
@@ -1729,56 +1683,47 @@ class Mixture:
     waits = 128                                            # pieces of a category to choose from
 
     def __init__(self, files, shares, context, rows, seed=0, piece=None):
-        missing = [name for name in shares if name not in files]
         total = sum(shares.values())
-        if missing or not total > 0 or min(shares.values()) < 0:
+        if set(shares) - set(files) or not total > 0 or min(shares.values()) < 0:
             raise ValueError(f"mixture shares {shares}: shares must be positive and each name one of the files {sorted(files)}")
         self.names = [name for name in shares if shares[name] > 0]
         self.shares = {name: shares[name] / total for name in self.names}
-        self.files, self.context, self.rows, self.seed = files, context, rows, seed
-        self.piece = piece or context                      # tokens of a document that go into one row at most
-        self.pieces = {name: self._pieces(files[name]) for name in self.names}
+        self.files, self.context, self.rows, self.seed, self.pieces = files, context, rows, seed, {}
+        for name, file in ((name, files[name]) for name in self.names):
+            pieces = [(i, start, n) for i, length in enumerate(file.lengths.tolist()) if file.cut or length - 1 <= context
+                      for start, n in cut_pieces(length, piece or context if file.cut else context)]
+            if not pieces:
+                raise ValueError(f"category {name}: no document fits the context of {context} tokens, and it must not cut them; "
+                                 f"leave it out or use a longer context")
+            self.pieces[name] = np.array(pieces, np.int64)  # (document, start, tokens)
         self.order = {}                                    # name -> the order of the pieces in the epoch that is under way
         self.opened, self.given, self.due = (dict.fromkeys(self.names, 0) for _ in self.COUNTS)
         self.waiting = {name: [] for name in self.names}   # (number, document, start, tokens), oldest first
 
-    def _pieces(self, file):
-        """All (document, start, tokens) of a category at this context length."""
-        rows = [(i, start, n) for i, length in enumerate(file.lengths.tolist()) if file.cut or length - 1 <= self.context
-                for start, n in cut_pieces(length, self.piece if file.cut else self.context)]
-        if not rows:
-            raise ValueError(f"category {file.name}: no document fits the context of {self.context} tokens, and it must not cut them; "
-                             f"leave it out or use a longer context")
-        return np.array(rows, np.int64)
-
-    def _draw(self, name):
-        epoch, at = divmod(self.opened[name], len(self.pieces[name]))
-        if at == 0 or name not in self.order:
-            key = digest(str(self.seed), name, str(epoch))
-            self.order[name] = np.random.default_rng(key).permutation(len(self.pieces[name]))
-        document, start, n = self.pieces[name][self.order[name][at]].tolist()
-        self.opened[name] += 1
-        return self.opened[name], document, start, n
-
     def _ready(self, name):
         """The pieces of a category that may come next: all that wait; the oldest alone when it was passed over too often."""
-        waiting = self.waiting[name]
-        waiting += [self._draw(name) for _ in range(self.waits - len(waiting))]
+        waiting, pieces = self.waiting[name], self.pieces[name]
+        while len(waiting) < self.waits:
+            epoch, at = divmod(self.opened[name], len(pieces))
+            if at == 0 or name not in self.order:
+                self.order[name] = np.random.default_rng(digest(str(self.seed), name, str(epoch))).permutation(len(pieces))
+            self.opened[name] += 1
+            waiting.append((self.opened[name], *pieces[self.order[name][at]].tolist()))
         return waiting[:1] if self.opened[name] - waiting[0][0] > 2 * self.waits else waiting
 
     def _choose(self, owed, free):
         """(category, piece) that goes into a row with this much room left, and waits no longer; None where none fits."""
-        slack = self.context // 16                         # a category may get so many tokens more than it is owed
+        slack, fits = self.context // 16, []               # a category may get so many tokens more than it is owed
         for name in sorted(self.names, key=lambda name: -owed[name]):
             ready = self._ready(name)
             if piece := next((piece for piece in ready if piece[3] <= min(free, owed[name] + slack)), None):
-                self.waiting[name].remove(piece)
-                return name, piece
+                fits = [(name, piece)]
+                break
             if self.files[name].cut and 16 <= free <= owed[name] + slack:  # all that wait here are longer than the room: it takes a part
                 number, document, start, n = ready[0]
                 self.waiting[name][0] = number, document, start + free, n - free
                 return name, (number, document, start, free)
-        fits = [(name, piece) for name in self.names for piece in self._ready(name) if piece[3] <= free]
+            fits += [(name, piece) for piece in ready if piece[3] <= free]
         chosen = max(fits, key=lambda fit: owed[fit[0]] - fit[1][3], default=None)  # too much for each category; least too much
         if chosen:
             self.waiting[chosen[0]].remove(chosen[1])
@@ -1802,11 +1747,10 @@ class Mixture:
 
     def realised(self):
         """{category: its share of the tokens given so far}."""
-        total = max(sum(self.given.values()), 1)
-        return {name: count / total for name, count in self.given.items()}
+        return {name: count / max(sum(self.given.values()), 1) for name, count in self.given.items()}
 
     def state(self):
-        waiting = {name: [list(piece) for piece in pieces] for name, pieces in self.waiting.items()}
+        waiting = {name: list(map(list, pieces)) for name, pieces in self.waiting.items()}
         return {count: dict(getattr(self, count)) for count in self.COUNTS} | {"waiting": waiting}
 
     def load_state(self, state):
@@ -1819,8 +1763,11 @@ class Mixture:
 
 # ------------------------------------------------------------------------------------------------ samples of the later stages
 
+END = [("<|endoftext|>", True, True)]
+
+
 def plain_parts(text):
-    return [("<|endoftext|>", True, True), (text, False, True), ("<|endoftext|>", True, True)]
+    return [*END, (text, False, True), *END]
 
 
 def file_samples(docs, tokenizer, context, rng):
@@ -1848,15 +1795,13 @@ def repo_samples(docs, tokenizer, context, rng):
         texts = {path: doc.text for path, doc in files.items()}
         contexts, room = [], 0
         for path in fim.dependency_order(texts):
-            new = [("<|file_sep|>", True, True), (f"{path}\n{texts[path]}\n", False, True)]
-            size = 1 + tokenizer.length(new[1][0])
+            size = 1 + tokenizer.length(f"{path}\n{texts[path]}\n")
             if size > room:
-                contexts.append((files[path].language, [("<|repo_name|>", True, True), (f"{project}\n", False, True)]))
-                room = context - 4 - tokenizer.length(project)
+                contexts, room = [*contexts, (files[path].language, {})], context - 4 - tokenizer.length(project)
             if size <= room:                                             # a file that no context holds is left out
-                contexts[-1][1].extend(new)
+                contexts[-1][1][path] = texts[path]
                 room -= size
-        contexts = [(language, project, parts + [("<|endoftext|>", True, True)]) for language, parts in contexts if len(parts) > 2]
+        contexts = [(language, project, fim.context_parts(project, inside) + END) for language, inside in contexts if inside]
         yield from rng.sample(contexts, min(PER_PROJECT, len(contexts)))
         index, paths = fim.Index(texts), rng.sample(sorted(files), min(PER_PROJECT, len(files), max(len(contexts), 1)))
         for i, (path, level) in enumerate(zip(paths, fim.plan(len(paths), rng, rate=1.0))):
@@ -1903,7 +1848,6 @@ def task_samples(split, name, seeds):
             yield split, name, family, "", parts
 
 
-
 def shard_samples(path, fates, tokenizer, context):
     """All that a cleaned shard gives to both splits: its documents, files with a hole, parts of projects; fates: the split of each."""
     for split in ("train", "heldout"):
@@ -1941,10 +1885,8 @@ def clean_shard(job):
         return
     found, drops, prints, sets = [], defaultdict(list), [], [np.empty(0, U32)]
     for entry, raw in zip(entries, read_all(entries)):
-        language, shown, fired = entry.language, decode(raw), ["binary"]
-        text = shown
-        if text is not None:
-            text, fired = clean(text, language)
+        language, shown = entry.language, decode(raw)
+        text, fired = (None, ["binary"]) if shown is None else clean(shown, language)
         if text is not None and not parses(text, language):
             if language == "c" and parses(text, "c++"):  # a header of either language ends in .h
                 language = "c++"
@@ -2022,7 +1964,7 @@ def deduplicate(paths, near=0.7, alike=0.8):
         gone[rule] = [(i, k) for i, k in zip(numbers.tolist(), kept.tolist()) if i != k]
         return np.setdiff1d(numbers, [i for i, _ in gone[rule]])
 
-    left = keep("exact duplicate", np.arange(len(exact)), np.array(firsts(exact.tolist(), rank)))
+    left = keep("exact duplicate", np.arange(len(exact)), np.array(survivors(equal_pairs(exact.tolist()), rank.tolist())))
     left = keep("near duplicate", left, left[survivors(near_pairs(column("signature")[left], read, near), rank[left].tolist())])
     rich = left[column("varied")[left] >= 100]  # a short table of constants has the shape of any other
     keep("renamed duplicate", rich, rich[embedding_duplicates(column("vector")[rich], alike)])
@@ -2048,16 +1990,15 @@ def clean_all(work, sample, held_out, benchmarks, workers):
 
 def drop_table(paths, counts):
     """{edit or rule: how many documents it touched, their bytes, three examples}, over all shards; and what the sources skipped."""
-    table = {reason: {"documents": number, "bytes": 0, "examples": []} for reason, number in counts.items()}
+    drops = defaultdict(list)
     for path in paths:
         for rule, rows in json.loads(Path(path).read_text())["drops"].items():
-            row = table.setdefault(rule, {"documents": 0, "bytes": 0, "examples": []})
-            row["documents"], row["bytes"] = row["documents"] + len(rows), row["bytes"] + sum(size for _, _, size, _ in rows)
-            row["examples"] = (row["examples"] + [[f"{project}: {name}", text] for project, name, _, text in rows if text])[:3]
+            drops[rule] += rows
+    table = {reason: {"documents": number, "bytes": 0, "examples": []} for reason, number in counts.items()}
+    for rule, rows in drops.items():
+        examples = [[f"{project}: {name}", text] for project, name, _, text in rows if text][:3]
+        table[rule] = {"documents": len(rows), "bytes": sum(size for _, _, size, _ in rows), "examples": examples}
     return dict(sorted(table.items()))
-
-
-BPE_BYTES = 16_000_000  # of training text are enough for BPE; `--bench tokenizer` prints what twice as much would save
 
 
 def decide(paths, held_out, drops):
@@ -2090,6 +2031,7 @@ def histories(sources, git):
 
 CATEGORIES = ("code", "text", "quality", "file", "repo", "commit", "reasoning", "agent")
 SHARES = {"file": 0.2, "repo": 0.2, "reasoning": 0.05, "agent": 0.03}  # at most so many tokens for each token of code so far
+BPE_BYTES = 16_000_000  # of training text are enough for BPE; `--bench tokenizer` prints what twice as much would save
 MOST_TASKS = 1_000_000  # tokens of a category of generated tasks: there is no end to them
 BEST = 0.25             # of each language, the share of code that the scorer puts first: the set to anneal on
 
