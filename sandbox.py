@@ -35,12 +35,14 @@ import errno
 import fcntl
 import functools
 import gc
+import importlib.abc
 import importlib.util
 import inspect
 import json
 import marshal
 import math
 import mmap
+import operator
 import os
 import re
 import resource
@@ -916,17 +918,17 @@ class Inbox:
 
 class Talk(Inbox):
     """
-    What a program says by its channel, in frames: first that it is loaded, then an answer to each of `questions`, which goes when the
-    frame before it has come. It never blocks, for that would stop the clock; it understands nothing of what it carries. It is here
-    because a grader that asks by itself waits for its interpreter's lock at every answer: a fifth fewer programs a second.
+    What a program says by its channel, in frames, one to each of `questions`, which goes when the frame before it has come. It never
+    blocks, for that would stop the clock; it understands nothing of what it carries. It is here because a grader that asks by itself
+    waits for its interpreter's lock at every answer: a fifth fewer programs a second.
     """
 
     def __init__(self, channel, questions):
         super().__init__(channel.fileno(), REPORT_BYTES)
-        self.channel, self.questions, self.answers, self.whole, self.unsent = channel, questions, 0, 0, []
+        self.channel, self.questions, self.answers, self.whole, self.unsent = channel, questions, 0, 0, questions[:1]
 
     def complete(self):
-        return self.answers > len(self.questions)
+        return self.answers >= len(self.questions)
 
     def said(self):
         return self.room[: self.whole]
@@ -945,8 +947,8 @@ class Talk(Inbox):
         try:
             over = super().read() or self.cut
             for frame in frames(self.room[self.whole : self.filled]):
-                self.unsent += self.questions[self.answers : self.answers + 1]
                 self.answers += 1
+                self.unsent += self.questions[self.answers : self.answers + 1]
                 self.whole += 4 + len(frame)
         except (ConnectionResetError, ValueError):
             return True
@@ -1416,9 +1418,6 @@ def run(source, stdin="", files=None, limits=Limits(), language="python", trace=
 # What crosses the boundary is JSON. None, bool, int, float, str and list are themselves; everything else is {tag: body}.
 
 DEPTH = 64
-
-
-
 PLAIN = {  # type: its JSON, by the type's own methods, so that a lying __iter__ has no say; subclasses are what they extend
     type(None): lambda value, _: value,
     bool: lambda value, _: value,
@@ -1427,8 +1426,8 @@ PLAIN = {  # type: its JSON, by the type's own methods, so that a lying __iter__
     str: lambda value, _: str.__str__(value),
     list: lambda value, deeper: deeper(list.__iter__(value)),
     tuple: lambda value, deeper: deeper(tuple.__iter__(value)),
-    set: lambda value, deeper: deeper(set.__iter__(value)),
-    frozenset: lambda value, deeper: deeper(frozenset.__iter__(value)),
+    set: lambda value, deeper: sorted(deeper(set.__iter__(value)), key=json.dumps),
+    frozenset: lambda value, deeper: sorted(deeper(frozenset.__iter__(value)), key=json.dumps),
     dict: lambda value, deeper: [deeper(pair) for pair in dict.items(value)],
     bytes: lambda value, _: bytes.decode(value, "latin-1"),
     bytearray: lambda value, _: bytearray.decode(value, "latin-1"),
@@ -1436,14 +1435,16 @@ PLAIN = {  # type: its JSON, by the type's own methods, so that a lying __iter__
 }
 
 
-def pack(value, other=None, depth=0):
+def not_plain(value):
+    raise ValueError(f"{type(value).__name__} is not plain data")
+
+
+def pack(value, other=not_plain, depth=0):
     """A value as a JSON tree. `other(value)` makes a tree of what is not plain."""
     if depth > DEPTH:
         raise ValueError(f"nested deeper than {DEPTH}, or in itself")
     kind = next((each for each in PLAIN if issubclass(type(value), each)), None)
     if kind is None:
-        if other is None:
-            raise ValueError(f"{type(value).__name__} is not plain data")
         return other(value)
     body = PLAIN[kind](value, lambda items: [pack(item, other, depth + 1) for item in items])
     if kind is int and body.bit_length() >= 4096:
@@ -1452,7 +1453,7 @@ def pack(value, other=None, depth=0):
 
 
 def unpack(tree, other=None):
-    """The value of a JSON tree: the inverse of pack."""
+    """The value of a JSON tree, the inverse of pack; `other(body)` is the value of a tag that is none of PLAIN's."""
     if isinstance(tree, list):
         return [unpack(item, other) for item in tree]
     if not isinstance(tree, dict):
@@ -1462,30 +1463,14 @@ def unpack(tree, other=None):
         return getattr(builtins, tag)(unpack(body, other))
     if tag in ("bytes", "bytearray"):
         return getattr(builtins, tag)(body, "latin-1")
-    if tag == "int":
-        return int(body, 16)
-    if tag == "complex":
-        return complex(*body)
-    if other is None:
-        raise ValueError(f"unknown tag {tag!r}")
-    return other(tag, body)
-
-
-def canonical(tree, depth=0):
-    """The tree with sets and dictionaries in one order. Nothing is hashed on the way: a candidate could choose keys that collide."""
-    if depth > 2 * DEPTH + 2:
-        raise ValueError("nested too deep")
-    if isinstance(tree, list):
-        return [canonical(item, depth + 1) for item in tree]
-    if isinstance(tree, dict):
-        ((tag, body),) = tree.items()
-        body = canonical(body, depth + 1)
-        return {tag: sorted(body, key=json.dumps) if tag in ("set", "frozenset", "dict") else body}
-    return tree
+    return int(body, 16) if tag == "int" else complex(*body) if tag == "complex" else other(body)
 
 
 def same(want, got, tolerance=0.0):
-    """Two canonical trees: equal types, equal values, floats within the tolerance, nan equal to nan."""
+    """
+    Two trees: equal types, equal values, dictionaries in any order, floats within the tolerance, nan equal to nan. Nothing is hashed:
+    a candidate could choose keys that collide.
+    """
     if type(want) is not type(got):
         return False
     if isinstance(want, float):
@@ -1494,52 +1479,35 @@ def same(want, got, tolerance=0.0):
     if isinstance(want, list):
         return len(want) == len(got) and all(same(a, b, tolerance) for a, b in zip(want, got))
     if isinstance(want, dict):
-        return want.keys() == got.keys() and all(same(want[tag], got[tag], tolerance) for tag in want)
+        bodies = ([sorted(body, key=json.dumps) if tag == "dict" else body for tag, body in tree.items()] for tree in (want, got))
+        return want.keys() == got.keys() and same(*bodies, tolerance)
     return want == got
 
 
 # ---- the grade: questions to a candidate ---------------------------------------------------------------------------------------
+# A question is [nonce, module, name, arguments], or [nonce] alone to load the program. Its answer is [nonce, "value", tree] or
+# [nonce, "raised", type names, message].
 
 
-def serve(job):
-    """
-    Load the program (or wait for imports), then answer questions until there are no more: [nonce, start, names, args, kwargs] gets
-    [nonce, "value", tree] or [nonce, "raised", type names, message]. All this runs in the candidate's own process. It can forge any
-    frame, and has won no more than the right to give an answer.
-    """
-    channel, main, kept = socket.socket(fileno=3), fresh_main("<program>"), []  # imported, not started; a name no module has
+class NoAnswer(BaseException):
+    """The candidate has ended, or sent what is no answer: nothing that a test could have expected, and no test can catch it."""
 
-    def keep(value):
-        """Hand out an object, which the other side can then name by its number."""
-        kept.append(value)
-        bases = value.__mro__ if isinstance(value, type) else ()
-        return {"object": [len(kept) - 1, [base.__name__ for base in bases[:8]]]}
 
-    def look_up(start, names, args, kwargs):
-        """Follow names from an object (its number) or a module (its name); call what they lead to, or (args None) just read it."""
-        find = lambda tag, body: kept[body[0]]
-        value = kept[start] if isinstance(start, int) else main if start == "__main__" else __import__(start, fromlist=["*"])
-        for name in names:
-            value = getattr(value, name)
-        if args is None:
-            return value
-        return value(*(unpack(arg, find) for arg in args), **{key: unpack(arg, find) for key, arg in kwargs.items()})
+def question(*names, args=(), kwargs=None, other=not_plain):
+    """-> (its nonce, its bytes): call what `names`, a module and a path of attributes in it, lead to; without names, load the program."""
+    nonce = os.urandom(8).hex()
+    return nonce, json.dumps([nonce, *names, pack([list(args), kwargs or {}], other, -2)] if names else [nonce]).encode()
 
-    nonce, work = None, functools.partial(execute, main) if job["load"] else lambda: None
-    while True:
-        try:
-            reply = [nonce, "value", pack(work(), keep)]
-        except BaseException as error:
-            reply = [nonce, "raised", [base.__name__ for base in type(error).__mro__[:8]], message_of(error)]
-        frame = json.dumps(reply).encode()
-        if len(frame) > ANSWER_BYTES:
-            frame = json.dumps([nonce, "raised", ["ValueError"], f"an answer of {len(frame)} bytes, {ANSWER_BYTES} at most"]).encode()
-        channel.sendall(framed(frame))
-        try:
-            nonce, *question = receive(channel)
-        except ConnectionError:
-            return
-        work = functools.partial(look_up, *question)
+
+def answer_to(nonce, frame):
+    """["value", tree] or ["raised", type names, message]. Whatever came, it is no more than data."""
+    try:
+        came_with, *answer = json.loads(frame)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise NoAnswer(f"no answer: {message_of(error)}") from None
+    if came_with != nonce:
+        raise NoAnswer("no answer: it came before its question")
+    return answer
 
 
 def message_of(error):
@@ -1549,59 +1517,40 @@ def message_of(error):
         return f"({type(second).__name__} while its message was read)"
 
 
-class NoAnswer(BaseException):
-    """The candidate has ended, or sent what is no answer: nothing that a test could have expected, and no test can catch it."""
+def serve(_):
+    """
+    Answer questions until there are no more. All this runs in the candidate's own process. It can forge any frame, and has won no more
+    than the right to give an answer.
+    """
+    channel, kept = socket.socket(fileno=3), [fresh_main("<program>")]  # imported, not started; a name no module has
+    find = lambda body: kept[body[0]]
 
+    def keep(value):
+        """Hand out an object, which the other side can then name by its number."""
+        kept.append(value)
+        bases = value.__mro__ if isinstance(value, type) else ()
+        return {"object": [len(kept) - 1, [base.__name__ for base in bases[:8]]]}
 
-class Line:
-    """The asking end of the socket to a candidate."""
+    def value_of(module=None, name="", arguments=None):
+        if module is None:
+            return execute(kept[0])
+        start = kept[0] if module == "__main__" else __import__(module, fromlist=["*"])
+        args, kwargs = unpack(arguments, find)
+        return operator.attrgetter(name)(start)(*args, **kwargs)
 
-    def __init__(self, link):
-        self.link, self.errors = link, {}
-        self.loaded = self.receive(None)
-
-    def receive(self, nonce):
+    while True:
         try:
-            got, *answer = receive(self.link, ANSWER_BYTES)
-            if got == nonce:
-                return answer
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise NoAnswer(f"no answer: {message_of(error)}") from None
-        raise NoAnswer("no answer: it came before its question")
-
-    def ask(self, start, names, args=None, kwargs=None):
-        """What these names lead to from an object (its number) or a module (its name), called where there are args."""
-        nonce = os.urandom(8).hex()
-        args = None if args is None else [pack(arg, self.reference) for arg in args]
-        kwargs = {key: pack(arg, self.reference) for key, arg in (kwargs or {}).items()}
-        with contextlib.suppress(OSError):  # it has gone: receive() will say
-            send(self.link, [nonce, start, names, args, kwargs])
-        answer = self.receive(nonce)
-        if answer[0] == "raised" and "StopIteration" in answer[1] and names != ["next"]:  # a loop of the test's would just end there
-            answer[1] = [name for name in answer[1] if name != "StopIteration"]
-        return self.value(answer)
-
-    def value(self, answer):
-        if answer[0] == "value":
-            return unpack(answer[1], self.remote)
-        raise self.error_class(answer[1])(answer[2])
-
-    def error_class(self, names):
-        """The exception that stands for a candidate's: the built-in one of that name, or one made here."""
-        if names[0] not in self.errors:
-            known = (getattr(builtins, name, None) for name in names)
-            base = next((each for each in known if isinstance(each, type) and issubclass(each, BaseException)), Exception)
-            self.errors[names[0]] = base if base.__name__ == names[0] else type(str(names[0]), (base,), {})
-        return self.errors[names[0]]
-
-    def reference(self, value):
-        if isinstance(value, Remote):
-            return {"object": [value._start]}
-        raise ValueError(f"{type(value).__name__} cannot be handed to the program: it is not plain data")
-
-    def remote(self, tag, body):
-        number, bases = body
-        return self.error_class(bases) if "BaseException" in bases else Remote(self, int(number))
+            nonce, *asked = receive(channel)
+        except ConnectionError:
+            return
+        try:
+            answer = [nonce, "value", pack(value_of(*asked), keep)]
+        except BaseException as error:
+            answer = [nonce, "raised", [base.__name__ for base in type(error).__mro__[:8]], message_of(error)]
+        frame = json.dumps(answer).encode()
+        if len(frame) > ANSWER_BYTES:
+            frame = json.dumps([nonce, "raised", ["ValueError"], f"an answer of {len(frame)} bytes, {ANSWER_BYTES} at most"]).encode()
+        channel.sendall(framed(frame))
 
 
 def short(value):
@@ -1609,20 +1558,19 @@ def short(value):
     return text if len(text) < 200 else text[:200] + "..."
 
 
-def judge_call(call, nonce, answer):
-    """-> (passed, reason) of one answer of a candidate. Whatever it is, it is no more than data."""
+def judge_call(call, nonce, frame):
+    """-> (passed, reason) of one answer of a candidate."""
     try:
-        came_with, kind, *rest = json.loads(answer)
-        if came_with != nonce:
-            return False, "no answer: it came before its question"
+        kind, *rest = answer_to(nonce, frame)
         if kind == "raised":
             return False, f"raised {rest[0][0]}: {rest[1]}"[:500]
-        got = canonical(rest[0])
-        if same(canonical(pack(call.expected)), got, call.tolerance):
+        if same(pack(call.expected), rest[0], call.tolerance):
             return True, ""
         # a long answer is not made into objects: its keys could be chosen to collide, and hashing them takes for ever
-        value = short(unpack(got, lambda *_: "an object")) if len(answer) < 4000 else f"a value of {len(answer)} bytes"
+        value = short(unpack(rest[0], lambda _: "an object")) if len(frame) < 4000 else f"a value of {len(frame)} bytes"
         return False, f"{call.function}({', '.join(map(short, call.args))}) is {value}, want {short(call.expected)}"
+    except NoAnswer as error:
+        return False, str(error)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         return False, f"no answer: {type(error).__name__}"
 
@@ -1631,18 +1579,14 @@ def grade_calls(source, calls, limits):
     """All calls in one process of the candidate's, one after the other; each question is sent when the one before it is answered."""
     for call in calls:
         pack(call.expected)  # what is no plain data is the test's mistake, not the program's
-    nonces = [os.urandom(8).hex() for _ in calls]
-    questions = [
-        json.dumps([nonce, "__main__", call.function.split("."), [pack(arg) for arg in call.args], {}]).encode()
-        for nonce, call in zip(nonces, calls)
-    ]
-    job = {"kind": "serve", "load": True, "files": as_files({"main.py": source})}
-    done, said, _ = Flight(job, limits, questions=questions).land()
-    loaded, *answers = frames(said) if said else [b""]
+    nonces, questions = zip(question(), *(question("__main__", call.function, args=call.args) for call in calls))
+    done, said, _ = Flight({"kind": "serve", "files": as_files({"main.py": source})}, limits, questions=questions).land()
+    loading, *answers = frames(said) if said else [None]
     missing = f"no answer: {done.reason or 'the program ended'}"
-    if not loaded.startswith(b'[null, "value"'):
-        missing, answers = (f"the program {judge_call(calls[0], None, loaded)[1]}" if loaded else missing), []
-    verdicts = [judge_call(*three) for three in zip(calls, nonces, answers)]
+    if loading is not None:
+        loaded, reason = judge_call(Call("", [], None), nonces[0], loading)
+        missing, answers = (missing, answers) if loaded else (f"the program {reason}", [])
+    verdicts = [judge_call(*three) for three in zip(calls, nonces[1:], answers)]
     return verdicts + [(False, missing)] * (len(calls) - len(verdicts)), [done]
 
 
@@ -1661,23 +1605,62 @@ def grade_ios(source, ios, limits, language="python"):
 
 
 # ---- the grade: tests that are programs ----------------------------------------------------------------------------------------
-# Assert-style tests run in the tester, a run of its own. The candidate's functions are Remote: a call crosses a socket, and what comes
-# back is plain data or another Remote. No object of the candidate's ever exists in this interpreter.
+# Assert-style tests run in the tester, a run of its own. The candidate's functions and modules are Remote: a call crosses a socket, and
+# what comes back is plain data or another Remote. No object of the candidate's ever exists in this interpreter.
+
+
+class Line:
+    """The asking end of the socket to a candidate."""
+
+    def __init__(self, link):
+        self.link, self.errors = link, {}
+
+    def ask(self, *names, args=(), kwargs=None):
+        nonce, text = question(*names, args=args, kwargs=kwargs, other=self.reference)
+        try:
+            self.link.sendall(framed(text))
+            kind, *answer = answer_to(nonce, read_frame(self.link, ANSWER_BYTES))
+        except (OSError, ValueError) as error:
+            raise NoAnswer(f"no answer: {message_of(error)}") from None
+        if kind == "value":
+            return unpack(answer[0], self.remote)
+        bases, message = answer
+        if names[1:] != ("next",):  # elsewhere a loop of the test's would just end there
+            bases = [name for name in bases if name != "StopIteration"]
+        raise self.error_class(bases)(message)
+
+    def error_class(self, names):
+        """The exception that stands for a candidate's: the built-in one of that name, or one made here."""
+        if names[0] not in self.errors:
+            known = (getattr(builtins, name, None) for name in names)
+            base = next((each for each in known if isinstance(each, type) and issubclass(each, BaseException)), Exception)
+            self.errors[names[0]] = base if base.__name__ == names[0] else type(str(names[0]), (base,), {})
+        return self.errors[names[0]]
+
+    def reference(self, value):
+        return {"object": [value._number]} if isinstance(value, Remote) else not_plain(value)
+
+    def remote(self, body):
+        number, bases = body
+        return self.error_class(bases) if "BaseException" in bases else Remote(self, int(number))
 
 
 class Remote:
-    """An object that lives in the candidate's process. To compare it is an error: what it says of its own equality is worth nothing."""
+    """
+    An object that lives in the candidate's process; number 0 is the program. To compare it is an error: what it says of its own equality
+    is worth nothing. No arithmetic either: `abs(f(x) - 3) < 1e-9` would be the object's to answer.
+    """
 
-    def __init__(self, line, start):
-        self._line, self._start = line, start
+    def __init__(self, line, number):
+        self._line, self._number = line, number
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._line.ask(self._start, [name])
+        return self._line.ask("builtins", "getattr", args=[self, name])
 
     def __call__(self, *args, **kwargs):
-        return self._line.ask(self._start, [], args, kwargs)
+        return self._line.ask("operator", "call", args=[self, *args], kwargs=kwargs)
 
     def __eq__(self, other):
         raise TypeError("the program returned an object that is not plain data; it cannot be compared")
@@ -1686,7 +1669,7 @@ class Remote:
 
     def __contains__(self, item):
         """An object that also contains what it cannot know of lies."""
-        contains = lambda item: self._line.ask("operator", ["contains"], [self, item]) is True
+        contains = lambda item: self._line.ask("operator", "contains", args=[self, item]) is True
         everything = False
         with contextlib.suppress(Exception):
             everything = contains(os.urandom(16).hex())
@@ -1695,20 +1678,19 @@ class Remote:
         return contains(item)
 
     def __enter__(self):
-        return self._line.ask(self._start, ["__enter__"], [])
+        return self._line.ask("builtins", "getattr", args=[self, "__enter__"])()
 
     def __exit__(self, *_):
-        return self._line.ask(self._start, ["__exit__"], [None, None, None])
+        return self._line.ask("builtins", "getattr", args=[self, "__exit__"])(None, None, None)
 
 
-# no arithmetic: `abs(f(x) - 3) < 1e-9` would be the object's to answer
 for _module, _names in {"builtins": "len iter next str repr bool", "operator": "getitem setitem delitem"}.items():
     for _name in _names.split():
-        setattr(Remote, f"__{_name}__", lambda self, *args, m=_module, name=_name: self._line.ask(m, [name], [self, *args]))
+        setattr(Remote, f"__{_name}__", lambda self, *args, names=(_module, _name): self._line.ask(*names, args=[self, *args]))
 
 
-class RemoteModules:
-    """An import hook: the candidate's modules are modules whose every attribute is asked for."""
+class RemoteModules(importlib.abc.Loader):
+    """An import hook: the candidate's modules are Remote too."""
 
     def __init__(self, line, names):
         self.line, self.names = line, names
@@ -1716,22 +1698,13 @@ class RemoteModules:
     def find_spec(self, name, path=None, target=None):
         return importlib.util.spec_from_loader(name, self, is_package=True) if name in self.names else None
 
-    def create_module(self, spec):
-        self.line.ask(spec.name, ["__name__"])  # an import that fails, fails here
-        module = types.ModuleType(spec.name)
-        module.__getattr__ = functools.partial(self.attribute, spec.name)
-        module.__path__ = [os.path.join(os.getcwd(), *spec.name.split("."))]  # tests may lie inside the package
-        return module
-
     def exec_module(self, module):
-        """Nothing is executed here: that is the point."""
-
-    def attribute(self, module, name):
-        if name == "__all__":
-            return [each for each in self.line.ask(module, ["__dir__"], []) if not each.startswith("_")]
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self.line.ask(module, [name])
+        """An import that fails over there, fails here."""
+        remote = self.line.ask("builtins", "__import__", args=[module.__name__, None, None, ["*"]])
+        public = [name for name in self.line.ask("builtins", "dir", args=[remote]) if not name.startswith("_")]
+        place = os.path.join(os.getcwd(), *module.__name__.split("."))  # tests may lie inside the package
+        vars(remote).update(vars(module), __path__=[place], __all__=public)
+        sys.modules[module.__name__] = remote
 
 
 @contextlib.contextmanager
@@ -1765,6 +1738,7 @@ class Approx:
 
 def small_pytest():
     """The part of pytest that test files need here: raises, approx, fixture, parametrize; skip and xfail are no pass."""
+    Param = type("Param", (tuple,), {})  # pytest.param(1, 2, id="a name")
 
     def skip(*_, **__):
         raise unittest.SkipTest("a test that does not want to run has not passed")
@@ -1784,9 +1758,6 @@ def small_pytest():
             return fixture
         function.is_fixture = True
         return function
-
-    class Param(tuple):
-        """pytest.param(1, 2, id="a name")"""
 
     skip_if = lambda condition=True, *_, **__: lambda function: skip if condition else function
     skipping = lambda *_, **__: skip_if()
@@ -1808,7 +1779,7 @@ def run_check(line, source):
                 space[node.value.id] = sys.modules[node.value.id]
     for name in sorted(names - space.keys()):
         with contextlib.suppress(AttributeError):  # the test itself will say NameError
-            space[name] = line.ask("__main__", [name])
+            space[name] = getattr(Remote(line, 0), name)
     exec(compile(source, "check", "exec"), space)
 
 
@@ -1874,14 +1845,20 @@ def test(job):
         sys.modules.pop(name, None)
     sys.meta_path.insert(0, RemoteModules(line, frozenset(job["modules"])))
     sys.modules["pytest"] = small_pytest()
-    for one in job["tests"]:
+
+    def outcome(work, *args, fatal=()):
         try:
-            line.value(line.loaded)
-            (run_from_file if job["files"] else run_check)(line, one)
-            outcome = [True, ""]
+            work(*args)
+            return [True, ""]
+        except fatal:  # no verdicts, then: whoever watches the program knows why
+            raise
         except BaseException as error:
-            outcome = [False, f"{type(error).__name__}: {message_of(error)}"]
-        verdicts.write(json.dumps(outcome) + "\n")
+            return [False, f"{type(error).__name__}: {message_of(error)}"]
+
+    loaded = [True, ""] if job["files"] else outcome(line.ask, fatal=NoAnswer)
+    for one in job["tests"]:
+        verdict = outcome(run_from_file if job["files"] else run_check, line, one) if loaded[0] else loaded
+        verdicts.write(json.dumps(verdict) + "\n")
 
 
 PROGRAMS = {"command": run_command, "python": run_python, "serve": serve, "test": test}
@@ -1895,7 +1872,7 @@ def grade_apart(program, tests, limits, files=None, modules=()):
     patient = replace(limits, wall_s=limits.wall_s + 5)  # the tester must outlive the candidate, to say so
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        candidate = Flight({"kind": "serve", "load": not files, "files": program}, limits, link=theirs)
+        candidate = Flight({"kind": "serve", "files": program}, limits, link=theirs)
         job = {"kind": "test", "tests": tests, "files": files or {}, "modules": modules}
         tester = Flight(job, patient, report=True, link=ours)
     (tested, report, _), (done, _, _) = tester.land(), candidate.land()

@@ -495,7 +495,10 @@ def test_types_count_and_floats_have_the_tolerance_that_the_test_gives():
 def test_plain_data_survives_the_boundary_exactly(value):
     tree = json.loads(json.dumps(sandbox.pack(value)))
     back = sandbox.unpack(tree)
-    assert repr(back) == repr(value) and sandbox.same(sandbox.canonical(sandbox.pack(value)), sandbox.canonical(tree))
+    assert repr(back) == repr(value) and sandbox.same(sandbox.pack(value), tree)
+
+
+LOADED = "import json, os, sys\nframe = sys._getframe()\nwhile 'nonce' not in frame.f_locals: frame = frame.f_back\ndef say(v):\n    m = json.dumps([frame.f_locals['nonce'], 'value', v]).encode()\n    return len(m).to_bytes(4, 'big') + m\nearly = say(None) + say(3)\n"
 
 
 def test_a_fuzzed_channel_never_passes_and_never_breaks_us():
@@ -505,7 +508,8 @@ def test_a_fuzzed_channel_never_passes_and_never_breaks_us():
     def program(_):
         noise = b"".join(rng.choice(pieces) if rng.random() < 0.7 else rng.randbytes(rng.randrange(40)) for _ in range(rng.randrange(1, 30)))
         where = rng.choice(["", "    "])
-        return f"import os\ndef f(x):\n    {'pass' if not where else ''}\n{where}os.write(3, {noise!r})\n"
+        early = rng.choice(["", "os.write(3, early)\n", "os.write(3, early[:50])\n"])  # as if it were loaded, before it is
+        return f"{LOADED}{early}def f(x):\n    {'pass' if not where else ''}\n{where}os.write(3, {noise!r})\n"
 
     jobs = [(program(n), [test]) for n in range(60) for test in CHEATING_TESTS]
     assert {(graded.pass_rate, graded.status == "sandbox error") for graded in grade_many(jobs, SMALL)} == {(0.0, False)}
@@ -516,8 +520,8 @@ def struct_size(n):
 
 
 def test_an_answer_from_before_its_question_does_not_count():
-    forged = "import os\nm = b'[null, \"value\", null]'\na = b'[\"0\", \"value\", 3]'\nfor b in (m, a): os.write(3, len(b).to_bytes(4, 'big') + b)\ndef f(x): return 0"
-    assert grade(forged, [Call("f", [2], 3)], SMALL).passed == [False]
+    forged = LOADED + "os.write(3, early)\ndef f(x): return 0"
+    assert grade(forged, [Call("f", [2], 3)], SMALL).reasons == ["no answer: it came before its question"]
 
 
 def test_a_candidate_never_holds_what_is_expected_nor_the_calls_to_come():
