@@ -215,10 +215,7 @@ def fair_cap(sizes, budget, weights=None):
 
 
 def draw_sample(entries, max_bytes):
-    """
-    At most max_bytes: 8 % text, 25 % markup and languages that the mixture law does not know, the rest by language_mixture() (all
-    Python, where there is nothing else). Within each, no project gives more than its fair cap; files come in the order of a hash.
-    """
+    """At most max_bytes: 8 % text, 25 % markup and languages without a law, the rest by language_mixture(); projects to a fair cap."""
     if not max_bytes:
         return entries
     groups, chosen = defaultdict(list), []
@@ -280,10 +277,7 @@ def request(url, method="GET", headers=(), **options):
 
 
 def download(url, path, first=0, size=None):
-    """
-    Stream a URL, or `size` bytes of it from `first` on, into a file. What has arrived stays in PATH.part; a cut connection or a killed
-    run goes on from there.
-    """
+    """Stream a URL, or `size` bytes of it from `first` on, into a file; PATH.part is what a cut connection or a killed run has left."""
     part, stalled = Path(f"{path}.part"), 0
     while not Path(path).exists():
         have = part.stat().st_size if part.exists() else 0
@@ -357,10 +351,7 @@ def warc_pages(path, counts):
 
 
 def page(stream):
-    """
-    The document of the WARC record whose first line was just read: a `conversion` (WET) is text, a `response` is HTML or text behind
-    its HTTP headers. ValueError: its reason is counted.
-    """
+    """The document of a WARC record behind its first line: a `conversion` (WET) is text, a `response` has HTTP headers."""
     head = http.client.parse_headers(stream)
     size = int(head["Content-Length"]) if str(head["Content-Length"]).isdigit() else -1
     if not 0 <= size <= LARGEST_RECORD:
@@ -668,14 +659,12 @@ def token_starts(raw):
 
 
 def lex(text):
-    """
-    Words and single signs of a text as numbers: (hash of each token (n,) uint64, its first byte (n,)).
-    A word's hash is the polynomial sum BYTE[c_k] BASE^-k; all of them come from one weighted sum over the bytes, cut at the starts.
-    """
+    """Words and single signs of a text as numbers: (hash of each token (n,) uint64, its first byte (n,))."""
     raw = np.frombuffer(fim.to_bytes(text), np.uint8)
     starts = token_starts(raw)
     if not len(starts):
         return np.empty(0, U64), np.empty(0, np.uint8)
+    # a word's hash is the polynomial sum BYTE[c_k] BASE^-k: all come from one weighted sum over the bytes, cut at the starts
     up, down = powers(1 << max(16, (len(raw) - 1).bit_length()))
     return mix(np.add.reduceat(BYTE.take(raw) * down[:len(raw)], starts) * up[starts]), raw[starts]
 
@@ -723,9 +712,8 @@ def shingles(text):
 
 # ------------------------------------------------------------------------------------------------ duplicates: exact, near, renamed
 
-def normal(text):
-    """What exact duplicates agree in: the lines, without blank ones and trailing white space."""
-    return "\n".join(filter(None, map(str.rstrip, text.split("\n"))))
+# what exact duplicates agree in: the lines, without blank ones and trailing white space
+normal = lambda text: "\n".join(filter(None, map(str.rstrip, text.split("\n"))))
 
 
 def survivors(pairs, rank):
@@ -843,11 +831,8 @@ def embed(texts, model=None, tokenizer=None, teacher=None, length=512):
 
 
 def embedding_duplicates(vectors, threshold=0.8, block=1024):
-    """
-    Rows of unit length whose cosine is at least `threshold`, found block by block in bounded memory. A row goes if it is that close
-    to one that stays: no chains, which in this space lead anywhere. Rows are judged in the order of their bytes, not of the input.
-    """
-    vectors = np.ascontiguousarray(vectors, np.float32)
+    """Rows of unit length that have a cosine of `threshold` to one that stays: no chains, which in this space lead anywhere."""
+    vectors = np.ascontiguousarray(vectors, np.float32)  # they are judged in the order of their bytes, not of the input
     order = np.array(sorted(range(len(vectors)), key=lambda i: vectors[i].tobytes()), int)
     vectors, kept = vectors[order], np.arange(len(vectors))
     for start in range(0, len(vectors), block):
@@ -864,9 +849,9 @@ def embedding_duplicates(vectors, threshold=0.8, block=1024):
 
 # ------------------------------------------------------------------------------------------------ decontamination
 
-def words_in_a_row(text, n=10):
+def words_in_a_row(text):
     token, first = lex(text.lower())
-    return distinct(grams(token[KIND.take(first) == 1], n))
+    return distinct(grams(token[KIND.take(first) == 1], 10))
 
 
 class Decontaminator:
@@ -905,22 +890,18 @@ def code_rubric(text):
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    nodes = list(ast.walk(tree))
-    functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    public = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
-    names = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-    names += [n.arg for n in nodes if isinstance(n, ast.arg)]
-    handlers = [n for n in nodes if isinstance(n, ast.ExceptHandler)]
-    lines = text.count("\n") + 1
-    share = lambda good, of, empty=0.5: sum(map(bool, map(good, of))) / len(of) if of else empty
+    nodes, lines = list(ast.walk(tree)), text.count("\n") + 1
+    of = lambda *kinds: [n for n in nodes if isinstance(n, kinds)]
+    functions, public = of(ast.FunctionDef, ast.AsyncFunctionDef), [n for n in of(ast.FunctionDef, ast.ClassDef) if n.name[0] != "_"]
+    names = [n.id for n in of(ast.Name) if isinstance(n.ctx, ast.Store)] + [n.arg for n in of(ast.arg)]
+    share = lambda good, among, empty=0.5: sum(map(bool, map(good, among))) / len(among) if among else empty
     return [
         share(ast.get_docstring, public), ast.get_docstring(tree) is not None,
         share(lambda n: n.end_lineno - n.lineno <= 40, functions), share(lambda n: len(n.args.args) <= 5, functions),
         min(1, len(functions) / max(lines / 40, 1)), share(lambda name: 3 <= len(name) <= 24, names),
-        share(lambda n: n.type, handlers, 1), min(1, 10 * len(re.findall(r"^\s*#", text, re.M)) / lines),
+        share(lambda n: n.type, of(ast.ExceptHandler), 1), min(1, 10 * len(re.findall(r"^\s*#", text, re.M)) / lines),
         share(lambda n: n.returns or any(a.annotation for a in n.args.args), functions),
-        not any(isinstance(n, ast.Global) or isinstance(n, ast.ImportFrom) and n.names[0].name == "*" for n in nodes),
-    ]
+        not of(ast.Global) and not any(n.names[0].name == "*" for n in of(ast.ImportFrom))]
 
 
 def text_rubric(text):
@@ -966,13 +947,8 @@ def samples_of(doc):
                 yield ("maths" if len(MATHS.findall(text)) >= 3 else "text"), text
 
 
-READ_LINES = 256                     # lines of a document that a scorer reads
 PLACE = 256 + len(KEYWORDS) + 100    # kinds of token: signs, keywords, names and numbers by their length
-
-
-def first_lines(text):
-    """What both scorers see: the lines that are not blank, up to READ_LINES."""
-    return "\n".join([line for line in text.split("\n") if line.strip()][:READ_LINES])
+first_lines = lambda text: "\n".join([line for line in text.split("\n") if line.strip()][:256])  # what both scorers read
 
 
 class NgramScorer:
@@ -998,10 +974,7 @@ class NgramScorer:
 
 
 def line_marks(text, width=16):
-    """
-    A text as a proxy reads it, one row a line, (lines, width): indentation, length, then the first tokens, apart for the first place of a
-    line, the second, and the others. Of a name or number only length and kind: what names mean, a few hundred documents cannot teach.
-    """
+    """A text as a proxy reads it, (lines, width): of each line the indentation, the length, then the first tokens by kind and place."""
     raw = np.frombuffer(fim.to_bytes(first_lines(text)), np.uint8)
     at = token_starts(raw)
     if not len(at):
@@ -1012,6 +985,7 @@ def line_marks(text, width=16):
     place = np.arange(len(at)) - np.searchsorted(line, line)                      # 0 for the first token of a line, 1, 2, ...
     key = np.searchsorted(KEYWORDS, token)
     kind = (first // 32 == 2) + 2 * (first // 16 == 3)                            # a capital (or _), a digit
+    # of a name or number only length and kind: what names mean, a few hundred documents cannot teach
     name = 256 + len(KEYWORDS) + np.minimum(np.diff(at, append=len(raw)), 24) + 25 * kind
     mark = np.where(KEYWORDS.take(key, mode="clip") == token, 256 + key, np.where(KIND.take(first) == 2, first, name))
     marks, shown = np.zeros((len(begins), width), np.int64), place < width - 2
@@ -1033,10 +1007,7 @@ def one_thread():
 
 
 class Proxy:
-    """
-    A small transformer of model.py's blocks over lines: a line is the mean of its marks, every line attends to every other, and one
-    linear layer on the mean and the maximum of all lines says each of the oracle's shares; their sum is the score.
-    """
+    """A small transformer of model.py's blocks over lines; their mean and maximum say the oracle's shares, whose sum is the score."""
     @one_thread()
     def __init__(self, texts, goals, width=64, epochs=10, batch=32, crop=64):
         goals, state, rng = np.asarray(goals, float), torch.random.get_rng_state(), np.random.default_rng(0)
@@ -1054,11 +1025,10 @@ class Proxy:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * math.ceil(len(texts) / batch) + 1)
         rows = [line_marks(text) for text in texts]
         for _ in range(epochs):
-            order = rng.permutation(len(rows))
-            for chosen in np.split(order, range(batch, len(rows), batch)):
+            for chosen in np.split(rng.permutation(len(rows)), range(batch, len(rows), batch)):
                 pieces = []
                 for row in (rows[i] for i in chosen):                                 # half of the time the beginning, else another part
-                    start = int(rng.integers(max(len(row) - crop, 0) + 1)) * int(rng.random() < 0.5)
+                    start = rng.integers(max(len(row) - crop, 0) + 1) * (rng.random() < 0.5)
                     pieces.append(row[start:start + crop] * (rng.random(row[start:start + crop].shape) > 0.1))
                 loss = ((self.forward(pieces) - wanted[chosen])**2 * weight).sum(1).mean()
                 optimizer.zero_grad()
@@ -1070,11 +1040,10 @@ class Proxy:
 
     def forward(self, rows):
         """rows of marks (lines, width) -> (B, shares), each in its own spread around its own mean."""
-        longest = max(map(len, rows))
-        marks = torch.from_numpy(np.stack([np.pad(row, ((0, longest - len(row)), (0, 0))) for row in rows]))      # (B, T, width)
-        lines = torch.arange(longest).expand(len(rows), longest)
-        counts = lines < torch.tensor([len(row) for row in rows])[:, None]
-        h = self.marks(marks.flatten(0, 1)).view(len(rows), longest, -1)                                          # (B, T, C)
+        marks = torch.nn.utils.rnn.pad_sequence(list(map(torch.from_numpy, rows)), batch_first=True)              # (B, T, width)
+        lines = torch.arange(marks.shape[1]).expand(marks.shape[:2])
+        counts = lines < torch.tensor(list(map(len, rows)))[:, None]
+        h = self.marks(marks.flatten(0, 1)).view(*marks.shape[:2], -1)                                            # (B, T, C)
         attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=counts[:, None, None])
         h = self.norm(self.block(h, *rotary_table(lines, self.config.head_dim, self.config.rope_theta), attend)[0])
         counts = counts[..., None].float()
@@ -1096,8 +1065,7 @@ def ranks(values):
     return (np.cumsum(count) - (count + 1) / 2)[inverse]
 
 
-def spearman(a, b):
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+spearman = lambda a, b: float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
 def auc(scores, good):
@@ -1170,10 +1138,7 @@ LAW["B"] = LAW["B"] / LAW["B"].mean()
 
 
 def printed_law(n_params, tokens, shares, A=1.0, B=1.0, gamma=1.0):
-    """
-    The report's proportion-dependent law: L = A N^-alpha_N(p) + B Dx^-alpha_D(p) + floor(p), parameters averaged with p, and
-    Dx = D (1 + gamma sum_{i != j} p_i p_j tau_ij). It scores a mixture on itself: minimised over p it goes to a single language.
-    """
+    """The report's law, A N^-alpha_N(p) + B (D (1 + gamma p tau p))^-alpha_D(p) + floor(p); minimised over p it goes to one language."""
     p = np.asarray(shares, float) / np.sum(shares)
     effective = tokens * (1 + gamma * p @ LAW["synergy"] @ p)
     return float(A * n_params ** -(p @ LAW["alpha_N"]) + B * effective ** -(p @ LAW["alpha_D"]) + p @ LAW["floor"])
@@ -1212,10 +1177,7 @@ def refit(points):
     """
     Fit L = A N^-a + B D^-b + floor with A, B, floor >= 0 to [(parameters, tokens, loss)] by least squares. For each pair of exponents of
     a grid the rest is linear: of the normal equations of every choice of terms the best solution without a negative one is taken.
-
-    -> dict; `N_range` and `D_range` hold the exponents that fit as well, by an F test at 95 % (a profile likelihood; points of one run
-    are no independent draws, so the truth is wider). A range that ends where EXPONENTS does leaves its exponent open: so it is after
-    runs of one or two sizes, and where size has not helped (A is 0 then) or helped less than the losses scatter.
+    `N_range` and `D_range` hold the exponents that fit as well, by an F test at 95 %; one that ends where EXPONENTS does is open.
     """
     n, d, loss = np.array(points, float).T
     a, b = map(np.ravel, np.meshgrid(EXPONENTS, EXPONENTS, indexing="ij"))
@@ -1234,21 +1196,20 @@ def refit(points):
         raise ValueError(f"no falling law fits these {len(points)} losses: {points[:3]}...; train longer or on more sizes")
     t = 1.96 + 2.372 / max(free, 1) + 2.823 / max(free, 1) ** 2  # Student's at 95 %, by its expansion (Abramowitz and Stegun 26.7.5)
     fits = (error <= error[best] * (1 + t**2 / free) if free > 0 else error < np.inf).reshape(len(EXPONENTS), -1)
-    law = {"rms": (error[best] / len(loss)) ** 0.5, "A": A * n.max()**a, "B": B * d.max()**b, "floor": floor, "alpha_N": a, "alpha_D": b}
-    for name, row in (("N_range", fits.any(1)), ("D_range", fits.any(0))):
-        among = EXPONENTS[np.convolve(row, [1, 1, 1], "same") > 0]  # a step more on both sides: the truth lies between those of the grid
-        law[name] = among[0], among[-1]
-    return law
+    # a step more on both sides: the truth lies between those of the grid
+    n_range, d_range = (EXPONENTS[np.convolve(fits.any(axis), [1, 1, 1], "same") > 0][[0, -1]].tolist() for axis in (1, 0))
+    return {"rms": (error[best] / len(loss)) ** 0.5, "A": A * n.max()**a, "B": B * d.max()**b, "floor": floor, "alpha_N": a, "alpha_D": b,
+            "N_range": n_range, "D_range": d_range}
 
 
 def show_law(language, points):
     """The fitted law in one line, and one for each exponent: how sure it is, or that these runs do not determine it."""
     law = refit(points)
-    print(f"{language}: loss = {law['A']:.4g} N^-{law['alpha_N']:.3f} + {law['B']:.4g} D^-{law['alpha_D']:.3f} + {law['floor']:.3f}; "
-          f"error {law['rms']:.4f} (rms) over {len(points)} losses")
-    for name, (low, high) in (("N", law["N_range"]), ("D", law["D_range"])):
-        sure = low > EXPONENTS[0] and high < EXPONENTS[-1]
-        print(f"  alpha_{name} " + (f"lies between {low:.3f} and {high:.3f} (95 %)" if sure else
+    print("{}: loss = {A:.4g} N^-{alpha_N:.3f} + {B:.4g} D^-{alpha_D:.3f} + {floor:.3f}; error {rms:.4f} (rms) over {} losses".format(
+        language, len(points), **law))
+    for name in "ND":
+        low, high = law[f"{name}_range"]
+        print(f"  alpha_{name} " + (f"lies between {low:.3f} and {high:.3f} (95 %)" if EXPONENTS[0] < low <= high < EXPONENTS[-1] else
               f"is not determined by these runs: all from {low:.3f} to {high:.3f} fit as well (95 %); train more sizes, and longer"))
 
 
@@ -1260,8 +1221,7 @@ def small_runs(folder, widths=(16, 32, 64, 128), steps=120, batch=8, context=256
         if size[language := file.language(i)] < needed:
             taken[language].append(file.ids(i))
             size[language] += len(taken[language][-1])
-    large = sorted(language for language in size if size[language] >= needed)
-    if not large:
+    if not (large := sorted(language for language in size if size[language] >= needed)):
         raise ValueError(f"{folder}: no language has {needed} tokens to train on; build a larger corpus")
     for language, width in itertools.product(large, widths):
         torch.manual_seed(0)
@@ -1288,10 +1248,10 @@ def small_runs(folder, widths=(16, 32, 64, 128), steps=120, batch=8, context=256
 
 # ------------------------------------------------------------------------------------------------ facts with one answer
 
-FACT_MODULES = """argparse ast base64 bisect calendar collections contextlib copy csv dataclasses datetime decimal difflib enum fractions functools gzip
-hashlib heapq html inspect io itertools json logging math operator pathlib pickle queue random re sched secrets shlex shutil socket
-sqlite3 statistics string struct subprocess tempfile textwrap threading time timeit tokenize traceback types typing unittest
-urllib.parse uuid weakref zipfile""".split()
+FACT_MODULES = """argparse ast base64 bisect calendar collections contextlib copy csv dataclasses datetime decimal difflib enum fractions
+    functools gzip hashlib heapq html inspect io itertools json logging math operator pathlib pickle queue random re sched secrets shlex
+    shutil socket sqlite3 statistics string struct subprocess tempfile textwrap threading time timeit tokenize traceback types typing
+    unittest urllib.parse uuid weakref zipfile""".split()
 CHANGING = re.compile(r"versionadded|versionchanged|\bversions? \d|python \d|deprecat|platform|windows|unix|linux|today|changed in|new in|"
                       r"locale", re.I)
 
@@ -1335,10 +1295,7 @@ def objective(fact, owners):
 
 
 def code_facts(count=500, teacher=None):
-    """
-    CodeSimpleQA-like questions from signatures: generated, filtered (objective), checked by introspection (look_up), and spread over
-    what can be asked: the embeddings of the questions are clustered and the clusters take turns. A teacher only rephrases.
-    """
+    """CodeSimpleQA-like questions from signatures, checked by introspection; clusters of like ones take turns. A teacher rephrases."""
     if count < 0:
         raise ValueError(f"{count} facts: ask for a positive number")
     owners, checks = Counter(), []
@@ -1380,20 +1337,15 @@ SPLIT = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|"
 
 def count_words(texts):
     """How often each piece of SPLIT occurs: all that BPE needs to know of a corpus."""
-    split, counts = regex.compile(SPLIT).findall, Counter()
-    for text in texts:
-        counts.update(split(text))
-    return counts
+    return Counter(itertools.chain.from_iterable(map(regex.compile(SPLIT).findall, texts)))
 
 
 def train_bpe(counts, merges):
     """
     Count all neighbouring pairs of symbols, join the most frequent one everywhere (of equals the smaller ids), repeat: -> the list of
-    (left id, right id). Fast, because little is counted twice. All words lie end to end in one array of symbols, with links to the next and
-    the previous living symbol; for each pair we know the places where it stood when it was last counted.
-
-    Joining a pair only ever destroys older pairs, and only the joined symbol makes new ones. So a pair's count is right when it
-    is made and too high later: it waits in a heap under that old count, and is counted again when it comes to the top.
+    (left id, right id). All words lie end to end in one array of symbols, linked to the next and the previous living one. Joining a pair
+    only ever destroys older pairs, so a pair's count is right when it is made and too high later: it waits in a heap under that old count
+    with the places where it stood, and is counted again when it comes to the top.
     """
     encoded = [word.encode() for word in counts]
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + 1
@@ -1449,26 +1401,18 @@ def train_bpe(counts, merges):
     return found
 
 
-def byte_names():
-    """Hugging Face's printable stand-in for each byte: itself where it prints, else a character from 256 up."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
-
-
+# Hugging Face's stand-in for each byte: itself where it prints, else a character from 256 up
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_NAMES = dict(zip([*PRINTABLE, *sorted(set(range(256)) - set(PRINTABLE))], map(chr, [*PRINTABLE, *range(256, 324)])))
 CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
                  "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 class Tokenizer:
-    """
-    Byte-level BPE. `tokens` are the byte strings in the order of their ids: the 256 bytes, then each merge. The special tokens
-    have the last ids, and no text ever becomes one of them: they only enter as parts that say so (encode_parts).
-    """
+    """Byte-level BPE: 256 bytes, the merges, then the special tokens, which no text ever becomes: they enter as parts that say so."""
     def __init__(self, tokens):
-        self.tokens = tokens
+        self.tokens, self.vocab_size = tokens, len(tokens) + len(SPECIAL)
         self.special = {name: len(tokens) + i for i, name in enumerate(SPECIAL)}
-        self.vocab_size = len(tokens) + len(SPECIAL)
         self.encoding = tiktoken.Encoding("nanoloopcoder", pat_str=SPLIT, mergeable_ranks={token: i for i, token in enumerate(tokens)},
                                           special_tokens=self.special)
 
@@ -1505,9 +1449,8 @@ class Tokenizer:
 
     def save(self, folder):
         """tokenizer.json and tokenizer_config.json, which `tokenizers` and `transformers` read too."""
-        folder, name = Path(folder), byte_names()
+        folder, shown = Path(folder), ["".join(map(BYTE_NAMES.get, token)) for token in self.tokens]
         folder.mkdir(parents=True, exist_ok=True)
-        shown = ["".join(name[b] for b in token) for token in self.tokens]
         ids, merges = {token: i for i, token in enumerate(self.tokens)}, []
         for token in self.tokens[256:]:  # tiktoken joins any two neighbours that make a token: so every such pair is a merge
             pairs = [(ids.get(token[:i]), ids.get(token[i:])) for i in range(1, len(token))]
@@ -1532,10 +1475,9 @@ class Tokenizer:
         if not path.is_file():
             raise ValueError(f"{path}: there is no tokenizer; build one with `python data.py`, or name a checkpoint's folder")
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            byte_of = {name: b for b, name in byte_names().items()}
-            vocabulary = sorted(stored["model"]["vocab"].items(), key=lambda item: item[1])
-            tokens = [bytes(byte_of[c] for c in token) for token, _ in vocabulary]
+            stored, byte_of = json.loads(path.read_text(encoding="utf-8")), {name: b for b, name in BYTE_NAMES.items()}
+            vocabulary = stored["model"]["vocab"]
+            tokens = [bytes(byte_of[c] for c in token) for token in sorted(vocabulary, key=vocabulary.get)]
             special = {row["content"]: row["id"] for row in stored["added_tokens"]}
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a byte-level BPE tokenizer ({type(error).__name__} {error}); build it again") from error
@@ -1563,14 +1505,12 @@ class TokenWriter:
         self.languages, self.projects = {}, {}
 
     def add(self, ids, nbytes, language, in_loss=None, project=""):
-        ids = np.asarray(ids, self.dtype)
-        in_loss = np.ones(len(ids), np.uint8) if in_loss is None else np.asarray(in_loss, np.uint8)
+        ids, in_loss = np.asarray(ids, self.dtype), np.asarray(np.ones(len(ids)) if in_loss is None else in_loss, np.uint8)
         numbers = self.languages.setdefault(language, len(self.languages)), self.projects.setdefault(project, len(self.projects))
-        self.files["tokens"].write(ids.tobytes())
-        self.files["index"].write(np.array([(len(ids), nbytes, *numbers)], INDEX).tobytes())
-        self.files["loss"].write(in_loss.tobytes())
+        for kind, row in (("tokens", ids), ("index", np.array([(len(ids), nbytes, *numbers)], INDEX)), ("loss", in_loss)):
+            self.files[kind].write(row.tobytes())
         self.hash.update(ids.tobytes())
-        self.masked |= not bool(in_loss.all())
+        self.masked |= not in_loss.all()
         self.tokens += len(ids)
         self.counts[language].update(documents=1, tokens=len(ids), bytes=nbytes)
 
@@ -1598,9 +1538,7 @@ class TokenFile:
             raise ValueError(f"{path}.json: there is no such token file; build it with `python data.py`")
         about = json.loads(Path(f"{path}.json").read_text())
         expected = {"tokens": about["tokens"] * np.dtype(about["dtype"]).itemsize, "index": about["documents"] * INDEX.itemsize}
-        if about["masked"]:
-            expected["loss"] = about["tokens"]
-        for kind, size in expected.items():
+        for kind, size in (expected | ({"loss": about["tokens"]} if about["masked"] else {})).items():
             found = os.path.getsize(f"{path}.{kind}") if os.path.exists(f"{path}.{kind}") else 0
             if found != size:
                 raise ValueError(f"{path}.{kind}: {found} bytes, {path}.json promises {size}; it is truncated, build it again")
@@ -1676,8 +1614,7 @@ class Mixture:
     """
     Batches from several token files at exact shares of tokens. Every row owes each category its share of tokens, and what it was given
     too little before; who is owed most sends the oldest of its waiting pieces that is no longer than that. A long document waits; once it
-    was passed over often, its category saves up for it. Shares may change on the way. The order of an epoch depends on its number alone,
-    so the state is small.
+    was passed over often, its category saves up for it. The order of an epoch depends on its number alone, so the state is small.
     """
     COUNTS = ("opened", "given", "due")                    # by category: pieces that wait or have come; tokens in rows, tokens asked for
     waits = 128                                            # pieces of a category to choose from
@@ -1764,10 +1701,7 @@ class Mixture:
 # ------------------------------------------------------------------------------------------------ samples of the later stages
 
 END = [("<|endoftext|>", True, True)]
-
-
-def plain_parts(text):
-    return [*END, (text, False, True), *END]
+plain_parts = lambda text: [*END, (text, False, True), *END]
 
 
 def file_samples(docs, tokenizer, context, rng):
@@ -1814,10 +1748,8 @@ def repo_samples(docs, tokenizer, context, rng):
 
 def split_of(repository, default, paths, held_out):
     """A change that touches a held-out project belongs to the held-out split, under any name by which the sources may know the project."""
-    name = Path(repository).resolve().name
-    known = {name}
-    for path in paths:
-        parts = [name, *path.split("/")]
+    known = {name := Path(repository).resolve().name}
+    for parts in ([name, *path.split("/")] for path in paths):
         known |= {f"{parts[-2]}/.", *map("/".join, itertools.pairwise(parts))}
     return default if known.isdisjoint(held_out) else "heldout"
 
@@ -1844,8 +1776,8 @@ def task_samples(split, name, seeds):
         with contextlib.suppress(ValueError):  # chance made a template that has no answer: the next seed has one
             task = tasks.generate(family, rng.choice((1, 1, 2, 2, 3)), seed, "train" if split == "train" else "test")
             episode = name == "agent" and task.turns
-            parts = tasks.trajectory_parts(task, bool(task.detour) and seed % 3 == 0) if episode else tasks.task_parts(task, thinking=True)
-            yield split, name, family, "", parts
+            yield split, name, family, "", (tasks.trajectory_parts(task, bool(task.detour) and seed % 3 == 0) if episode else
+                                            tasks.task_parts(task, thinking=True))
 
 
 def shard_samples(path, fates, tokenizer, context):
@@ -1887,13 +1819,12 @@ def clean_shard(job):
     for entry, raw in zip(entries, read_all(entries)):
         language, shown = entry.language, decode(raw)
         text, fired = (None, ["binary"]) if shown is None else clean(shown, language)
-        if text is not None and not parses(text, language):
-            if language == "c" and parses(text, "c++"):  # a header of either language ends in .h
-                language = "c++"
-            else:
-                text, fired = None, fired + ["does not parse"]
-        if text is not None and decontaminator and (names := decontaminator.overlaps(text)):
-            text, fired = None, fired + [f"benchmark {name}" for name in names]
+        if text is not None:
+            languages = ("c", "c++") if language == "c" else (language,)  # a header of either language ends in .h
+            language = next((name for name in languages if parses(text, name)), None)
+            vetoes = [f"benchmark {name}" for name in decontaminator.overlaps(text)] if language and decontaminator else []
+            vetoes += [] if language else ["does not parse"]
+            text, fired = None if vetoes else text, fired + vetoes
         for rule in fired:
             drops[rule].append((entry.project, entry.path, len(raw), (shown or "")[:300] if len(drops[rule]) < 3 else ""))
         if text is not None:
@@ -1942,10 +1873,7 @@ def parallel(work, jobs, workers):
 
 
 def deduplicate(paths, near=0.7, alike=0.8):
-    """
-    {rule: [(number of a document that goes, number of the one kept)]}: exact copies, then near ones, then renamed ones, each among what
-    is left. In memory are the fingerprints; the shingles stay on disk. The rank (longest first) does not know the input order.
-    """
+    """{rule: [(number of a document that goes, of the one kept)]}: exact, near, renamed copies. The shingles stay on disk."""
     parts, places, gone = [], [], {}
     for path in paths:
         with np.load(f"{path}.npz") as part:
@@ -2032,25 +1960,22 @@ def histories(sources, git):
 CATEGORIES = ("code", "text", "quality", "file", "repo", "commit", "reasoning", "agent")
 SHARES = {"file": 0.2, "repo": 0.2, "reasoning": 0.05, "agent": 0.03}  # at most so many tokens for each token of code so far
 BPE_BYTES = 16_000_000  # of training text are enough for BPE; `--bench tokenizer` prints what twice as much would save
-MOST_TASKS = 1_000_000  # tokens of a category of generated tasks: there is no end to them
+MOST = dict.fromkeys(FAMILIES, 1_000_000)  # tokens of a category of generated tasks: there is no end to them
 BEST = 0.25             # of each language, the share of code that the scorer puts first: the set to anneal on
 
 
 def write_splits(out, fates, scorer, tokenizer, repositories, held_out, context, workers, log):
-    """
-    All categories of both splits -> {split: {category: summary}}. The processes make and tokenise samples, this one writes them in the
-    order of the jobs, so that every number of processes leaves the same bytes.
-    """
+    """All categories of both splits -> {split: {category: summary}}. Processes make the samples, this one writes, in the jobs' order."""
     writers = {(split, name): TokenWriter(out / split, name, tokenizer.vocab_size, cut=name in ("code", "text", "quality"))
                for split in ("train", "heldout") for name in CATEGORIES}
-    makers = {"shard": lambda path: shard_samples(path, fates[path], tokenizer, context), "tasks": task_samples,
-              "commits": lambda repository, default: commit_samples(repository, default, held_out, tokenizer, context, log),
-              "facts": lambda: (("train", "text", "facts", "", plain_parts(f"Question: {fact.question}\nAnswer: {fact.answer}\n"))
-                                for fact in code_facts())}
+    makers = [functools.partial(shard_samples, path, where, tokenizer, context) for path, where in fates.items()]
+    makers.append(lambda: (("train", "text", "facts", "", plain_parts(f"Question: {fact.question}\nAnswer: {fact.answer}\n"))
+                           for fact in code_facts()))
+    makers += [functools.partial(commit_samples, *row, held_out, tokenizer, context, log) for row in repositories.items()]
 
-    def make(job):
+    def make(samples):
         rows, code = [], []
-        for split, name, language, project, parts in makers[job[0]](*job[1:]):
+        for split, name, language, project, parts in samples:
             ids, in_loss = tokenizer.encode_parts(parts)
             nbytes = sum(len(fim.to_bytes(text)) for text, special, _ in parts if not special)
             rows.append((split, name, np.array(ids, np.uint32), nbytes, language, None if all(in_loss) else in_loss, project))
@@ -2059,23 +1984,21 @@ def write_splits(out, fates, scorer, tokenizer, repositories, held_out, context,
 
     def write(rows):
         """Add what there is room for, and say whether that was all."""
-        whole = True
+        fits = []
         for split, name, ids, *rest in rows:
-            room = SHARES[name] * writers[split, "code"].tokens if name in SHARES else math.inf
-            if writers[split, name].tokens + len(ids) <= min(room, MOST_TASKS if name in FAMILIES else room):
+            room = min(SHARES[name] * writers[split, "code"].tokens if name in SHARES else math.inf, MOST.get(name, math.inf))
+            fits.append(writers[split, name].tokens + len(ids) <= room)
+            if fits[-1]:
                 writers[split, name].add(ids, *rest)
-            else:
-                whole = False
-        return whole
+        return all(fits)
 
     scores = []
-    jobs = [*(("shard", path) for path in fates), ("facts",), *(("commits", *row) for row in repositories.items())]
-    for rows, found in parallel(make, jobs, workers):
+    for rows, found in parallel(lambda i: make(makers[i]()), range(len(makers)), workers):
         write(rows)
         scores += list(found)
     for split, name in itertools.product(("train", "heldout"), FAMILIES):
-        seeds = (("tasks", split, name, range(at, at + 16)) for at in itertools.count(0, 16))
-        for rows, _ in parallel(make, seeds, workers):
+        jobs = ((split, name, range(at, at + 16)) for at in itertools.count(0, 16))
+        for rows, _ in parallel(lambda job: make(task_samples(*job)), jobs, workers):
             if not write(rows):
                 break
     splits = {"train": {}, "heldout": {}}
@@ -2098,9 +2021,8 @@ def copy_best(code, scores, writer):
 def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_000, heldout=0.05, context=4096, git=(), benchmarks=(),
           teacher=None, workers=None, log=print):
     """
-    Sources to tokens: out/tokenizer, out/train, out/heldout, out/drops.json, and out/manifest.json, written last. Work in progress
-    lies in out/work by shard; a build that was killed goes on from there and ends with the same bytes. Until all is done, what an
-    earlier build left stays whole. max_bytes=0: everything.
+    Sources to tokens: out/tokenizer, out/train, out/heldout, out/drops.json, and out/manifest.json, written last. A build that was killed
+    goes on from out/work and ends with the same bytes; until then what an earlier build left stays whole. max_bytes=0: everything.
     """
     began, out, counts, workers = time.time(), Path(out), Counter(), os.cpu_count() if workers is None else workers
     stamp = lambda name, text: log(f"{name:8s}{text} | {time.time() - began:.1f} s")
@@ -2190,12 +2112,10 @@ def bench_tokenizer(texts):
     """Training to 8192 on 32 MB of the texts beside the `tokenizers` package, and on what a build takes; the last 300 are held out."""
     heldout, sizes = texts[-300:], np.cumsum(list(map(len, texts[:-300])))
     training, enough = (texts[:np.searchsorted(sizes, size)] for size in (32e6, BPE_BYTES))
-    held_out_tokens = lambda tokenizer: sum(len(tokenizer.encode(text)) for text in heldout)
     seconds, ours = timed(lambda: Tokenizer.train(training, 8192))
-    tokens = held_out_tokens(ours)
-    print(f"BPE to 8192 on {sum(map(len, training)) / 1e6:.0f} MB: {seconds:.2f} s, "
-          f"{sum(map(len, heldout)) / tokens:.3f} characters a held-out token; "
-          f"on {BPE_BYTES / 1e6:.0f} MB {held_out_tokens(Tokenizer.train(enough, 8192)) / tokens - 1:+.2%} tokens")
+    tokens, of_less = (sum(map(one.length, heldout)) for one in (ours, Tokenizer.train(enough, 8192)))
+    print(f"BPE to 8192 on {sizes[len(training) - 1] / 1e6:.0f} MB: {seconds:.2f} s, {sum(map(len, heldout)) / tokens:.3f} characters "
+          f"a held-out token; on {BPE_BYTES / 1e6:.0f} MB {of_less / tokens - 1:+.2%} tokens")
     their_seconds, theirs = timed(lambda: train_theirs(training, 8192))
     more = tokens / sum(len(row.ids) for row in theirs.encode_batch(heldout)) - 1
     print(f"  tokenizers: {their_seconds:.2f} s; ours takes {seconds / their_seconds:.2f} of it and {more:+.2%} tokens")
@@ -2205,8 +2125,8 @@ def bench_duplicates(texts):
     """Near duplicates from text to groups, beside datasketch and rensa with the same 5-grams of tokens, permutations and threshold."""
     docs, token = texts[:3000], re.compile(r"\w+|[^\w\s]")
     seconds, kept = timed(lambda: near_duplicates(docs, 0.7))
-    sets = [shingles(text) for text in docs]
-    loose = meetings(np.array([signature(s) for s in sets]), 64, 2)  # so loose that it misses nothing that matters: the ground truth
+    sets = list(map(shingles, docs))
+    loose = meetings(np.array(list(map(signature, sets))), 64, 2)  # so loose that it misses nothing that matters: the ground truth
     true = [(i, j) for i, j in loose.tolist() if jaccard(sets[i], sets[j]) >= 0.7]
     recall = lambda group: sum(group[i] == group[j] for i, j in true) / max(len(true), 1)
     print(f"near duplicates of {len(docs)} files, {sum(map(len, docs)) / 1e6:.0f} MB, one process: {len(docs) / seconds:.0f} files/s, "
@@ -2215,7 +2135,7 @@ def bench_duplicates(texts):
     import rensa
 
     def theirs(index, new, update, code):
-        pairs = []
+        pairs, index = [], index()
         for i, text in enumerate(docs):
             words, sketch = token.findall(text), new()
             update(sketch, list(map(code, {" ".join(gram) for gram in zip(*(words[i:] for i in range(5)))} or {text})))
@@ -2223,12 +2143,10 @@ def bench_duplicates(texts):
             index.insert(i, sketch)
         return survivors(pairs, range(len(docs)))
 
-    for name, work in (
-            ("datasketch", lambda: theirs(datasketch.MinHashLSH(threshold=0.7, num_perm=128), lambda: datasketch.MinHash(128),
-                                          datasketch.MinHash.update_batch, str.encode)),
-            ("rensa", lambda: theirs(rensa.RMinHashLSH(threshold=0.7, num_perm=128, num_bands=16),
-                                     lambda: rensa.RMinHash(num_perm=128, seed=1), rensa.RMinHash.update, str))):
-        took, found = timed(work)
+    for name, *how in (
+            ("datasketch", lambda: datasketch.MinHashLSH(0.7), datasketch.MinHash, datasketch.MinHash.update_batch, str.encode),
+            ("rensa", lambda: rensa.RMinHashLSH(0.7, 128, 16), lambda: rensa.RMinHash(128, 1), rensa.RMinHash.update, str)):
+        took, found = timed(functools.partial(theirs, *how))
         print(f"  {name}: {len(docs) / took:.0f} files/s, recall {recall(found):.3f}; ours is {took / seconds:.1f} times as fast")
 
 
@@ -2242,10 +2160,7 @@ def renamed(text, rng):
 
 
 def renamed_study(texts):
-    """
-    Do embeddings find renamed copies, and nothing else? Beside each text lie its copy, and a hard negative: half of that copy joined to
-    half of the copy of a text of its size. -> (copies, those that MinHash misses, of these found, all that were joined wrongly)
-    """
+    """(copies, those that MinHash misses, of these found, all joined wrongly), beside hard negatives: halves of two copies joined."""
     n, copies = len(texts), [renamed(text, random.Random(i)) for i, text in enumerate(sorted(texts, key=len))]
     half = lambda text, part: "\n".join(np.array_split(np.array(text.split("\n"), object), 2)[part])
     docs = sorted(texts, key=len) + copies + [half(copies[i], 0) + "\n" + half(copies[i - 1], 1) for i in range(n)]
@@ -2266,10 +2181,9 @@ def bench_renamed(texts):
 
 def bench_syntax(texts):
     """Verification beside nothing but the parse."""
-    texts, size = texts[:2000], sum(map(len, texts[:2000])) / 1e6
-    raw = [text.encode() for text in texts]
+    raw, size = [text.encode() for text in texts[:2000]], sum(map(len, texts[:2000])) / 1e6
     bare, _ = timed(lambda: [fim.parser("python").parse(one).root_node.has_error for one in raw])
-    seconds, _ = timed(lambda: [parses(text, "python") for text in texts])
+    seconds, _ = timed(lambda: [parses(text, "python") for text in texts[:2000]])
     print(f"syntax of {size:.0f} MB: {size / seconds:.1f} MB/s, {bare / seconds:.1%} of bare tree-sitter")
 
 
@@ -2282,17 +2196,6 @@ def own_modules():
     for entry, raw in zip(entries, read_all(entries)):
         if text := decode(raw):
             yield Document(text, entry.language, entry.project, entry.path)
-
-
-def bench(arm):
-    """One arm or all of them, on the running Python's own files: our figure and the peer's in one run."""
-    texts = [doc.text for doc in own_modules() if len(doc.text) < 200_000]
-    for name, work in BENCHES.items():
-        if arm in (name, "all"):
-            try:
-                work(texts)
-            except ImportError as error:
-                print(f"  {error}: our figure stands alone")
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -2312,7 +2215,6 @@ def explain(rule, out):
     print(f"{drops[rule]['documents']} documents, {drops[rule]['bytes']} bytes; for example")
     for name, text in drops[rule]["examples"]:
         print(f"\n== {name}\n{text}")
-
 
 
 def main(argv=None):
@@ -2346,8 +2248,13 @@ def main(argv=None):
     teacher = tasks.Teacher(url, model or "default", Path(args.out) / "teacher") if url else None
     if args.explain:
         explain(args.explain, args.out)
-    elif args.bench:
-        bench(args.bench)
+    elif args.bench:  # on the running Python's own files: our figure and the peer's in one run
+        texts = [doc.text for doc in own_modules() if len(doc.text) < 200_000]
+        for work in BENCHES.values() if args.bench == "all" else [BENCHES[args.bench]]:
+            try:
+                work(texts)
+            except ImportError as error:
+                print(f"  {error}: our figure stands alone")
     elif args.facts is not None:
         for fact in code_facts(args.facts, teacher):
             print(f"{fact.question}  {fact.answer}")
