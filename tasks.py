@@ -1,19 +1,13 @@
 """
 Tasks: problems whose answers a program can verify.
 
-A family is two functions. Its generator writes a task: a prompt, a solution, a plausible wrong answer, the thinking that leads to
-the solution, and tests. Its verifier takes any answer and says how much of it is right, by running it: programs and commands in the
-sandbox, SQL on sqlite, formulas in sympy, calls and clicks on state machines. One table serves three readers: fine-tuning imitates
-the solutions, reinforcement learning is paid by the verifier, evaluation counts what verifies.
-
-Start with `Task`, `generate` and `verify`; then read one family (`competitive` is typical) and FAMILIES behind the last of them.
-Three rules hold everywhere:
+A family is two functions: its generator writes a task (prompt, solution, a plausible wrong answer, the thinking, tests), its verifier
+says how much of any answer is right, by running it. Fine-tuning imitates the solutions, reinforcement learning is paid by the verifier,
+evaluation counts what verifies. Start with `Task`, `generate` and `verify`, then read one family (`competitive` is typical).
     split   A task's template is a tuple of keys (say "sort>reverse"). A fifth of all keys is held out, by hash; a task with a held-out
             key is a test task. Every single step is seen in training, a held-out composition never.
     dial    Difficulty 1 is easy for a model of a million parameters, 5 is not; prompts and answers grow with it.
     chance  chance(family) measures what an answer earns that knows the form and not the task, so that skill can be told from luck.
-Below the families: what a model reads and learns, metrics (pass@k, Beyond), the gate that only verified and uncontaminated samples
-pass, the teacher (an endpoint, a checkpoint of ours, or the program itself), and debate, for what no program can judge.
 
 Source: sections 4.1 to 4.3 of the IQuest-Coder-V1 report; SWE-smith for the list of planted bugs; Mercury for Beyond.
 Departure: the report's tasks come from the web and from frontier models; ours are generated, and small enough for a laptop.
@@ -28,6 +22,7 @@ import difflib
 import functools
 import hashlib
 import json
+import logging
 import math
 import multiprocessing
 import operator
@@ -43,7 +38,6 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +46,7 @@ from sandbox import Call, Io, Limits, Workspace, grade, parse, run
 
 LEVELS = range(1, 6)
 LIMITS = Limits(wall_s=10.0, cpu_s=4.0)
+FENCED = "```python\n{}\n```"  # how an answer shows a program
 
 
 @dataclass(frozen=True)
@@ -73,25 +68,17 @@ class Task:
     detour: tuple = ()        # the same with one mistake, its feedback and its repair; role "mistake" is not learned
 
 
-def held_out(key: str) -> bool:
-    """A fifth of all composition keys, the same fifth on every machine."""
-    return hashlib.sha256(key.encode()).digest()[0] % 5 == 0
-
-
 def split_of(keys) -> str:
-    """A task belongs to the test split as soon as one of its keys is held out."""
-    return "test" if any(map(held_out, keys)) else "train"
+    """A fifth of all keys, the same on every machine, is held out; a task with one of them belongs to the test split."""
+    return "test" if any(hashlib.sha256(key.encode()).digest()[0] % 5 == 0 for key in keys) else "train"
 
 
 def generate(family: str, difficulty: int, seed: int, split: str = "train") -> Task:
-    """
-    The task of this family, level and seed: the same on every call. A family's generator first yields its keys, and builds the (dearer)
-    rest only when asked again; it ends early where chance made a task that is no good (a constant answer, say).
-    """
+    """The task of this family, level and seed: the same on every call."""
     if family not in FAMILIES or difficulty not in LEVELS or split not in ("train", "test"):
         raise ValueError(f"no task for family={family!r}, difficulty={difficulty!r}, split={split!r}: "
                          f"take one of {', '.join(FAMILIES)}, a difficulty of 1 to 5, and train or test.")
-    for attempt in range(500):
+    for attempt in range(500):  # a generator yields the keys, then the dearer rest; it ends early where chance made a bad task
         draft = FAMILIES[family].generate(random.Random(f"{family}/{difficulty}/{seed}/{attempt}"), difficulty)
         keys = tuple(next(draft))
         if split_of(keys) == split and (rest := next(draft, None)):
@@ -104,13 +91,17 @@ def final_answer(text: str) -> str:
     return (text.partition("</think>")[2] if text.lstrip().startswith("<think>") else text).strip("\n ")
 
 
+# What is raised by an answer that cannot be read or obeyed; our own machinery, when it breaks, raises RuntimeError or OSError.
+UNREADABLE = (ValueError, SyntaxError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError, sqlite3.Error,
+              sqlite3.Warning)
+
+
 def verify(task: Task, answer: str) -> float:
-    """
-    How much of the answer is right, in [0, 1]: the share of tests passed for programs, 0 or 1 elsewhere. RuntimeError when our own
-    machinery broke: that says nothing about the answer, and must not be paid as 0.
-    """
-    answer = final_answer(answer)
-    return float(FAMILIES[task.family].verify(task, answer)) if answer else 0.0
+    """How much of the answer is right, in [0, 1]. RuntimeError where our own machinery broke: that must not be paid as 0."""
+    try:
+        return float(FAMILIES[task.family].verify(task, text)) if (text := final_answer(answer)) else 0.0
+    except UNREADABLE:
+        return 0.0
 
 
 # ---- running code: ours in process, a model's in the sandbox ---------------------------------------------------------
@@ -135,11 +126,8 @@ def behaviour(code, name: str, inputs) -> list[str]:
 
 
 def graded(source: str, tests) -> list[bool]:
-    """One bool a test, from the sandbox; what is no Python need not go there."""
-    try:
-        parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return [False] * len(tests)
+    """One bool a test, from the sandbox; SyntaxError where it need not even go there."""
+    parse(source)
     result = grade(source, tests, LIMITS)
     if result.status == "sandbox error":
         raise RuntimeError("the sandbox broke while it graded an answer")
@@ -148,22 +136,12 @@ def graded(source: str, tests) -> list[bool]:
 
 def code_of(answer: str) -> str:
     """The last fenced block of the answer, or all of it where there is none."""
-    blocks = re.findall(r"```[a-z]*\n(.*?)```", answer, re.S)
-    return blocks[-1] if blocks else answer
-
-
-def fenced(code: str) -> str:
-    return f"```python\n{code.rstrip()}\n```"
+    return (re.findall(r"```[a-z]*\n(.*?)```", answer, re.S) or [answer])[-1]
 
 
 def pairs(names, alone: str) -> list[str]:
     """The composition keys of a chain: its pairs of neighbours, or `alone` where it has one link only."""
     return [f"{a}>{b}" for a, b in zip(names, names[1:])] or [alone]
-
-
-def sentence(*parts: str) -> str:
-    """Things to do, one after the other. The full stop matters: no question is the beginning of a longer one."""
-    return ", then ".join(parts) + "."
 
 
 def lines(form: str, *columns) -> str:
@@ -180,24 +158,26 @@ CALLS = {"max": "min", "min": "max", "sum": "len", "len": "sum", "sorted": "list
 
 def mutations(node):
     """The mistakes one AST node allows, as (kind, {attribute: new value}). The list is SWE-smith's."""
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        yield "operator", {"op": OPERATORS[type(node.op)]()}
-        if not isinstance(node.op, (ast.Add, ast.Mult)):
-            yield "operand order", {"left": node.right, "right": node.left}
-    elif isinstance(node, ast.Compare) and type(node.ops[0]) in OPERATORS:
-        yield "comparison", {"ops": [OPERATORS[type(node.ops[0])]()]}
-    elif isinstance(node, ast.Constant) and type(node.value) is int:
-        yield "constant", {"value": node.value + 1}
-        yield "constant", {"value": node.value - 1}
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        yield "sign", {"op": ast.UAdd()}
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS:
-        yield "call", {"func": ast.Name(CALLS[node.func.id], ast.Load())}
-    elif isinstance(node, (ast.If, ast.IfExp)):
-        yield "inverted if", {"test": ast.UnaryOp(ast.Not(), node.test)}
-    for i, statement in enumerate(node.body if isinstance(node, (ast.FunctionDef, ast.If)) and len(node.body) > 1 else ()):
-        if isinstance(statement, (ast.Assign, ast.AugAssign, ast.If)):
-            yield "removed statement", {"body": node.body[:i] + node.body[i + 1:]}
+    match node:
+        case ast.BinOp(op=op) if type(op) in OPERATORS:
+            yield "operator", {"op": OPERATORS[type(op)]()}
+            if not isinstance(op, (ast.Add, ast.Mult)):
+                yield "operand order", {"left": node.right, "right": node.left}
+        case ast.Compare(ops=[op, *_]) if type(op) in OPERATORS:
+            yield "comparison", {"ops": [OPERATORS[type(op)]()]}
+        case ast.Constant(value=value) if type(value) is int:
+            yield "constant", {"value": value + 1}
+            yield "constant", {"value": value - 1}
+        case ast.UnaryOp(op=ast.USub()):
+            yield "sign", {"op": ast.UAdd()}
+        case ast.Call(func=ast.Name(id=name)) if name in CALLS:
+            yield "call", {"func": ast.Name(CALLS[name], ast.Load())}
+        case ast.If() | ast.IfExp():
+            yield "inverted if", {"test": ast.UnaryOp(ast.Not(), node.test)}
+    body = node.body if isinstance(node, (ast.FunctionDef, ast.If)) else []
+    for i, statement in enumerate(body):
+        if isinstance(statement, (ast.Assign, ast.AugAssign, ast.If)) and len(body) > 1:
+            yield "removed statement", {"body": body[:i] + body[i + 1:]}
 
 
 def mutants(source: str):
@@ -205,32 +185,27 @@ def mutants(source: str):
     for i, node in enumerate(ast.walk(parse(source))):
         for kind, change in mutations(node):
             tree = parse(source)
-            place = next(islice(ast.walk(tree), i, None))
-            for attribute, value in change.items():
-                setattr(place, attribute, value)
+            vars(list(ast.walk(tree))[i]).update(change)
             yield kind, ast.fix_missing_locations(tree)
 
 
-def kill_table(source: str, name: str, inputs, trees) -> np.ndarray:
-    """(mutants, inputs) bool: this input tells this mutant from the source."""
-    want = behaviour(source, name, inputs)
-    return np.array([[a != b for a, b in zip(behaviour(tree, name, inputs), want)] for tree in trees]).reshape(-1, len(inputs))
+def kill_table(source: str, inputs, trees) -> np.ndarray:
+    """(mutants, inputs) bool: this input tells this mutant of f from the source."""
+    want = behaviour(source, "f", inputs)
+    return np.array([[a != b for a, b in zip(behaviour(tree, "f", inputs), want)] for tree in trees]).reshape(-1, len(inputs))
 
 
-def select_tests(source: str, name: str, inputs, n: int = 20) -> tuple[list[int], list]:
-    """
-    The n inputs (their indices) that kill the most mutants, and the trees of all mutants that any input kills. Greedy: a mutant's
-    weight falls to a tenth with every kill; so first every mutant dies once, then those that few tests catch die again.
-    """
+def select_tests(source: str, inputs) -> tuple[list[int], list]:
+    """The 20 inputs (their indices) that together kill the most mutants, and the trees of all mutants that any input kills."""
     trees = [tree for _, tree in mutants(source)]
-    kills = kill_table(source, name, inputs, trees)
+    kills = kill_table(source, inputs, trees)
     alive = kills.any(1)
     kills, weight, chosen = kills[alive], np.ones(alive.sum()), []
-    for _ in range(min(n, len(inputs))):
+    for _ in range(20):
         worth = weight @ kills
         worth[chosen] = -1.0
         chosen.append(int(worth.argmax()))
-        weight[kills[:, chosen[-1]]] *= 0.1
+        weight[kills[:, chosen[-1]]] *= 0.1  # so first every mutant dies once, then those that few tests catch die again
     return chosen, [tree for tree, dies in zip(trees, alive) if dies]
 
 
@@ -256,7 +231,6 @@ ENDS = {  # a number; only at the end of a chain
 }
 FRAMES = {"compose": ("Write f(v): {}", "Code f(v): {}", "f(v) should {}", "Python f(v): {}", "Return f(v): {}"),
           "stdin": ("Read integers, {}, print", "Line of integers: {}, print", "Given integers, {}, print")}
-READ = "v = list(map(int, input().split()))"
 
 
 def chain(rng, length: int) -> tuple[list, list, list]:
@@ -269,19 +243,17 @@ def chain(rng, length: int) -> tuple[list, list, list]:
     return names, *([(STEPS | ENDS)[name][part].format(k=k) for name, k in zip(names, ks)] for part in (0, 1))
 
 
-def in_steps(code) -> str:
-    """One statement a step."""
-    return "\n    ".join(["def f(v):"] + [f"v = {e}" for e in code[:-1]] + [f"return {code[-1]}"])
+def in_steps(code, last: str = "") -> str:
+    """One statement a step; the value may get a name at last."""
+    end = [f"{last} = {code[-1]}", f"return {last}"] if last else [f"return {code[-1]}"]
+    return "\n    ".join(["def f(v):"] + [f"v = {e}" for e in code[:-1]] + end)
 
 
 def nested(code) -> str:
     """All steps in one expression, or "" where a step needs its list more than once."""
-    inner = code[0]
-    for e in code[1:]:
-        if len(re.findall(r"\bv\b", e)) != 1:
-            return ""
-        inner = re.sub(r"\bv\b", lambda _, inner=inner: inner, e)
-    return f"def f(v):\n    return {inner}"
+    if any(len(re.findall(r"\bv\b", e)) != 1 for e in code[1:]):
+        return ""
+    return "def f(v):\n    return " + functools.reduce(lambda inner, e: re.sub(r"\bv\b", lambda _: inner, e), code)
 
 
 def looped(code) -> str:
@@ -292,11 +264,6 @@ def looped(code) -> str:
         text += (f"    w = []\n    for x in v:\n        if {parts[2] or True}:\n            w.append({parts[1]})\n    v = w\n"
                  if parts else f"    v = {e}\n")
     return text + "    return v"
-
-
-def on_one_line(value) -> str:
-    """A number, or a list of them, as a program prints it."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def competitive(family: str):
@@ -312,18 +279,20 @@ def competitive(family: str):
             return  # nearly constant: tests could not tell right from wrong
         f = build(source, "f")
         shown = sorted(shown, key=lambda xs: f(xs) in ([], 0, xs))[:2]  # examples that show something
-        chosen, trees = select_tests(source, "f", inputs)
+        chosen, trees = select_tests(source, inputs)
         calls = [("f", list(inputs[i]), f(*inputs[i])) for i in chosen]
         wrong, style = ast.unparse(rng.choice(trees)), (rng.random() < 0.4 and nested(code)) or source
         examples, tests = [f"f({xs}) == {f(xs)}".replace(", ", ",") for xs in shown], {"calls": calls, "references": [source, looped(code)]}
         if family == "stdin":
+            read = "v = list(map(int, input().split()))"
             end = "print(*{})" if isinstance(calls[0][2], list) else "print({})"
-            style = "\n".join([READ] + [f"v = {e}" for e in code[:-1]] + [end.format(code[-1])])
-            wrong = "\n".join([wrong, READ, end.format("f(v)")])
-            examples = [f"{on_one_line(xs)} -> {on_one_line(f(xs))}" for xs in shown]
-            tests = {"io": [(on_one_line(*args) + "\n", on_one_line(y) + "\n") for _, args, y in calls]}
-        yield dict(prompt="\n".join([frame.format(", then ".join(words)), *examples]), solution=fenced(style), wrong=fenced(wrong),
-                   trace=lines("{}: {}", words, code), tests=tests, names=("f", "v"))
+            printed = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            style = "\n".join([read] + [f"v = {e}" for e in code[:-1]] + [end.format(code[-1])])
+            wrong = "\n".join([wrong, read, end.format("f(v)")])
+            examples = [f"{printed(xs)} -> {printed(f(xs))}" for xs in shown]
+            tests = {"io": [(printed(xs) + "\n", printed(y) + "\n") for _, (xs,), y in calls]}
+        yield dict(prompt="\n".join([frame.format(", then ".join(words)), *examples]), solution=FENCED.format(style),
+                   wrong=FENCED.format(wrong), trace=lines("{}: {}", words, code), tests=tests, names=("f", "v"))
     return draft
 
 
@@ -340,14 +309,11 @@ def printed(inputs):
 
 
 def verify_tests(task, answer):
-    """
-    The share of calls that return, or of inputs for which the program prints, exactly what they should. A program gets a process for
-    each input, and a tenth of the time where it is right: one process that runs it on all inputs is asked first.
-    """
+    """The share of calls that return, or of inputs for which the program prints (in a process for each), exactly what they should."""
     code, calls, io = code_of(answer), task.tests.get("calls", ()), task.tests.get("io", ())
     together = Call("printed", [[stdin for stdin, _ in io]], [stdout.rstrip() for _, stdout in io])
     if io and all(graded(f"program = {code!r}" + PRINTED, [together])):
-        return 1.0
+        return 1.0  # a right program is known in a tenth of the time: one process runs it on all inputs
     return np.mean(graded(code, [Call(*call) for call in calls] + [Io(*each) for each in io]))
 
 
@@ -373,8 +339,7 @@ def values_along(code, value) -> list[tuple]:
     seen = []
     for expression in code:
         text = re.sub(r"\bv\b", lambda _, value=value: repr(value), expression)
-        value = eval(text, {})  # our own expression over our own literal
-        seen.append((text, value))
+        seen.append((text, value := eval(text, {})))  # our own expression over our own literal
     return seen
 
 
@@ -388,8 +353,7 @@ def crux(direction: str):
             kind = moves[-1][2]
         yield [f"{direction} {key}" for key in pairs([m[0] for m in moves], f"{last} {moves[0][0]} {v}")]
         code = [re.sub(r"\bk\b", str(rng.randint(2, 5)), m[3].replace("'c'", repr(rng.choice("abcdeg")))) for m in moves]
-        body = [f"v = {e}" for e in code[:-1]] + ([f"{last} = {code[-1]}", f"return {last}"] if last else [f"return {code[-1]}"])
-        source = re.sub(r"\bv\b", v, "\n    ".join(["def f(v):"] + body))
+        source = re.sub(r"\bv\b", v, in_steps(code, last))
         argument, *others = (sample(rng) for _ in range(12))
         try:
             along = values_along(code, argument)
@@ -409,17 +373,11 @@ def crux(direction: str):
 
 
 def verify_crux(task, answer):
-    """
-    Output: the literal is the value, type included. Input: any literal will do that gives the value when the program runs, here, for the
-    program is ours and the answer a literal: its steps take time and room in proportion to its length.
-    """
-    t = task.tests
-    try:
-        value = ast.literal_eval(parse(code_of(answer).strip(), "eval"))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return 0.0
-    found = repr(value) if task.family == "crux_output" else behaviour(t["source"], re.match(r"def (\w+)", t["source"])[1], [(value,)])[0]
-    return found == repr(t["result"])
+    """Output: the literal is the value, type included. Input: any literal that gives the value when our own program runs, here."""
+    source, value = task.tests["source"], ast.literal_eval(parse(code_of(answer).strip(), "eval"))
+    name = re.match(r"def (\w+)", source)[1]
+    found = repr(value) if task.family == "crux_output" else behaviour(source, name, [(value,)])[0]
+    return found == repr(task.tests["result"])
 
 
 # ---- math: a formula is right when it equals the solution, however it is written -------------------------------------
@@ -513,17 +471,14 @@ def mathematics(rng, level):
 
 def verify_math(task, answer):
     """Equal as formulas: the difference expands to zero. Worked out: no parentheses, and no more signs than the solution has."""
-    answer = re.sub(r"^\s*[a-z]\s*=", "", answer)
+    answer, right = re.sub(r"^\s*[a-z]\s*=", "", answer), task.tests["answer"]
     signs = lambda text: len(re.findall(r"[-+*/^]+", text.strip().lstrip("-"))) + 99 * ("(" in text)
-    try:
-        return signs(answer) <= signs(task.tests["answer"]) and (formula(answer) - formula(task.tests["answer"])).expand() == 0
-    except (ValueError, ZeroDivisionError, TypeError):
-        return 0.0
+    return signs(answer) <= signs(right) and (formula(answer) - formula(right)).expand() == 0
 
 
 # ---- sql: the query first, its question second -----------------------------------------------------------------------
-# The reverse pipeline. Each clause has an SQL form and words; a question is the words of a query's clauses, one after the other. The way
-# back, from the question to the query, reads the same table: a task enters only if the round trip gives the same query.
+# Each clause has words and an SQL form: a question is the words of a query's clauses. The way back, from the question to the query, reads
+# the same table, and a task enters only if the round trip gives the same query.
 
 TABLES = {  # table: name, category, the category's values, two numbers
     "files": ("name", "type", ("text", "code", "image"), "size", "lines"),
@@ -542,13 +497,13 @@ CLAUSES = {  # key: (words, SQL), read back in this order; slots: name, cat, wor
     "over": (" with {num} over {n}", " where {num} > {n}"), "under": (" with {num} under {n}", " where {num} < {n}"),
     "is": (" with {cat} '{word}'", " where {cat} = '{word}'"),
     "mean": (" with {num} over the average of {t}", " where {num} > (select avg({num}) from {t})"),
-    "and over": (" and {num} over {n}", " and {num} > {n}"), "and under": (" and {num} under {n}", " and {num} < {n}"),
-    "or is": (" or {cat} '{word}'", " or {cat} = '{word}'"), "group": (" by {cat}", " group by {cat}"),
+    "and-over": (" and {num} over {n}", " and {num} > {n}"), "and-under": (" and {num} under {n}", " and {num} < {n}"),
+    "or-is": (" or {cat} '{word}'", " or {cat} = '{word}'"), "group": (" by {cat}", " group by {cat}"),
     "up": (" sorted by {num}", " order by {num}"), "down": (" sorted down by {num}", " order by {num} desc"),
     "limit": (" only {n}", " limit {n}"),
 }
 NEAR = {"over": "under", "under": "over", "up": "down", "down": "up", "highest": "lowest", "lowest": "highest", "average": "lowest",
-        "count": "list", "list": "count", "mean": "under", "and over": "and under", "and under": "and over", "or is": "and over"}
+        "count": "list", "list": "count", "mean": "under", "and-over": "and-under", "and-under": "and-over", "or-is": "and-over"}
 QUERIES = {1: "list over|list under|list is|list up|list down|count over|count is|highest|lowest|average",
            2: "list over up|list is down|list under down|highest is|average is|lowest over|count under|list is up|list over down",
            3: "list over and-under|list is and-over|each group|list is up limit|count is and-over|most group|list over down limit",
@@ -580,23 +535,17 @@ def database(table: str, seed: int, name: str) -> sqlite3.Connection:
     db.executemany(f"INSERT INTO {name} VALUES (?, ?, ?, ?)", rows)
     allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
     db.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY)  # from here on it only reads
-    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)  # so that no query can fill the memory
     return db
 
 
 def rows_of(query: str, databases, ordered: bool) -> list:
-    """
-    What a query that nobody trusts gives on each database: rows in order, or sorted where the order is free; None where it fails. It may
-    read and call functions, nothing else; lengths and steps are bounded, so it can neither fill memory nor run on.
-    """
+    """What a query that nobody trusts gives on each database: rows in order, or sorted where the order is free."""
     found = []
     for db in databases:
-        db.set_progress_handler(lambda: 1, 200_000)  # a query of ours takes a few hundred steps
-        try:
-            rows = db.execute(query).fetchmany(1000)
-            found.append(rows if ordered else sorted(rows, key=repr))
-        except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError):
-            found.append(None)
+        db.set_progress_handler(lambda: 1, 200_000)  # steps, then it is stopped; a query of ours takes a few hundred
+        rows = db.execute(query).fetchmany(1000)
+        found.append(rows if ordered else sorted(rows, key=repr))
     return found
 
 
@@ -604,13 +553,13 @@ def sql(rng, level):
     """A query, its question, and three databases on which the query differs from a near miss."""
     table, plan = rng.choice(list(TABLES)), rng.choice(QUERIES[level].split("|"))
     name, cat, values, *numbers = TABLES[table]
-    keys = [key.replace("-", " ") for key in plan.split()]
+    keys = plan.split()
     slots = [dict(name=name, cat=cat, t=table, num=rng.choice(numbers), word=rng.choice(values), n=rng.randint(8, 22)) for _ in keys]
-    slots[-1]["n"] = rng.randint(2, 4) if keys[-1] == "limit" else slots[-1]["n"]
+    slots[-1] |= {"n": rng.randint(2, 4)} if keys[-1] == "limit" else {}
     choice = "num" if "{num}" in CLAUSES[keys[-1]][0] else "word"
     yield [f"{plan} {table} {slots[-1][choice]}" if level == 1 else f"{plan} {table}"]
     said, code = ([CLAUSES[key][part].format(**s) for key, s in zip(keys, slots)] for part in (0, 1))
-    question, query, ordered = sentence("".join(said)), "".join(code), bool({"up", "down"} & set(keys))
+    question, query, ordered = "".join(said) + ".", "".join(code), bool({"up", "down"} & set(keys))
     near = [code[:i] + [CLAUSES[NEAR[key]][1].format(**slots[i])] + code[i + 1:] for i, key in enumerate(keys) if key in NEAR]
     seeds = [rng.randrange(10**6) for _ in range(3)]
     databases = [database(table, seed, table) for seed in seeds]
@@ -620,8 +569,7 @@ def sql(rng, level):
         return
     yield dict(prompt=f"{table}({name}, {cat}, {', '.join(numbers)})\n{question}", solution=query + ";",
                wrong=rng.choice(near) + ";", trace=lines("{}: {}", [t.strip(" ,") for t in said], [t.strip() for t in code]),
-               names=(table,), tests={"query": query, "table": table, "schema": list(TABLES).index(table), "seeds": seeds,
-                                      "ordered": ordered})
+               tests=dict(query=query, table=table, schema=list(TABLES).index(table), seeds=seeds, ordered=ordered), names=(table,))
 
 
 def verify_sql(task, answer):
@@ -634,19 +582,23 @@ def verify_sql(task, answer):
 # ---- edit: search/replace blocks and unified diffs -------------------------------------------------------------------
 
 
+def hunks(diff: str) -> list[tuple]:
+    """[(lines before, lines after, the index of the first one or None)] of a unified diff."""
+    found, parts = [], re.split(r"^(@@.*)$", diff, flags=re.M)[1:]
+    for head, body in zip(parts[::2], parts[1::2]):
+        old, new = ([line[1:] for line in body.split("\n") if line[:1] and line[0] in signs] for signs in (" -", " +"))
+        number = re.match(r"@@ -(\d+)", head)
+        found.append((old, new, int(number[1]) - bool(old) if number else None))
+    return found
+
+
 def apply_edit(text: str, answer: str) -> str:
     """The text after the answer's search/replace blocks or unified diff; ValueError where one does not fit."""
     now, answer = text.splitlines(), "\n".join(line for line in answer.splitlines() if not line.startswith("```"))
     blocks = re.findall(r"^<<<<<<< SEARCH\n(.*?)^=======\n(.*?)^>>>>>>> REPLACE$", answer, re.S | re.M)
-    edits = [(search.splitlines(), new.splitlines(), None) for search, new in blocks]
-    hunks = re.split(r"^(@@.*)$", answer, flags=re.M)[1:] if not blocks else []
-    for head, body in zip(hunks[::2], hunks[1::2]):
-        old, new = ([line[1:] for line in body.split("\n") if line[:1] and line[0] in signs] for signs in (" -", " +"))
-        number = re.match(r"@@ -(\d+)", head)
-        edits.append((old, new, int(number[1]) - bool(old) if number else None))
+    edits, shift = [(search.splitlines(), new.splitlines(), None) for search, new in blocks] or hunks(answer), 0
     if not edits:
         raise ValueError("the answer holds neither a search/replace block nor a diff hunk")
-    shift = 0
     for old, new, hint in edits:
         places = [i for i in range(len(now) - len(old) + 1) if now[i:i + len(old)] == old]
         if hint is not None and hint + shift in places:  # a diff's line number decides between several
@@ -660,14 +612,11 @@ def apply_edit(text: str, answer: str) -> str:
 
 def make_edit(old: str, new: str, form: str) -> str:
     """The shortest edit in this form ("search" or "diff") that turns old into new: context grows until it fits in one place."""
-    a, b = old.splitlines(), new.splitlines()
-    for context in range(len(a) + 1):
-        if form == "diff":
-            answer = "\n".join(line for line in difflib.unified_diff(a, b, n=context, lineterm="") if line[:3] not in ("---", "+++"))
-        else:
-            groups = difflib.SequenceMatcher(None, a, b, False).get_grouped_opcodes(context)
-            spans = [(g[0][1], g[-1][2], g[0][3], g[-1][4]) for g in groups]
-            answer = "\n".join("\n".join(["<<<<<<< SEARCH", *a[i:j], "=======", *b[k:m], ">>>>>>> REPLACE"]) for i, j, k, m in spans)
+    for context in range(old.count("\n") + 2):
+        answer = "\n".join([*difflib.unified_diff(old.splitlines(), new.splitlines(), n=context, lineterm="")][2:])  # without file names
+        if form == "search":
+            blocks = [["<<<<<<< SEARCH", *before, "=======", *after, ">>>>>>> REPLACE"] for before, after, _ in hunks(answer)]
+            answer = "\n".join("\n".join(block) for block in blocks)
         try:
             if apply_edit(old, answer) == new:
                 return answer
@@ -689,20 +638,16 @@ WANTED = {"search": "search/replace", "diff": "diff"}  # how a prompt names the 
 FUNCTIONS = ("pick", "step", "mix", "turn", "make", "join", "form", "rate")
 
 
-@dataclass
 class Spot:
     """A function `name` with one spot; `shape`: the lines of its body; 0: it stands behind the signature."""
-    name: str
-    kind: str
-    shape: int = 1
-
-    def options(self) -> list[str]:
-        return SPOTS[self.kind][2].split()
+    def __init__(self, name: str, kind: str, shape: int):
+        self.name, self.kind, self.shape = name, kind, shape
+        self.arguments, self.expression, options, self.own = SPOTS[kind]
+        self.options = options.split()
 
     def source(self, inside: str) -> str:
-        arguments, expression, *_ = SPOTS[self.kind]
         body = (" return {}", "\n    return {}", "\n    y = {}\n    return y")[self.shape]
-        return f"def {self.name}({arguments}):" + body.format(expression.format(inside)) + "\n"
+        return f"def {self.name}({self.arguments}):" + body.format(self.expression.format(inside)) + "\n"
 
     def answers(self, inside: str, inputs) -> list[str]:
         return behaviour(self.source(inside), self.name, inputs)
@@ -711,8 +656,7 @@ class Spot:
         """Its own input, then up to n random ones like it."""
         like = {list: lambda v: [rng.randint(0, 9) for _ in v], str: lambda v: "".join(rng.choice("abcXYZ") for _ in range(3)),
                 int: lambda v: rng.randint(1, 9)}
-        own = SPOTS[self.kind][3]
-        return [own] + list({repr(x): x for x in (tuple(like[type(v)](v) for v in own) for _ in range(n))}.values())
+        return [self.own, *{repr(x): x for x in (tuple(like[type(v)](v) for v in self.own) for _ in range(n))}.values()]
 
     def telling(self, rng, options, canonical: bool) -> tuple:
         """Arguments on which all the given versions differ: its own at the first level, else random ones."""
@@ -723,8 +667,8 @@ class Spot:
     def calls(self, rng, inside: str, first: tuple, n: int) -> list[tuple]:
         """Up to n different calls (name, arguments, value), `first` among them, that raise nothing."""
         inputs = [first] + [x for x in self.inputs(rng, 2 * n) if x != first]
-        function = build(self.source(inside), self.name)
-        return [(self.name, list(x), function(*x)) for x, a in zip(inputs, self.answers(inside, inputs)) if "Error" not in a][:n]
+        answers = zip(inputs, self.answers(inside, inputs))
+        return [(self.name, list(x), ast.literal_eval(a)) for x, a in answers if "Error" not in a][:n]
 
 
 def call_text(name: str, args) -> str:
@@ -738,13 +682,13 @@ def edit(rng, level):
     spots = [Spot(name, kind, 1 + rng.randrange(2) if level > 1 else 1) for name, kind in zip(rng.sample(FUNCTIONS, n), kinds)]
     yield pairs([f"{form} {kind}" for kind in kinds], f"{form} {kinds[0]} {spots[0].name}")
     faulty, order = spots[:1 + (level == 5)], rng.sample(spots, n)
-    chosen = {s.name: rng.sample(s.options(), 3) for s in spots}  # right, broken, another fault
+    chosen = {s.name: rng.sample(s.options, 3) for s in spots}  # right, broken, another fault
     old, new, other = ("".join(s.source(chosen[s.name][which if s in faulty else 0]) for s in order) for which in (1, 0, 2))
     said, calls, trace = [], [], []
     for s in faulty:
         args = s.telling(rng, chosen[s.name], level == 1)
         calls += (mine := s.calls(rng, chosen[s.name][0], args, 8))
-        right, broken, _ = map(SPOTS[s.kind][1].format, chosen[s.name])
+        right, broken, _ = map(s.expression.format, chosen[s.name])
         said.append(f"{s.name} should return {right}" if level == 1 else f"{call_text(s.name, args)} should be {mine[0][2]!r}")
         trace += [f"{call_text(s.name, args)} is {s.answers(chosen[s.name][1], [args])[0]}"] * (level > 1) + [f"{broken} -> {right}"]
     yield dict(prompt=f"{old}\n{WANTED[form]}: {' and '.join(said)}.", solution=make_edit(old, new, form),
@@ -752,21 +696,18 @@ def edit(rng, level):
                names=tuple(s.name for s in spots))
 
 
-def edit_from_commit(message: str, path: str, old: str, new: str, form: str = "search", seed: int = 0) -> Task:
+def edit_from_commit(message: str, path: str, old: str, new: str, form: str = "search") -> Task:
     """An edit task from real history: the file before, the commit's message, and the file after as the only right result."""
     key = "commit " + hashlib.sha256((path + message + old).encode()).hexdigest()[:12]
     prompt, right = f"{path}\n{old}\n{WANTED[form]}: {message.strip()}", make_edit(old, new, form)
     wrong = make_edit(old, old + "\n" * (not old.endswith("\n")) + "# done\n", form)
-    return Task("edit", 5, seed, split_of([key]), (key,), prompt, right, wrong, message.strip(), {"text": new}, {path: old})
+    return Task("edit", 5, 0, split_of([key]), (key,), prompt, right, wrong, message.strip(), {"text": new}, {path: old})
 
 
 def verify_edit(task, answer):
     """The edit applies, and then every call passes (a commit's edit: the text is exactly the new one)."""
     (old,) = task.files.values()
-    try:
-        new = apply_edit(old, answer)
-    except ValueError:
-        return 0.0
+    new = apply_edit(old, answer)
     return new == task.tests["text"] if "text" in task.tests else all(graded(new, [Call(*call) for call in task.tests["calls"]]))
 
 
@@ -775,7 +716,6 @@ def verify_edit(task, answer):
 # blind is right once in k; the failure line `FAIL pick(7, 3)=10 want 4` tells which. To recover from an error is to read that line.
 
 MODULES = ("core", "util", "shop", "text", "data", "base")
-SWE_TOOLS = "Tools: view FILE, search WORD, edit FILE LINE TEXT, test, submit."
 BUNDLE = """import sys, types
 for path, text in {files!r}.items():
     module = sys.modules[path[:-3]] = types.ModuleType(path[:-3])
@@ -786,15 +726,12 @@ def call(path, function, args):
 
 
 def use_tool(files: dict, call: str) -> tuple[dict, str]:
-    """
-    One view, search or edit call on {path: text}: (the files after it, what the agent sees). An edit replaces one line and keeps its
-    indentation, so TEXT is written without. A call that cannot be obeyed changes nothing.
-    """
+    """One view, search or edit call on {path: text}: (the files after it, what the agent sees). An edit keeps the line's indentation."""
     tool, _, rest = call.strip().partition(" ")
-    path, _, more = rest.partition(" ")
+    path, number, text = (rest.split(" ", 2) + ["", ""])[:3]
     if tool == "search" and rest:
-        hits = [(p, n, line.strip()) for p, text in sorted(files.items()) for n, line in enumerate(text.splitlines(), 1) if rest in line]
-        return files, "\n".join(f"{p}:{n} {line}" for p, n, line in hits[:4]) or "nothing found"
+        hits = [f"{p}:{n} {line.strip()}" for p in sorted(files) for n, line in enumerate(files[p].splitlines(), 1) if rest in line]
+        return files, "\n".join(hits[:4]) or "nothing found"
     if tool not in ("view", "edit"):
         return files, "unknown tool"
     if path not in files:
@@ -802,7 +739,6 @@ def use_tool(files: dict, call: str) -> tuple[dict, str]:
     now = files[path].splitlines()
     if tool == "view":
         return files, "\n".join(f"{n} {line}" for n, line in enumerate(now, 1))
-    number, _, text = more.partition(" ")
     if not number.isdecimal() or not 1 <= int(number) <= len(now):
         return files, "no such line"
     old = now[int(number) - 1]
@@ -828,82 +764,81 @@ def swe(rng, level):
     spots = [Spot(name, kind, rng.randint(1, 2) if level > 2 else 0) for name, kind in zip(rng.sample(FUNCTIONS, len(kinds)), kinds)]
     bug = rng.choice(spots)
     yield [f"swe {bug.kind} {bug.name}"] if level == 1 else [f"swe {bug.kind} {s.kind}" for s in spots if s is not bug]
-    inside = {s.name: rng.choice(s.options()[:k + 1]) for s in spots}
-    broken = inside[bug.name]
-    fixes = [option for option in bug.options()[:k + 1] if option != broken]
+    inside = {s: rng.choice(s.options[:k + 1]) for s in spots}
+    broken = inside[bug]
+    fixes = [option for option in bug.options[:k + 1] if option != broken]
     right, wrong = rng.sample(fixes, 2)
     modules = [f"{module}.py" for module in rng.sample(MODULES, max(1, n_files - 1))]
-    home = {s.name: modules[i // 2] for i, s in enumerate(spots)}
-    files = {module: "".join(s.source(inside[s.name]) for s in spots if home[s.name] == module) for module in modules}
-    path, signature = home[bug.name], f"({SPOTS[bug.kind][0]})"
-    start, entry = ("main.py", "run") if n_files > 1 else (path, bug.name)
+    home = {s: modules[i // 2] for i, s in enumerate(spots)}
+    files = {module: "".join(s.source(inside[s]) for s in spots if home[s] == module) for module in modules}
+    path, (start, entry) = home[bug], ("main.py", "run") if n_files > 1 else (home[bug], bug.name)
     if n_files > 1:
-        files[start] = f"from {path[:-3]} import {bug.name}\ndef run{signature}:\n    return {bug.name}{signature}\n"
+        files[start] = "from {0} import {1}\ndef run({2}):\n    return {1}({2})\n".format(path[:-3], bug.name, bug.arguments)
     below = int(level > 2)  # the spot's line, from the signature's
     number = next(n for n, line in enumerate(files[path].splitlines(), 1) if line.startswith(f"def {bug.name}(")) + below
     edits = {option: f"edit {path} {number} {bug.source(option).splitlines()[below].strip()}" for option in fixes}
 
     args = bug.telling(rng, [broken] + fixes, level <= 2)
     shown, *calls = bug.calls(rng, right, args, 16)
+    report = lambda option: failure_line(entry, args, bug.answers(option, [args])[0], shown[2])
     fails = lambda call, option: bug.answers(option, [call[1]]) != [repr(call[2])]
     hidden = [call for call in calls if fails(call, broken)][:5]
     hidden += [shown] * (not all(any(fails(call, option) for call in hidden) for option in [broken, *fixes] if option != right))
     keep = [call for call in calls if not fails(call, broken)][:3]
-    others = [(home[s.name], *call) for s in spots if s is not bug for call in s.calls(rng, inside[s.name], SPOTS[s.kind][3], 2)]
+    others = [(home[s], *call) for s in spots if s is not bug for call in s.calls(rng, inside[s], s.own, 2)]
     at_start = lambda found: [(start, entry, *call[1:]) for call in found]
     tests = {"shown": at_start([shown]), "fail_to_pass": at_start(hidden), "pass_to_pass": at_start(keep) + others,
-             "candidates": list(edits.values()),
-             "report": failure_line(entry, args, bug.answers(broken, [args])[0], shown[2])}  # what a test says before any edit
+             "candidates": list(edits.values()), "report": report(broken)}  # the report: what a test says before any edit
 
     def work(*tried):  # a demonstration: look, try these fixes, submit
-        look = [f"search {entry}("] * (level != 3) + [f"view {p}" for p in dict.fromkeys([start, path])] * (level > 2)
-        turns = [turn for call in look for turn in (("assistant", call), ("tool", use_tool(files, call)[1]))]
+        looks = [f"search {entry}("] * (level != 3) + [f"view {p}" for p in dict.fromkeys([start, path])] * (level > 2)
+        steps = [("assistant", look, use_tool(files, look)[1]) for look in looks]
         for option in tried:
-            said = "PASS" if option == right else failure_line(entry, args, bug.answers(option, [args])[0], shown[2])
-            turns += [("assistant" if option == right else "mistake", edits[option]), ("tool", "ok"), ("assistant", "test"), ("tool", said)]
-        return (*turns, ("assistant", "submit"))
+            role, said = ("assistant", "PASS") if option == right else ("mistake", report(option))
+            steps += [(role, edits[option], "ok"), ("assistant", "test", said)]
+        return episode(steps, "submit")
 
-    yield dict(prompt=f"Fix {entry}{f' in {start}' if level == 3 else ''}.\n{SWE_TOOLS}", solution=edits[right], wrong=edits[wrong],
-               trace=f"{call_text(entry, args)} must be {shown[2]!r}", files=files, turns=work(right), detour=work(wrong, right),
-               tests=tests, names=(bug.name, path[:-3]))
+    where, offered = f" in {start}" * (level == 3), "Tools: view FILE, search WORD, edit FILE LINE TEXT, test, submit."
+    yield dict(prompt=f"Fix {entry}{where}.\n{offered}", solution=edits[right], wrong=edits[wrong], files=files, tests=tests,
+               trace=f"{call_text(entry, args)} must be {shown[2]!r}", turns=work(right), detour=work(wrong, right),
+               names=(bug.name, path[:-3]))
+
+
+def episode(steps, end: str) -> tuple:
+    """The turns of an agent that says these things (role, text, what it sees then), and this at the end."""
+    return *(turn for role, text, seen in steps for turn in ((role, text), ("tool", seen))), ("assistant", end)
 
 
 def verify_swe(task, answer):
     """Resolved: after the answer's edit lines every fail-to-pass and every pass-to-pass test passes."""
-    files = dict(task.files)
+    files = task.files
     for line in code_of(answer).splitlines():
-        if line.startswith("edit "):
-            files, _ = use_tool(files, line)
+        files = use_tool(files, line)[0] if line.startswith("edit ") else files
     return all(outcomes(files, task.tests["fail_to_pass"] + task.tests["pass_to_pass"]))
 
 
 # ---- terminal: commands, and what the disk holds afterwards ----------------------------------------------------------
 
 WORDS, STEMS = ("one", "old", "new", "top", "low", "end"), ("log", "map", "tag", "key", "node", "cell", "task", "path", "unit", "model")
-COMMANDS = {  # key: (words, command, the file it writes, what it writes, whether {a} goes); {a} a file, {d} a folder, {b} a new name
-    "mkdir": ("make the folder {b}", "mkdir {b}", "{b}/", lambda text, v: "", False),
-    "touch": ("make the empty file {b}.txt", "touch {b}.txt", "{b}.txt", lambda text, v: "", False),
-    "rm": ("delete {a}", "rm {a}", "", None, True),
-    "rename": ("rename {a} to {b}.txt", "mv {a} {b}.txt", "{b}.txt", lambda text, v: text, True),
-    "copy": ("copy {a} to {b}.txt", "cp {a} {b}.txt", "{b}.txt", lambda text, v: text, False),
-    "move": ("move {a} into {d}", "mv {a} {d}", "{d}/{a}", lambda text, v: text, True),
-    "write": ("write {w} to {b}.txt", "echo {w} > {b}.txt", "{b}.txt", lambda text, v: v["w"] + "\n", False),
-    "append": ("append {w} to {a}", "echo {w} >> {a}", "{a}", lambda text, v: text + v["w"] + "\n", False),
-    "sort": ("sort {a} into {b}.txt", "sort {a} > {b}.txt", "{b}.txt", lambda text, v: "".join(sorted(text.splitlines(True))), False),
-    "head": ("put the first {k} lines of {a} in {b}.txt", "head -n {k} {a} > {b}.txt", "{b}.txt",
-             lambda text, v: "".join(text.splitlines(True)[:v["k"]]), False),
-    "count": ("count the lines of {a} in {b}.txt", "wc -l < {a} > {b}.txt", "{b}.txt",
-              lambda text, v: f"{len(text.splitlines())}\n", False),
+COMMANDS = {  # key: (words, command, the file it writes, what it writes of the lines of {a}); {a} a file, {d} a folder, {b} a new name
+    "mkdir": ("make the folder {b}", "mkdir {b}", "{b}/", lambda rows, v: []),
+    "touch": ("make the empty file {b}.txt", "touch {b}.txt", "{b}.txt", lambda rows, v: []),
+    "rm": ("delete {a}", "rm {a}", "", None),
+    "rename": ("rename {a} to {b}.txt", "mv {a} {b}.txt", "{b}.txt", lambda rows, v: rows),
+    "copy": ("copy {a} to {b}.txt", "cp {a} {b}.txt", "{b}.txt", lambda rows, v: rows),
+    "move": ("move {a} into {d}", "mv {a} {d}", "{d}/{a}", lambda rows, v: rows),
+    "write": ("write {w} to {b}.txt", "echo {w} > {b}.txt", "{b}.txt", lambda rows, v: [v["w"]]),
+    "append": ("append {w} to {a}", "echo {w} >> {a}", "{a}", lambda rows, v: [*rows, v["w"]]),
+    "sort": ("sort {a} into {b}.txt", "sort {a} > {b}.txt", "{b}.txt", lambda rows, v: sorted(rows)),
+    "head": ("put the first {k} lines of {a} in {b}.txt", "head -n {k} {a} > {b}.txt", "{b}.txt", lambda rows, v: rows[:v["k"]]),
+    "count": ("count the lines of {a} in {b}.txt", "wc -l < {a} > {b}.txt", "{b}.txt", lambda rows, v: [len(rows)]),
     "grep": ("put the lines of {a} with {w} in {b}.txt", "grep {w} {a} > {b}.txt", "{b}.txt",
-             lambda text, v: "".join(line for line in text.splitlines(True) if v["w"] in line), False),
+             lambda rows, v: [row for row in rows if v["w"] in row]),
 }
 
 
 def terminal(rng, level):
-    """
-    Two files and a folder, and `level` things to do with them; from level 3 on they are listed before. The state that is wanted is
-    computed here, not by a shell.
-    """
+    """`level` things to do with two files and a folder, listed from level 3 on; the wanted state is computed here, not by a shell."""
     kinds, names = rng.sample(list(COMMANDS), level), rng.sample(STEMS, 3 + level)
     files = {f"{name}.txt": "".join(rng.choice(WORDS) + "\n" for _ in range(4)) for name in names[:2]} | {f"{names[2]}/keep.txt": ""}
     yield pairs(kinds, f"{kinds[0]} {names[0]}")
@@ -914,14 +849,14 @@ def terminal(rng, level):
             return
         v = {"a": rng.choice(usable), "b": b, "d": names[2], "k": rng.randint(1, 3)}
         v["w"] = rng.choice(sorted(set(state[v["a"]].split())) if kind == "grep" else WORDS)
-        words, command, path, effect, goes = COMMANDS[kind]
+        words, command, path, effect = COMMANDS[kind]
         said.append(words.format(**v))
         commands.append(command.format(**v))
         wrong.append(command.format(**v | {"a": f"{names[2]}/keep.txt", "b": b + "s", "w": v["w"] + "s"}))
-        text = state.pop(v["a"]) if goes else state[v["a"]]
-        state |= {path.format(**v): effect(text, v)} if path else {}
+        text = state.pop(v["a"]) if command[:2] in ("rm", "mv") else state[v["a"]]
+        state |= {path.format(**v): "".join(f"{row}\n" for row in effect(text.splitlines(), v))} if path else {}
     spot, listing = rng.randrange(level), f"{names[0]}.txt {names[1]}.txt {names[2]}/\n" if level > 2 else ""
-    yield dict(prompt=listing + sentence(*said), solution="\n".join(commands), files=files,
+    yield dict(prompt=f"{listing}{', then '.join(said)}.", solution="\n".join(commands), files=files,
                wrong="\n".join([*commands[:spot], wrong[spot], *commands[spot + 1:]]), trace=lines("{}: {}", said, kinds),
                tests={"state": state}, names=tuple(names))
 
@@ -932,27 +867,27 @@ def verify_terminal(task, answer):
         if place.exec(code_of(answer)).status == "sandbox error":
             raise RuntimeError("the sandbox broke while it ran commands")
         found = {path + "/" * stat.S_ISDIR(mode): data.decode("utf-8", "replace") for path, (mode, data) in place.tree.items()}
-    full = {path for path in found if path.endswith("/") and any(other.startswith(path) and other != path for other in found)}
-    return {path: text for path, text in found.items() if path not in full} == task.tests["state"]
+    empty = lambda path: not any(other.startswith(path) and other != path for other in found)
+    return {path: text for path, text in found.items() if path[-1] != "/" or empty(path)} == task.tests["state"]
 
 
 # ---- tools: calls as JSON against small typed interfaces -------------------------------------------------------------
 
 APIS = {  # domain: {function: (parameters, words, effect on the state)}
-    "stock": {"add": ({"item": "str", "count": "int"}, "add {count} {item}", lambda s, item, count: s.update({item: s[item] + count})),
-              "remove": ({"item": "str", "count": "int"}, "remove {count} {item}",
-                         lambda s, item, count: s.update({item: s[item] - count})),
-              "clear": ({"item": "str"}, "clear {item}", lambda s, item: s.update({item: 0})),
-              "get": ({"item": "str"}, "", lambda s, item: s[item])},
-    "page": {"show": ({"part": "str", "on": "bool"}, "turn {part} {on}", lambda s, part, on: s.update({part + " on": on})),
-             "scale": ({"part": "str", "level": "int"}, "scale {part} to {level}", lambda s, part, level: s.update({part: level})),
-             "lock": ({"part": "str"}, "lock {part}", lambda s, part: s.update({part + " locked": True}))},
-    "plan": {"start": ({"task": "str", "hour": "int"}, "start {task} at {hour}", lambda s, task, hour: s.update({task: hour})),
-             "stop": ({"task": "str"}, "stop {task}", lambda s, task: s.update({task: 0})),
-             "send": ({"task": "str", "who": "str"}, "send {task} to {who}", lambda s, task, who: s.update({task + " to": who}))},
+    "stock": {"add": ("item count", "add {count} {item}", lambda s, item, count: s.update({item: s[item] + count})),
+              "remove": ("item count", "remove {count} {item}", lambda s, item, count: s.update({item: s[item] - count})),
+              "clear": ("item", "clear {item}", lambda s, item: s.update({item: 0})),
+              "get": ("item", "", lambda s, item: s[item])},
+    "page": {"show": ("part on", "turn {part} {on}", lambda s, part, on: s.update({part + " on": on})),
+             "scale": ("part level", "scale {part} to {level}", lambda s, part, level: s.update({part: level})),
+             "lock": ("part", "lock {part}", lambda s, part: s.update({part + " locked": True}))},
+    "plan": {"start": ("task hour", "start {task} at {hour}", lambda s, task, hour: s.update({task: hour})),
+             "stop": ("task", "stop {task}", lambda s, task: s.update({task: 0})),
+             "send": ("task who", "send {task} to {who}", lambda s, task, who: s.update({task + " to": who}))},
 }
 VALUES = {"item": WHAT, "count": range(2, 10), "part": ("image", "table", "header", "graph"), "on": (True, False),
           "level": range(15, 25), "task": ("test", "install", "update", "check"), "hour": range(8, 19), "who": WHO}
+TYPES = {name: type(values[0]).__name__ for name, values in VALUES.items()}
 
 
 def run_calls(domain: str, state: dict, text: str) -> tuple[dict, list]:
@@ -960,11 +895,11 @@ def run_calls(domain: str, state: dict, text: str) -> tuple[dict, list]:
     state, results = dict(state), []
     for line in filter(str.strip, text.splitlines()):
         call = json.loads(line)
-        if not isinstance(call, dict) or set(call) != {"name", "arguments"} or call["name"] not in APIS[domain]:
-            raise ValueError(f"not a call of a known function: {line}")
+        if set(call) != {"name", "arguments"}:
+            raise ValueError(f"not a call: {line}")
         parameters, _, effect = APIS[domain][call["name"]]
         given = {k: results[int(v[1:]) - 1] if re.fullmatch(r"\$[1-9]", str(v)) else v for k, v in call["arguments"].items()}
-        if {k: type(v).__name__ for k, v in given.items()} != parameters:
+        if {k: type(v).__name__ for k, v in given.items()} != {k: TYPES[k] for k in parameters.split()}:
             raise ValueError(f"{call['name']} takes {parameters}, got {given}")
         results.append(effect(state, **given))
     return state, results
@@ -973,13 +908,14 @@ def run_calls(domain: str, state: dict, text: str) -> tuple[dict, list]:
 def tools(rng, level):
     """`level` calls in one domain, names in quotes; from level 3 on the last may need what another call gives back."""
     domain = rng.choice(list(APIS))
-    kinds = rng.choices([f for f, (_, words, _) in APIS[domain].items() if words], k=level)
-    given = [{k: rng.choice(VALUES[k]) for k in APIS[domain][f][0]} for f in kinds]
+    api = APIS[domain]
+    kinds = rng.choices([f for f, (_, words, _) in api.items() if words], k=level)
+    given = [{k: rng.choice(VALUES[k]) for k in api[f][0].split()} for f in kinds]
     firsts = [f"{f} {next(iter(g.values()))}" for f, g in zip(kinds, given)]
     yield pairs(firsts, firsts[0])
     write = lambda name, **arguments: json.dumps({"name": name, "arguments": arguments})
     spoken = [{k: ("off", "on")[v] if type(v) is bool else f'"{v}"' if type(v) is str else v for k, v in g.items()} for g in given]
-    said, calls = [APIS[domain][f][1].format(**g) for f, g in zip(kinds, spoken)], [write(f, **g) for f, g in zip(kinds, given)]
+    said, calls = [api[f][1].format(**g) for f, g in zip(kinds, spoken)], [write(f, **g) for f, g in zip(kinds, given)]
     if level >= 3 and domain == "stock":
         one, other = rng.sample(WHAT, 2)
         said[-1], kinds[-1] = f'add as many "{one}" as there are "{other}"', f"get gives ${level}, add"
@@ -990,36 +926,16 @@ def tools(rng, level):
     if goal == state or run_calls(domain, state, wrong)[0] == goal:
         return
     needed = {json.loads(call)["name"] for call in calls}
-    shown = needed | {rng.choice([f for f in APIS[domain] if f not in needed] or [*needed])}  # one that is not needed, where there is one
-    signatures = ", ".join(f"{f}({', '.join(f'{k}: {t}' for k, t in APIS[domain][f][0].items())})" for f in APIS[domain] if f in shown)
-    seen = ["ok" if result is None else json.dumps(result) for result in results]
-    yield dict(prompt=f"{signatures}\n{sentence(*said)}", solution="\n".join(calls), wrong=wrong,
-               trace=lines("{}: {}", said, kinds), turns=episode(calls, seen),
+    shown = needed | {rng.choice([f for f in api if f not in needed] or [*needed])}  # one that is not needed, where there is one
+    signatures = ", ".join(f"{f}({', '.join(f'{k}: {TYPES[k]}' for k in api[f][0].split())})" for f in api if f in shown)
+    steps = [("assistant", call, "ok" if result is None else json.dumps(result)) for call, result in zip(calls, results)]
+    yield dict(prompt=f"{signatures}\n{', then '.join(said)}.", solution="\n".join(calls), wrong=wrong,
+               trace=lines("{}: {}", said, kinds), turns=episode(steps, "done"),
                tests={"domain": domain, "state": state, "goal": goal, "most": len(calls) + 1})
 
 
-def episode(steps, seen) -> tuple:
-    """The turns of an agent that does these steps, sees this after each, and is done."""
-    return *(turn for step, text in zip(steps, seen) for turn in (("assistant", step), ("tool", text))), ("assistant", "done")
-
-
-def stepwise(execute):
-    """
-    The verifier of steps on a state machine: all can be done, the state at the end is the goal, and there are few more than needed. The
-    order of arguments, and of independent steps, is free.
-    """
-    def judge(task, answer):
-        try:
-            state, done = execute(task, code_of(answer))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return 0.0
-        return state == task.tests["goal"] and len(done) <= task.tests["most"]
-    return judge
-
-
 # ---- web: a small WSGI application over SQLite -----------------------------------------------------------------------
-# The answer is the handlers of an application. They run in the sandbox behind this frame, which makes the requests and hands back plain
-# statuses and documents; what they should have been is compared outside.
+# The answer is an application's handlers. They run in the sandbox behind this frame, which hands back plain statuses and documents.
 
 WEB = '''
 import io, sqlite3
@@ -1083,8 +999,8 @@ def web(rng, level):
     visit = [f"CREATE TABLE {t} ({name}, {cat}, {numbers[0]} INTEGER, {numbers[1]} INTEGER)", f"INSERT INTO {t} VALUES (?, ?, ?, ?)", rows,
              [[kind, form] for form in forms for kind in kinds] + [["nothing", {}]]]
     spoiled = [re.sub("<(p|b|i|li)>", "<td>", code), code.replace("select ", "select 1+")]
-    yield dict(prompt=f"{t}({name}, {cat}, {', '.join(numbers)})\nPython: {'; '.join(said)}.", solution=fenced(code),
-               wrong=fenced(spoiled[rng.random() < 0.5 and "select " in code]),
+    yield dict(prompt=f"{t}({name}, {cat}, {', '.join(numbers)})\nPython: {'; '.join(said)}.", solution=FENCED.format(code),
+               wrong=FENCED.format(spoiled[rng.random() < 0.5 and "select " in code]),
                trace=lines("{}: {}", kinds, re.findall('"((?:select|insert) [^"]*)"', code)),  # first the queries
                tests={"visit": visit, "pages": build(WEB + code, "visit")(*visit)}, names=(t,))
 
@@ -1102,52 +1018,33 @@ HTML = {"input": "<input id={}>", "checkbox": "<input type=checkbox id={}>", "a"
 ACTS = {"input": ("set {0} to {1}", "type {0} {1}"), "checkbox": ("check {0}", "click {0}")}
 
 
-class Screen(HTMLParser):
-    """
-    A small application of HTML pages {path: html}, and the state that actions change: the open page, the fields' values, what was saved.
-    <a href> opens a page, <button id=save> stores the values of its page and any other button empties them.
-    """
-    def __init__(self, pages: dict):
-        super().__init__()
-        self.pages, self.values, self.saved = pages, {}, {}
-        self.open(next(iter(pages)))
-
-    def open(self, page: str) -> None:
-        self.page, self.elements = page, {}
-        self.feed(self.pages[page])
-
-    def handle_starttag(self, tag, attributes):
-        a = dict(attributes)
-        self.elements[a.get("id") or a["href"]] = a.get("type", tag)
-
-    def act(self, line: str) -> None:
-        """One action, `click ID` or `type ID TEXT`; ValueError where it cannot be done on this page."""
-        verb, name, text = (line.split(" ", 2) + ["", ""])[:3]
-        here = {n: v for n, v in self.values.items() if n in self.elements}
-        match verb, self.elements.get(name), bool(text):
-            case "type", "input", True:
-                self.values[name] = text
-            case "click", "checkbox", False:
-                self.values[name] = not self.values.get(name, False)
-            case "click", "a", False:
-                self.open(name)
-            case "click", "button", False:
-                self.saved |= here if name == "save" else {}
-                self.values = {n: v for n, v in self.values.items() if name == "save" or n not in here}
-            case _:
-                raise ValueError(f"cannot {line!r} on page {self.page}")
-
-    def state(self) -> list:
-        return [self.page, self.values, self.saved]
-
-
 def run_actions(pages: dict, text: str) -> tuple[list, list]:
-    """The state after the actions, one a line, and the page that each led to. ValueError: one could not be done."""
-    screen, seen = Screen(pages), []
-    for act in text.splitlines():
-        screen.act(act)
-        seen.append(screen.page)
-    return screen.state(), seen
+    """
+    ([the open page, the fields, what was saved], the page after each action) of actions, one a line: `click ID` or `type ID TEXT`.
+    <a href> opens a page, <button id=save> stores the fields of its page, any other button empties them; else ValueError.
+    """
+    page, values, saved, seen, there, parser = next(iter(pages)), {}, {}, [], {}, HTMLParser()
+    parser.handle_starttag = lambda tag, a: there[path].update({dict(a).get("id") or dict(a)["href"]: dict(a).get("type", tag)})
+    for path, html in pages.items():
+        there[path] = {}  # {id or href: kind} of what stands on the page
+        parser.feed(html)
+    for line in text.splitlines():
+        verb, name, typed = (line.split(" ", 2) + ["", ""])[:3]
+        here = {n: v for n, v in values.items() if n in there[page]}
+        match verb, there[page].get(name), bool(typed):
+            case "type", "input", True:
+                values[name] = typed
+            case "click", "checkbox", False:
+                values[name] = not values.get(name, False)
+            case "click", "a", False:
+                page = name
+            case "click", "button", False:
+                saved |= here if name == "save" else {}
+                values = {n: v for n, v in values.items() if name == "save" or n not in here}
+            case _:
+                raise ValueError(f"cannot {line!r} on page {page}")
+        seen.append(page)
+    return [page, values, saved], seen
 
 
 def gui(rng, level):
@@ -1166,35 +1063,25 @@ def gui(rng, level):
     goal, seen = run_actions(pages, "\n".join(acts))
     wrong = [*acts[:-1], rng.choice(["click clear", f"click {other if level < 4 else home}"])]
     html = lines("{}: {}", *zip(*list(pages.items())[:1 + (level >= 4)]))
-    yield dict(prompt=f"{html}\n{sentence(*said)}", solution="\n".join(acts), wrong="\n".join(wrong), trace=lines("{}: {}", said, acts),
-               files=pages, turns=episode(acts, [f"page {page}" for page in seen]), tests={"goal": goal, "most": len(acts) + 1},
-               names=(home, other))
+    yield dict(prompt=f"{html}\n{', then '.join(said)}.", solution="\n".join(acts), wrong="\n".join(wrong), files=pages,
+               trace=lines("{}: {}", said, acts), tests={"goal": goal, "most": len(acts) + 1}, names=(home, other),
+               turns=episode([("assistant", act, f"page {page}") for act, page in zip(acts, seen)], "done"))
+
+
+def verify_steps(task, answer):
+    """All steps can be done, they end in the state that is wanted, and they are few more than needed."""
+    t, text = task.tests, code_of(answer)
+    state, done = run_calls(t["domain"], t["state"], text) if task.family == "tools" else run_actions(task.files, text)
+    return state == t["goal"] and len(done) <= t["most"]
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
-
-
-def renamed(value, names: dict):
-    """The value, plain data, with these names replaced wherever they stand as whole words."""
-    if isinstance(value, str):
-        pattern = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, names)) + r")(?!\w)")
-        return pattern.sub(lambda m: names[m[1]], value) if names else value
-    if isinstance(value, dict):
-        return {renamed(k, names): renamed(v, names) for k, v in value.items()}
-    return type(value)(renamed(v, names) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def another_fix(task, other):
-    """A guess of the repository agent whose first fix failed: one of those not tried yet."""
-    left = [edit for edit in task.tests["candidates"] if edit != task.wrong]
-    return left[other.seed % len(left)]
 
 
 @dataclass(frozen=True)
 class Family:
     generate: object          # generator(rng, level): yields the keys, then a dict with the rest of a Task
     verify: object            # (task, answer without its thinking) -> share that is right
-    guess: object = lambda task, other: renamed(other.solution, dict(zip(other.names, task.names)))  # it knows the form and no more
 
 
 FAMILIES = {
@@ -1205,26 +1092,36 @@ FAMILIES = {
     "math": Family(mathematics, verify_math),
     "sql": Family(sql, verify_sql),
     "edit": Family(edit, verify_edit),
-    "swe": Family(swe, verify_swe, another_fix),
+    "swe": Family(swe, verify_swe),
     "terminal": Family(terminal, verify_terminal),
-    "tools": Family(tools, stepwise(lambda task, text: run_calls(task.tests["domain"], task.tests["state"], text))),
+    "tools": Family(tools, verify_steps),
     "web": Family(web, verify_web),
-    "gui": Family(gui, stepwise(lambda task, text: run_actions(task.files, text))),
+    "gui": Family(gui, verify_steps),
 }
 
 
+def renamed(value, names: dict):
+    """The value, plain data, with these names replaced wherever they stand as whole words."""
+    if isinstance(value, str) and names:
+        return re.sub(r"(?<![\w.])(" + "|".join(map(re.escape, names)) + r")(?!\w)", lambda m: names[m[1]], value)
+    if isinstance(value, dict):
+        return {renamed(k, names): renamed(v, names) for k, v in value.items()}
+    return type(value)(renamed(v, names) for v in value) if isinstance(value, (list, tuple)) else value
+
+
 def guesses(problems, n: int = 1) -> list[list[str]]:
-    """
-    Up to n answers to each of these tasks of one family and level that know its form and not its question: those of the next tasks,
-    under this one's names.
-    """
-    others = lambda i: [problems[(i + 1 + j) % len(problems)] for j in range(min(n, len(problems) - 1))]
-    return [[FAMILIES[task.family].guess(task, other) for other in others(i)] for i, task in enumerate(problems)]
+    """Up to n answers to each task of one family and level that know its form and not its question, made from the next tasks."""
+    def guess(task, other):  # its solution under this one's names; of a repository agent, whose first fix has failed, one not tried
+        left = [fix for fix in task.tests.get("candidates", ()) if fix != task.wrong]
+        return left[other.seed % len(left)] if left else renamed(other.solution, dict(zip(other.names, task.names)))
+
+    next_ones = lambda i: [problems[(i + 1 + j) % len(problems)] for j in range(min(n, len(problems) - 1))]
+    return [[guess(task, other) for other in next_ones(i)] for i, task in enumerate(problems)]
 
 
-def chance(family: str, difficulty: int = 1, n: int = 100, split: str = "test") -> float:
+def chance(family: str, difficulty: int = 1, n: int = 100) -> float:
     """The random-answer baseline: the share of tasks that a guess solves."""
-    problems = [generate(family, difficulty, seed, split) for seed in range(n)]
+    problems = [generate(family, difficulty, seed, "test") for seed in range(n)]
     return sum(verify(task, answer) == 1.0 for task, (answer,) in zip(problems, guesses(problems))) / n
 
 
@@ -1236,12 +1133,14 @@ def perturb(task: Task, seed: int) -> Task:
     """The same problem in other clothes: its names replaced everywhere, and a remark that does not matter. The template stays."""
     rng = random.Random(f"perturb {seed} {task.prompt}")
     fresh = dict(zip(task.names, rng.sample(FRESH, len(task.names))))
-    changed = {name: renamed(getattr(task, name), fresh) for name in Task.__dataclass_fields__ if name not in ("family", "split", "keys")}
+    changed = {name: renamed(value, fresh) for name, value in vars(task).items() if name not in ("family", "split", "keys")}
     return replace(task, **changed | {"prompt": rng.choice(NOISE) + changed["prompt"]})
 
 
 # ---- what a model reads and learns -----------------------------------------------------------------------------------
 # A sample in parts is [(text, is it a special token, is it in the loss)]. Only what the assistant says is learned, its end token too.
+
+OPENING = [("<|im_start|>", True, False), ("assistant\n", False, False)]  # of an answer
 
 
 def turn_parts(role: str, text: str, learned: bool) -> list[tuple[str, bool, bool]]:
@@ -1251,20 +1150,20 @@ def turn_parts(role: str, text: str, learned: bool) -> list[tuple[str, bool, boo
             ("\n", False, False)]
 
 
+def chat_parts(task: Task, turns, learning: bool = True) -> list[tuple[str, bool, bool]]:
+    """The prompt and these turns, of which the assistant's are learned."""
+    return [part for role, text in (("user", task.prompt), *turns) for part in turn_parts(role, text, learning and role == "assistant")]
+
+
 def prompt_parts(task: Task) -> list[tuple[str, bool, bool]]:
     """The prompt and the opening of the answer: what a model is given to complete."""
-    return turn_parts("user", task.prompt, False) + [("<|im_start|>", True, False), ("assistant\n", False, False)]
+    return chat_parts(task, ()) + OPENING
 
 
 def asked_parts(task: Task) -> list[tuple[str, bool, bool]]:
-    """
-    What an evaluation gives a model to complete: the prompt; of a repository agent's episode all that comes before the repair, the failed
-    fix and its test included. (Whole episodes are rl.py's.)
-    """
-    mistakes = [i for i, (role, _) in enumerate(task.detour) if role == "mistake"]
-    seen = task.detour[:mistakes[0] + 4] if mistakes else ()  # the edit, "ok", the test, how it fails
-    told = [part for turn in (("user", task.prompt), *seen) for part in turn_parts(*turn, False)]
-    return told + prompt_parts(task)[-2:]
+    """The same for an evaluation: of a repository agent's episode all before the repair, the failed fix and its test included."""
+    mistake = next((i for i, (role, _) in enumerate(task.detour) if role == "mistake"), -4)
+    return chat_parts(task, task.detour[:mistake + 4], learning=False) + OPENING  # 4: the edit, "ok", the test, how it fails
 
 
 def answer_text(task: Task, thinking: bool) -> str:
@@ -1273,13 +1172,12 @@ def answer_text(task: Task, thinking: bool) -> str:
 
 def task_parts(task: Task, thinking: bool = False) -> list[tuple[str, bool, bool]]:
     """A task with its solution as one sample, with or without the thinking."""
-    return turn_parts("user", task.prompt, False) + turn_parts("assistant", answer_text(task, thinking), True)
+    return chat_parts(task, [("assistant", answer_text(task, thinking))])
 
 
 def trajectory_parts(task: Task, detour: bool = False) -> list[tuple[str, bool, bool]]:
     """An agent's whole episode. Observations, and the one mistake of a detour, are read and not learned."""
-    turns = (task.detour if detour else task.turns) or (("assistant", task.solution),)
-    return turn_parts("user", task.prompt, False) + [part for role, text in turns for part in turn_parts(role, text, role == "assistant")]
+    return chat_parts(task, (task.detour if detour else task.turns) or [("assistant", task.solution)])
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -1293,11 +1191,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def beyond(cost: float | None, references) -> float:
-    """
-    Mercury's Beyond for one problem: where the cost lies between the dearest (0) and the cheapest (1) reference solution,
-
-        (max - clip(cost, min, max)) / (max - min)      and 0 where the answer is wrong (cost None). The mean over problems is the score.
-    """
+    """Mercury's Beyond: from 0, as dear as the dearest reference, to 1, as cheap as the cheapest; 0 for a wrong answer (cost None)."""
     low, high = min(references), max(references)
     if cost is None or high == low:
         return float(cost is not None)
@@ -1383,55 +1277,44 @@ def generator_language() -> tuple[set, set]:
 
 class Contamination:
     """
-    Does a text hold an evaluation problem? Four questions, the sharpest first; texts are those of question_text() or any others.
-
-        text      a whole problem stands in it, word for word
+    Does a text hold an evaluation problem? Four questions, the sharpest first; for the last two a frame is no evidence.
+        text      a whole problem stands in it, word for word (a question ends with a full stop, so that no other begins with it)
         renamed   it does where names are left out: the pools' own, and words that neither the evaluation nor the generator knows
         13-grams  half of a problem's 13-grams (GPT-3's length), and 13 of them
         near      MinHash says that 40 % of the 5-grams are the same, where there are more than 13
-
-    For the last two a frame is no evidence: what three evaluation texts share, or three training tasks of a family.
     """
     def __init__(self, evaluation_texts: dict):
         texts = {text: name for name, many in evaluation_texts.items() for text in many}
-        self.names = list(texts.values())
         common, known = generator_language()
         self.known, self.frame = known.union(*map(symbols, texts)), common | shared(texts)
-        self.starts = {}  # the first words of a problem, with and without its names -> where they lead
-        for i, own in enumerate(map(symbols, texts)):
-            for kind, form in (("text", own), ("renamed", self.nameless(own))):
-                self.starts.setdefault((kind, *form[:6]), []).append((form, i))
-        grams, shingles = ([pieces(text, n) - self.frame for text in texts] for n in (13, 5))
-        self.sizes, self.holders = list(map(len, grams)), {}
-        for i, own in enumerate(grams):
-            for piece in own:
-                self.holders.setdefault(piece, []).append(i)
-        self.signatures = np.array([minhash(own if len(own) > 13 else {0}) for own in shingles])
+        self.starts, self.grams, self.signatures = {}, [], []  # starts: the first words of a problem -> all of it and its set
+        for text, name in texts.items():
+            for kind, form in (("text", symbols(text)), ("renamed", self.nameless(symbols(text)))):
+                self.starts.setdefault((kind, *form[:6]), []).append((form, name))
+            grams, shingles = (pieces(text, n) - self.frame for n in (13, 5))
+            self.grams += [(grams, name)] if len(grams) >= 13 else []
+            self.signatures += [(minhash(shingles), name)] if len(shingles) > 13 else []
 
-    def nameless(self, own: list[str]) -> list[str]:
-        return ["_" if word in NAMES or word.isidentifier() and word not in self.known else word for word in own]
-
-    def held(self, kind: str, own: list[str]) -> str:
-        """The set of an evaluation problem that stands whole in these symbols, or ""."""
-        for at in range(len(own) - 5):
-            for form, i in self.starts.get((kind, *own[at:at + 6]), ()):
-                if own[at:at + len(form)] == form:
-                    return f"{kind} of {self.names[i]}"
-        return ""
+    def nameless(self, words: list[str]) -> list[str]:
+        return ["_" if word in NAMES or word.isidentifier() and word not in self.known else word for word in words]
 
     def of(self, text: str) -> str:
         """ "" for a clean text, else how it is known and from which set."""
-        own = symbols(text)
-        strange = any(word.isidentifier() and word not in self.known and word not in NAMES for word in own)
-        if found := self.held("text", own) or (self.held("renamed", self.nameless(own)) if strange else ""):
-            return found
-        held = Counter(i for piece in pieces(text, 13) for i in self.holders.get(piece, ()))
-        for i, count in held.items():
-            if count >= max(13, self.sizes[i] / 2):
-                return f"13-grams of {self.names[i]}"
-        if self.names and len(own := pieces(text, 5) - self.frame) > 13:
-            alike = (self.signatures == minhash(own)).mean(1)
-            return f"near {self.names[int(alike.argmax())]}" if alike.max() >= 0.4 else ""
+        words = symbols(text)
+        strange = any(word.isidentifier() and word not in self.known and word not in NAMES for word in words)
+        for kind, form in (("text", words), ("renamed", self.nameless(words) if strange else [])):
+            for at in range(len(form) - 5):
+                for problem, name in self.starts.get((kind, *form[at:at + 6]), ()):
+                    if form[at:at + len(problem)] == problem:
+                        return f"{kind} of {name}"
+        held = pieces(text, 13)
+        for grams, name in self.grams:
+            if len(grams & held) >= max(13, len(grams) / 2):
+                return f"13-grams of {name}"
+        if self.signatures and len(shingles := pieces(text, 5) - self.frame) > 13:
+            own = minhash(shingles)
+            alike, name = max(((own == signature).mean(), name) for signature, name in self.signatures)
+            return f"near {name}" if alike >= 0.4 else ""
         return ""
 
 
@@ -1456,10 +1339,7 @@ def refusal(task: Task, answer: str, contaminated: Contamination) -> str:
 
 
 def admit(samples, contaminated: Contamination | None = None, refusals=None) -> tuple[list, Counter]:
-    """
-    The samples (task, answer) that may be learned from, each once, and the table {reason: how many were refused}, "admitted" among them.
-    contaminated: our own evaluation, if none is given. refusals: what refusal() said, where it was asked before.
-    """
+    """(The samples (task, answer) that may be learned from, {reason or "admitted": how many}); refusals: what refusal() said before."""
     samples, contaminated = list(samples), contaminated or own_evaluation()
     kept, seen, table = [], set(), Counter()
     for (task, answer), reason in zip(samples, refusals or [refusal(*sample, contaminated) for sample in samples]):
@@ -1482,61 +1362,44 @@ class BudgetSpent(Exception):
 class Teacher:
     """
     An OpenAI-compatible endpoint. Every answer is kept on disk, so a run that is stopped asks nothing twice; the budget counts the
-    tokens of all answers in the cache. What may pass is tried again, after 1, 2, 4, ... seconds or as long as the server says.
+    tokens of all answers in the cache. What may pass is tried again, after longer and longer pauses or when the server says.
     """
-    def __init__(self, url: str, model: str, cache, budget: int = 1_000_000, retries: int = 6, wait_s: float = 1.0, timeout_s: float = 120):
-        self.url, self.model, self.cache, self.budget = url.rstrip("/"), model, Path(cache), budget
-        self.retries, self.wait_s, self.timeout_s = retries, wait_s, timeout_s
+    def __init__(self, url: str, model: str, cache, budget: int = 1_000_000, tries: int = 7, wait_s: float = 0.5):
+        import requests
+        from requests.adapters import HTTPAdapter, Retry
+
+        self.url, self.model, self.cache, self.budget, self.session = url.rstrip("/"), model, Path(cache), budget, requests.Session()
+        passing = [429, *range(500, 600)]  # a request that is refused otherwise is wrong; asking again will not mend it
+        again = Retry(tries - 1, backoff_factor=wait_s, status_forcelist=passing, allowed_methods=None, raise_on_status=False)
+        self.session.mount(self.url, HTTPAdapter(max_retries=again))
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would warn of every pause
+        if key := os.environ.get("OPENAI_API_KEY"):
+            self.session.headers["Authorization"] = f"Bearer {key}"
         self.cache.mkdir(parents=True, exist_ok=True)
         self.spent = sum(json.loads(path.read_text())["tokens"] for path in self.cache.glob("*.json"))
 
-    def ask(self, prompt: str, n: int = 1, temperature: float = 0.8) -> list[str]:
+    def ask(self, prompt: str, n: int = 1) -> list[str]:
         """n answers to a prompt."""
-        request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "n": n, "temperature": temperature}
+        request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "n": n, "temperature": 0.8}
         path = self.cache / (hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:32] + ".json")
         if path.exists():
             return json.loads(path.read_text())["texts"]
         if self.spent >= self.budget:
             raise BudgetSpent(f"{self.spent} of {self.budget} tokens are spent; --budget sets another limit")
-        reply = self.post(request)
-        texts = [choice["message"]["content"] or "" for choice in reply["choices"]]
-        tokens = reply.get("usage", {}).get("total_tokens") or sum(map(len, [prompt, *texts])) // 3
+        try:
+            reply = self.session.post(f"{self.url}/chat/completions", json=request, timeout=120)
+            trouble = "" if reply.ok else f"HTTP {reply.status_code}: {reply.text[:200]}"
+        except OSError as error:
+            trouble = str(error)
+        if trouble:
+            raise OSError(f"the teacher at {self.url} does not answer ({trouble}); check --teacher, --model and OPENAI_API_KEY")
+        texts = [choice["message"]["content"] or "" for choice in reply.json()["choices"]]
+        tokens = reply.json().get("usage", {}).get("total_tokens") or sum(map(len, [prompt, *texts])) // 3
         self.spent += tokens
-        write_whole(path, json.dumps({"texts": texts, "tokens": tokens}))
+        draft = path.with_suffix(".part")
+        draft.write_text(json.dumps({"texts": texts, "tokens": tokens}))
+        draft.replace(path)
         return texts
-
-    def post(self, request: dict) -> dict:
-        """One request, patiently."""
-        import requests
-
-        key, trouble = os.environ.get("OPENAI_API_KEY"), ""
-        for attempt in range(self.retries):
-            pause = self.wait_s * 2**attempt
-            try:
-                reply = requests.post(f"{self.url}/chat/completions", json=request, timeout=self.timeout_s,
-                                      headers={"Authorization": f"Bearer {key}"} if key else {})
-                if reply.ok:
-                    return reply.json()
-                trouble = f"HTTP {reply.status_code}: {reply.text[:200]}"
-                if reply.status_code != 429 and reply.status_code < 500:
-                    break  # our request is wrong; asking again will not mend it
-                pause = float(reply.headers.get("Retry-After", pause))
-            except (requests.ConnectionError, requests.Timeout) as error:
-                trouble = str(error)
-            time.sleep(pause)
-        raise OSError(f"the teacher at {self.url} does not answer ({trouble}); check --teacher, --model and OPENAI_API_KEY")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of the text or nothing."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text)
-    os.replace(draft, path)
-
-
-def program(task: Task, n: int, thinking: bool = False) -> list[str]:
-    """The offline author: the generator's own solution, with its trace where thinking is wanted."""
-    return [answer_text(task, thinking)][:n]
 
 
 def from_teacher(teacher: Teacher):
@@ -1559,23 +1422,22 @@ def from_checkpoint(model, tokenizer, longest: int = 160):
     return author
 
 
-def write_samples(tasks, author, path, n: int = 1, contaminated: Contamination | None = None) -> Counter:
-    """
-    Rejection: ask the author for n answers to each task, keep what the gate admits as JSON lines in `path`; the table of verdicts.
-    The file gets one line a task, with its admitted answers; a task that has its line is not asked again.
-    """
-    path = Path(path)
+def write_samples(tasks, author, path, n: int = 1) -> Counter:
+    """A line in `path` for each task that has none: those of the author's n answers that the gate admits. Gives the table of verdicts."""
+    path, table = Path(path), Counter()
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
-    write_whole(path, "".join(whole))  # a line cut by a crash is gone, its task is asked again
-    done, table = {tuple(json.loads(line)["id"]) for line in whole}, Counter()
-    with path.open("a") as out:
+    with path.open("a+b") as out:
+        out.seek(0)
+        whole = out.read().rpartition(b"\n")[0]
+        out.truncate(len(whole) + bool(whole))  # a line cut by a crash is gone, its task is asked again
+        done = {tuple(json.loads(line)["id"]) for line in whole.splitlines()}
         for task in tasks:
             identity = (task.family, task.difficulty, task.seed, task.split)
             if identity not in done:
-                kept, verdicts = admit([(task, answer) for answer in author(task, n)], contaminated)
+                kept, verdicts = admit([(task, answer) for answer in author(task, n)])
                 table += verdicts
-                out.write(json.dumps({"id": identity, "answers": [answer for _, answer in kept], "verdicts": verdicts}) + "\n")
+                record = {"id": identity, "answers": [answer for _, answer in kept], "verdicts": verdicts}
+                out.write(json.dumps(record).encode() + b"\n")
                 out.flush()
     return table
 
@@ -1591,9 +1453,8 @@ def scored(reply: str) -> float | None:
 
 def debate(question: str, answer: str, judges, weights=None) -> tuple[float, list]:
     """
-    How good is an answer that no program can judge? (value in [0, 1], the replies of both rounds) Judges are functions text -> text:
-    first each scores alone; then each reads all reviews, unnamed, and may change its mind. The final scores s in [-1, 1] are added
-    with the judges' weights, which are log odds of being right: value = sigmoid(sum w s).
+    (How good an answer is that no program can judge, in [0, 1]; the replies of both rounds). Judges are functions text -> text: each scores
+    alone, then reads all reviews, unnamed, and may change its mind. value = sigmoid(sum w s), s in [-1, 1], w log odds of being right.
     """
     brief = f"Question:\n{question}\n\nAnswer:\n{answer}\n\nGive one line `score: N` with N from 0 (useless) to 10, then a sentence why."
     first = [judge(brief) for judge in judges]
@@ -1605,13 +1466,11 @@ def debate(question: str, answer: str, judges, weights=None) -> tuple[float, lis
 
 
 def calibrate(judges, labelled) -> list[float]:
-    """
-    Each judge's weight from labelled pairs (question, better answer, worse answer): the log odds of ranking a pair rightly, the best
-    weight of an independent voter; p is smoothed by one right and one wrong. A judge at or below chance gets 0, not a negative weight.
-    """
+    """Each judge's weight from labelled (question, better answer, worse answer): the log odds of ranking a pair rightly, at least 0."""
     weights = []
     for judge in judges:
         marks = [[debate(question, answer, [judge])[0] for answer in (good, bad)] for question, good, bad in labelled]
+        # one right and one wrong are added, so that nobody is certain
         p = (sum(a > b for a, b in marks) + sum(a == b for a, b in marks) / 2 + 1) / (len(labelled) + 2)
         weights.append(max(0.0, math.log(p / (1 - p))))
     return weights
@@ -1648,20 +1507,6 @@ def made(family: str, seeds) -> int:
     return sum(verify(task, task.solution) == 1.0 for task in tasks)
 
 
-def kill_rates(n: int) -> tuple[float, float]:
-    """The share of mutants that 20 chosen and 20 random inputs kill, over n chains; mutants that none of 200 inputs kills do not count."""
-    killed, total = np.zeros(2), 0
-    for seed in range(n):
-        rng = random.Random(f"kill {seed}")
-        source = in_steps(chain(rng, 1 + seed % 5)[2])
-        inputs = [([rng.randint(-9, 9) for _ in range(rng.randint(0, 8))],) for _ in range(200)]
-        chosen, trees = select_tests(source, "f", inputs)
-        table = kill_table(source, "f", inputs, trees)
-        killed += table[:, chosen].any(1).sum(), table[:, rng.sample(range(200), 20)].any(1).sum()
-        total += len(table)
-    return tuple(killed / total)
-
-
 def bench(pool, families, processes: int) -> None:
     """Speed on all processes, and what the choice of tests is worth."""
     list(pool.map(made, families, [range(2)] * len(families)))  # warm: sympy, the sandbox
@@ -1672,7 +1517,16 @@ def bench(pool, families, processes: int) -> None:
         print(f"{family:<12} {3600 / (time.perf_counter() - start):6.0f} tasks a minute")
     speed = 3600 * len(families) / (time.perf_counter() - begun)
     print(f"verified tasks a minute, all families alike: {speed:.0f} on {processes} processes")
-    print("mutants killed by 20 tests: chosen {:.1%}, random {:.1%}".format(*kill_rates(100)))
+    killed, total = np.zeros(2), 0  # of 100 chains' mutants, those that none of 200 inputs kills aside
+    for seed in range(100):
+        rng = random.Random(f"kill {seed}")
+        source = in_steps(chain(rng, 1 + seed % 5)[2])
+        inputs = [([rng.randint(-9, 9) for _ in range(rng.randint(0, 8))],) for _ in range(200)]
+        chosen, trees = select_tests(source, inputs)
+        table = kill_table(source, inputs, trees)
+        killed += table[:, chosen].any(1).sum(), table[:, rng.sample(range(200), 20)].any(1).sum()
+        total += len(table)
+    print("mutants killed by 20 tests: chosen {:.1%}, random {:.1%}".format(*killed / total))
 
 
 def main(argv=None) -> int:
@@ -1711,7 +1565,7 @@ def main(argv=None) -> int:
         return int(bool(found))
     tasks = (generate(family, args.difficulty, seed, args.split) for family in families for seed in range(args.seed, args.seed + args.n))
     if args.write:
-        author = program
+        author = lambda task, n: [task.solution]
         if args.ckpt:
             from data import Tokenizer
             from model import LoopCoder
