@@ -25,6 +25,7 @@ import ast
 import base64
 import bisect
 import contextlib
+import copy
 import errno
 import functools
 import gzip
@@ -139,8 +140,7 @@ def running_python():
         yield from walk(packages, named("packages"))
 
 
-def is_repository(root):
-    return (root / ".git").exists() or (root / "HEAD").is_file() and (root / "objects").is_dir()
+is_repository = lambda root: (root / ".git").exists() or (root / "HEAD").is_file() and (root / "objects").is_dir()
 
 
 def repository_of(source):
@@ -305,18 +305,15 @@ def crawl(query, folder, counts):
     """Files with the WARC records that INDEX?url=PATTERN of Common Crawl finds: one byte range each, kept, so never fetched twice."""
     data_url = "https://data.commoncrawl.org/" if urllib.parse.urlsplit(query).hostname == "index.commoncrawl.org" else query
     for line in request(query + "&output=json").iter_lines():
+        problem = "index line not understood"
         try:
             row = json.loads(line)
-            first, size, name = int(row["offset"]), int(row["length"]), row["filename"]
-        except (ValueError, KeyError, TypeError):
-            counts["index line not understood"] += 1
-            continue
-        try:
+            first, size, name, problem = int(row["offset"]), int(row["length"]), row["filename"], "range not given"
             if not 0 < size <= LARGEST_RECORD:
                 raise ValueError(f"{name}: a record of {size} bytes")
             yield download(urllib.parse.urljoin(data_url, "/" + name), folder / f"{digest(name, str(first)):016x}.warc.gz", first, size)
-        except ValueError:
-            counts["range not given"] += 1
+        except (ValueError, KeyError, TypeError):
+            counts[problem] += 1
 
 
 def members(path):
@@ -405,12 +402,9 @@ def spooled(source, folder, counts):
     spool, index, skipped, entries = raw.with_suffix(".spool"), raw.with_suffix(".index"), Counter(), []
     if not index.exists():
         raw.mkdir(parents=True, exist_ok=True)
-        if source.startswith("cc:"):
-            files = crawl(source[3:], raw, skipped)
-        else:
-            files = [download(source, raw / os.path.basename(urllib.parse.urlsplit(source).path)) if remote else local]
+        one = lambda: download(source, raw / os.path.basename(urllib.parse.urlsplit(source).path)) if remote else local
         with open(spool, "wb") as out:
-            for path in files:
+            for path in crawl(source[3:], raw, skipped) if source.startswith("cc:") else [one()]:
                 for doc in json_lines(path, skipped) if ".jsonl" in path.name else warc_pages(path, skipped):
                     place = f"{spool.resolve()}\0{out.tell()}"
                     entries.append(Entry(doc.project, doc.path, doc.language, out.write(doc.text.encode("utf-8", "replace")), place))
@@ -639,10 +633,8 @@ KIND[[9, 10, 11, 12, 13, 32]] = BYTE[[9, 10, 11, 12, 13, 32]] = 0
 @functools.cache
 def powers(n):
     """BASE^i and BASE^-i modulo 2^64 for i < n."""
-    up, down = np.full((2, n), BASE)
-    down[:] = U64(pow(int(BASE), -1, 2**64))
-    up[0] = down[0] = 1
-    return np.multiply.accumulate(up), np.multiply.accumulate(down)
+    i = np.arange(n, dtype=U64)
+    return BASE**i, U64(pow(int(BASE), -1, 2**64))**i
 
 
 def mix(h):
@@ -650,23 +642,18 @@ def mix(h):
     return h ^ (h >> U64(32))
 
 
-def token_starts(raw):
-    """Where the words and single signs of a text begin, as byte offsets."""
+def lex(text):
+    """Words and single signs of a text as numbers: (hash of each token (n,) uint64, its first byte (n,), where that stands (n,))."""
+    raw = np.frombuffer(fim.to_bytes(text), np.uint8)
     kind = KIND.take(raw)
     in_word, first = kind == 1, kind > 0
     first[1:] &= ~(in_word[1:] & in_word[:-1])
-    return np.flatnonzero(first)
-
-
-def lex(text):
-    """Words and single signs of a text as numbers: (hash of each token (n,) uint64, its first byte (n,))."""
-    raw = np.frombuffer(fim.to_bytes(text), np.uint8)
-    starts = token_starts(raw)
+    starts = np.flatnonzero(first)
     if not len(starts):
-        return np.empty(0, U64), np.empty(0, np.uint8)
+        return np.empty(0, U64), raw[:0], starts
     # a word's hash is the polynomial sum BYTE[c_k] BASE^-k: all come from one weighted sum over the bytes, cut at the starts
     up, down = powers(1 << max(16, (len(raw) - 1).bit_length()))
-    return mix(np.add.reduceat(BYTE.take(raw) * down[:len(raw)], starts) * up[starts]), raw[starts]
+    return mix(np.add.reduceat(BYTE.take(raw) * down[:len(raw)], starts) * up[starts]), raw[starts], starts
 
 
 KEYWORDS = np.unique(lex(" ".join(keyword.kwlist + """abstract boolean byte case catch char const default delete do double enum export
@@ -680,7 +667,7 @@ def shapes(text, *sizes):
     Every window of so many tokens: keywords and signs as they stand, a name or number only by how far back in the window it stood
     before. Renaming changes no shape, moving a function changes few. (A parameterised match, Baker 1993.)
     """
-    token, first = lex(text)
+    token, first, _ = lex(text)
     order = np.argsort(token, kind="stable")
     back, h, found = np.full(len(token), len(token)), np.zeros(len(token), U64), [token[:0]]
     same = np.flatnonzero(token[order[1:]] == token[order[:-1]]) + 1
@@ -824,7 +811,7 @@ def embed(texts, model=None, tokenizer=None, teacher=None, length=512):
         rows = np.zeros((len(texts), 2 * EMBEDDING), np.float32)
         for row, text in zip(rows, texts):
             text = re.sub(r"(?:#|//).*", "", text)  # a copy that was renamed was commented anew, too
-            token, first = lex(text)
+            token, first, _ = lex(text)
             row[:EMBEDDING] = project(shapes(text, 4, 10), SHAPE_SHARE, 1)
             row[EMBEDDING:] = project(token[KIND.take(first) == 1], 1 - SHAPE_SHARE, 2)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
@@ -850,7 +837,7 @@ def embedding_duplicates(vectors, threshold=0.8, block=1024):
 # ------------------------------------------------------------------------------------------------ decontamination
 
 def words_in_a_row(text):
-    token, first = lex(text.lower())
+    token, first, _ = lex(text.lower())
     return distinct(grams(token[KIND.take(first) == 1], 10))
 
 
@@ -975,11 +962,9 @@ class NgramScorer:
 
 def line_marks(text, width=16):
     """A text as a proxy reads it, (lines, width): of each line the indentation, the length, then the first tokens by kind and place."""
-    raw = np.frombuffer(fim.to_bytes(first_lines(text)), np.uint8)
-    at = token_starts(raw)
+    raw, (token, first, at) = np.frombuffer(fim.to_bytes(first_lines(text)), np.uint8), lex(first_lines(text))
     if not len(at):
         return np.zeros((1, width), np.int64)
-    token, first = lex(raw.tobytes().decode("utf-8", "replace"))
     begins = np.append(0, np.flatnonzero(raw == 10) + 1)
     line = np.searchsorted(begins, at, side="right") - 1
     place = np.arange(len(at)) - np.searchsorted(line, line)                      # 0 for the first token of a line, 1, 2, ...
@@ -1147,9 +1132,7 @@ def printed_law(n_params, tokens, shares, A=1.0, B=1.0, gamma=1.0):
 def solve_mixture(budget, B, alpha, tau=0.0, gamma=0.0, available=np.inf):
     """
     Tokens D of each language that minimise the mean loss over *all* languages, the question that has an answer:
-
         sum_k B_k (D_k + gamma sum_j tau_kj D_j)^-alpha_k    with sum_k D_k = budget, D_k <= available_k
-
     At the optimum one more token is worth the same everywhere; the steps move log D towards that, and full languages stay full.
     """
     available = np.clip(np.broadcast_to(available, np.shape(B)), 1e-9 * budget, budget)
@@ -1616,7 +1599,7 @@ class Mixture:
     too little before; who is owed most sends the oldest of its waiting pieces that is no longer than that. A long document waits; once it
     was passed over often, its category saves up for it. The order of an epoch depends on its number alone, so the state is small.
     """
-    COUNTS = ("opened", "given", "due")                    # by category: pieces that wait or have come; tokens in rows, tokens asked for
+    STATE = ("opened", "given", "due", "waiting")          # by category: pieces drawn; tokens in rows, tokens asked for; pieces that wait
     waits = 128                                            # pieces of a category to choose from
 
     def __init__(self, files, shares, context, rows, seed=0, piece=None):
@@ -1634,7 +1617,7 @@ class Mixture:
                                  f"leave it out or use a longer context")
             self.pieces[name] = np.array(pieces, np.int64)  # (document, start, tokens)
         self.order = {}                                    # name -> the order of the pieces in the epoch that is under way
-        self.opened, self.given, self.due = (dict.fromkeys(self.names, 0) for _ in self.COUNTS)
+        self.opened, self.given, self.due = (dict.fromkeys(self.names, 0) for _ in range(3))
         self.waiting = {name: [] for name in self.names}   # (number, document, start, tokens), oldest first
 
     def _ready(self, name):
@@ -1687,15 +1670,12 @@ class Mixture:
         return {name: count / max(sum(self.given.values()), 1) for name, count in self.given.items()}
 
     def state(self):
-        waiting = {name: list(map(list, pieces)) for name, pieces in self.waiting.items()}
-        return {count: dict(getattr(self, count)) for count in self.COUNTS} | {"waiting": waiting}
+        return copy.deepcopy({part: getattr(self, part) for part in self.STATE})
 
     def load_state(self, state):
         if set(state["opened"]) != set(self.names):
             raise ValueError(f"mixture state of {sorted(state['opened'])} does not belong to a mixture of {sorted(self.names)}")
-        for count in self.COUNTS:
-            setattr(self, count, dict(state[count]))
-        self.waiting, self.order = {name: list(map(tuple, pieces)) for name, pieces in state["waiting"].items()}, {}
+        vars(self).update(copy.deepcopy({part: state[part] for part in self.STATE}), order={})
 
 
 # ------------------------------------------------------------------------------------------------ samples of the later stages
@@ -1792,6 +1772,8 @@ def shard_samples(path, fates, tokenizer, context):
 # ------------------------------------------------------------------------------------------------ the whole way
 
 SHARD = 2_000_000  # bytes: the unit of work, of parallelism and of resuming
+FINGERPRINT = np.dtype([("exact", U64), ("size", int), ("shingles", int), ("offset", int), ("signature", U32, len(PERMUTATIONS)),
+                        ("vector", np.float16, 2 * EMBEDDING)])
 
 
 def read_benchmarks(paths):
@@ -1809,13 +1791,13 @@ def read_benchmarks(paths):
 
 def clean_shard(job):
     """
-    Read, decode, edit, judge and fingerprint one shard. Leaves PATH.npz and PATH.shingles (what deduplication compares), PATH.documents,
+    Read, decode, edit, judge and fingerprint one shard. Leaves PATH.prints and PATH.shingles (what deduplication compares), PATH.documents,
     and PATH (what each document is called, and the drops), which comes last, so that a killed build finds whole shards or none.
     """
     entries, path, decontaminator = job
     if Path(path).exists():
         return
-    found, drops, prints, sets = [], defaultdict(list), [], [np.empty(0, U32)]
+    found, drops, prints, sets, offset = [], defaultdict(list), [], [np.empty(0, U32)], 0
     for entry, raw in zip(entries, read_all(entries)):
         language, shown = entry.language, decode(raw)
         text, fired = (None, ["binary"]) if shown is None else clean(shown, language)
@@ -1830,8 +1812,9 @@ def clean_shard(job):
         if text is not None:
             found.append((text, language, entry.project, entry.path))
             sets.append(shingles(text))
-            prints.append((U64(digest(normal(text))), len(text), len(sets[-1]), signature(sets[-1]), embed([text])[0].astype(np.float16)))
-    np.savez(f"{path}.npz", **dict(zip(("exact", "size", "varied", "signature", "vector"), map(np.array, zip(*prints)))))
+            prints.append((digest(normal(text)), len(text), len(sets[-1]), offset, signature(sets[-1]), embed([text])[0]))
+            offset += sets[-1].nbytes
+    Path(f"{path}.prints").write_bytes(np.array(prints, FINGERPRINT).tobytes())
     Path(f"{path}.shingles").write_bytes(np.concatenate(sets).tobytes())
     write_json(f"{path}.documents", found)
     write_json(path, {"about": [(project, name, len(fim.to_bytes(text))) for text, _, project, name in found], "drops": drops})
@@ -1874,28 +1857,19 @@ def parallel(work, jobs, workers):
 
 def deduplicate(paths, near=0.7, alike=0.8):
     """{rule: [(number of a document that goes, of the one kept)]}: exact, near, renamed copies. The shingles stay on disk."""
-    parts, places, gone = [], [], {}
-    for path in paths:
-        with np.load(f"{path}.npz") as part:
-            parts.append(dict(part))
-        sizes = parts[-1].get("varied", np.empty(0, int))  # a shard may have lost all its documents
-        places += [(f"{path}.shingles", size, 4 * (end - size)) for size, end in zip(sizes.tolist(), np.cumsum(sizes).tolist())]
-    column = lambda name: np.concatenate([part[name] for part in parts if name in part])
-    exact = column("exact")
-    rank = np.argsort(np.lexsort((exact, -column("size"))))
-
-    def read(i):
-        path, size, offset = places[left[i]]
-        return np.fromfile(path, U32, size, offset=offset)
+    parts, gone = [np.fromfile(f"{path}.prints", FINGERPRINT) for path in paths], {}
+    docs, place = np.concatenate(parts), np.repeat([f"{path}.shingles" for path in paths], list(map(len, parts)))
+    rank = np.argsort(np.lexsort((docs["exact"], -docs["size"])))
 
     def keep(rule, numbers, kept):
-        gone[rule] = [(i, k) for i, k in zip(numbers.tolist(), kept.tolist()) if i != k]
+        gone[rule] = [(i, k) for i, k in zip(numbers.tolist(), numbers[kept].tolist()) if i != k]
         return np.setdiff1d(numbers, [i for i, _ in gone[rule]])
 
-    left = keep("exact duplicate", np.arange(len(exact)), np.array(survivors(equal_pairs(exact.tolist()), rank.tolist())))
-    left = keep("near duplicate", left, left[survivors(near_pairs(column("signature")[left], read, near), rank[left].tolist())])
-    rich = left[column("varied")[left] >= 100]  # a short table of constants has the shape of any other
-    keep("renamed duplicate", rich, rich[embedding_duplicates(column("vector")[rich], alike)])
+    left = keep("exact duplicate", np.arange(len(docs)), survivors(equal_pairs(docs["exact"].tolist()), rank.tolist()))
+    read = lambda i: np.fromfile(place[left[i]], U32, docs["shingles"][left[i]], offset=docs["offset"][left[i]])
+    left = keep("near duplicate", left, survivors(near_pairs(docs["signature"][left], read, near), rank[left].tolist()))
+    rich = left[docs["shingles"][left] >= 100]  # a short table of constants has the shape of any other
+    keep("renamed duplicate", rich, embedding_duplicates(docs["vector"][rich], alike))
     return gone
 
 

@@ -918,9 +918,9 @@ def test_an_interrupted_build_ends_with_the_same_bytes_and_so_does_one_of_two_pr
     monkeypatch.setattr(data, "clean_shard", stumble)
     with pytest.raises(KeyboardInterrupt):
         data.build(tmp_path, [str(corpus)], 800, 0, workers=1, log=lambda line: None)
-    assert not (tmp_path / "manifest.json").exists() and len(list((tmp_path / "work").glob("*.npz"))) == 4
+    assert not (tmp_path / "manifest.json").exists() and len(list((tmp_path / "work").glob("*.prints"))) == 4
     monkeypatch.setattr(data, "clean_shard", work)
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.npz")}
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.prints")}
     real = data.deduplicate
     same = lambda: [stamps.pop(path) for path in list(stamps) if path.stat().st_mtime_ns == stamps[path]]
     monkeypatch.setattr(data, "deduplicate", lambda paths: same() and real(paths))
