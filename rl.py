@@ -49,6 +49,7 @@ import sandbox
 import tasks
 import train as pipeline
 from data import Tokenizer
+from loop_attention import causal_attention, loop_attention
 from model import LoopCoder, LoopCoderConfig, head_loss
 
 # ---------------------------------------------------------------------------------------------- the objective
@@ -618,12 +619,54 @@ def pad(trajectories):
     return ids, targets, old_logp, mask
 
 
+def prefix_tree(ids, mask):
+    """
+    Rows that begin alike are one computation up to where they part: the prompt of a group, and more where answers agree.
+
+    ids, mask (B, T); what lies behind a row's last True in mask is padding. Returns nodes: places (N,) in ids.flatten(), one of each
+    distinct beginning, and where (B, T): which of the N stands at each place of the rows (0 in padding, which no other token sees).
+    """
+    tree, nodes, where = {}, [], torch.zeros(ids.shape, dtype=torch.int64)
+    for b, (row, used) in enumerate(zip(ids.tolist(), mask)):
+        node, line = -1, []
+        for t, token in enumerate(row[: int(used.nonzero()[-1]) + 1 if used.any() else 0]):
+            known, node = len(tree), tree.setdefault((node, token), len(tree))
+            line.append(node)
+            if node == known:
+                nodes.append(b * ids.shape[1] + t)
+        where[b, : len(line)] = torch.tensor(line, dtype=torch.int64)
+    return torch.tensor(nodes, dtype=torch.int64), where
+
+
 def token_logp(model, ids, targets, mask, temperature):
-    """Log-probability (B, T) of each chosen token under the model at the sampling temperature; 0 elsewhere. Logits only where needed."""
-    device = model.lm_head.weight.device
-    mask = mask.to(device)
-    h = model.hidden(ids.to(device))[mask][None]  # (1, N, C)
-    nll = head_loss(h, model.lm_head.weight, targets.to(device)[mask][None], reduction="none", temperature=temperature)
+    """
+    Log-probability (B, T) of each chosen token under the model at the sampling temperature; 0 elsewhere. Logits only where needed.
+
+    Matrix products see each distinct beginning of a row once; only attention sees whole rows.
+    """
+    device, (B, T) = model.lm_head.weight.device, ids.shape
+    nodes, where = (x.to(device) for x in prefix_tree(ids, mask))
+    ids, targets, mask, every = ids.to(device), targets.to(device), mask.to(device), where.flatten()
+    gates, window = getattr(model.model, "gate_projections", None), model.config.loop_window_size
+
+    def rows(x):  # (1, H, N, D) -> (B, H, T, D)
+        return x[0].transpose(0, 1).flatten(1).index_select(0, every).view(B, T, *x.shape[1::2]).transpose(1, 2)
+
+    def distinct(o):  # (B, H, T, D) -> (1, H, N, D)
+        return o.transpose(1, 2).reshape(B * T, -1).index_select(0, nodes).view(1, len(nodes), o.shape[1], -1).transpose(1, 2)
+
+    def first(layer, q, k, v):
+        return distinct(causal_attention(rows(q), rows(k), rows(v)))
+
+    def later(turn, layer, *qkv):
+        q, k, v, k1, v1 = (rows(x) for x in qkv)
+        return distinct(loop_attention(q, k1, v1, k, v, gates[layer].weight, gates[layer].bias, window))
+
+    def shift(x, positions, _):  # what stood before each in its row; zeros at the start
+        return x[:, every[(nodes - 1).clamp(min=0)]] * (positions > 0)[..., None]
+
+    h = model.passes(ids.flatten()[nodes][None], (nodes % T)[None], first, later, shift=shift)[0]  # (N, C)
+    nll = head_loss(h[where[mask]][None], model.lm_head.weight, targets[mask][None], reduction="none", temperature=temperature)
     return torch.zeros(mask.shape, device=device).masked_scatter(mask, -nll.float())
 
 
@@ -731,6 +774,7 @@ class RLConfig:
     resume: bool = flag(False, "go on where a killed run stopped")
     rollout_url: str = flag("", "base URL of an OpenAI-compatible server that answers in place of this process")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...")
+    dtype: str = flag("auto", "float32 or bfloat16 products, the weights being float32; auto: as train.py, the faster on this machine")
     threads: int = flag(0, "CPU threads; 0: torch's choice")
 
     def __post_init__(self):
@@ -893,8 +937,9 @@ def line_of(record, steps):
 
 
 def load(folder, cfg, world):
-    """(model, tokenizer) of a checkpoint, in float32; ValueError where this configuration's episodes are longer than it can read."""
+    """(model, tokenizer) of a checkpoint, weights in float32; ValueError where this configuration's episodes do not fit."""
     tokenizer, model = Tokenizer.load(folder), LoopCoder.from_pretrained(folder, device=world.device, dtype=torch.float32)
+    model.compute_dtype = world.dtype
     if cfg.context >= model.config.max_position_embeddings:
         raise ValueError(f"--context {cfg.context}: must be below the {model.config.max_position_embeddings} positions of {folder}")
     return model, tokenizer
@@ -1300,11 +1345,13 @@ def label_of(folder):
 def bench(world, rows=32, prompt=128, new=128):
     """
     Rollout tokens/s at the nano shape beside transformers' generate on a Llama of the same unrolled depth, then one GRPO step (4 prompts,
-    8 samples of each, one update on all of them) beside TRL's. Always by turns; a peer that is not installed is left out.
+    8 samples of each, one update on all of them) beside TRL's. Always by turns; a peer that is not installed is left out. Each peer has the
+    number format that it is faster in: generate float32 (`python model.py --bench` times both), TRL the one that we take.
     """
     config, cfg = LoopCoderConfig.preset("nano"), RLConfig(room=new, context=prompt + new)
     torch.manual_seed(0)
     model = LoopCoder(config).to(world.device)
+    model.compute_dtype = world.dtype
     optimizer = pipeline.Optimizer(model, kind="adamw", weight_decay=0.0)
     questions = torch.randint(config.vocab_size - 9, (rows // 8, prompt))
     peer, seconds = peer_llama(config, world.device), {}
@@ -1339,7 +1386,7 @@ def bench(world, rows=32, prompt=128, new=128):
     if peer:
         print(f"rl.py samples {median['transformers'] / median['rollout']:.2f} x as fast")
     seconds.clear()
-    theirs = trl_steps(peer, questions, new, 4, our_step) if peer and world.device.type == "cpu" else []
+    theirs = trl_steps(peer, questions, new, 4, our_step, world.dtype == torch.bfloat16) if peer and world.device.type == "cpu" else []
     for _ in range(3 if not theirs else 0):
         our_step()
     rolled, updated = (float(np.median(seconds[name])) for name in ("rollout", "update"))
@@ -1347,7 +1394,7 @@ def bench(world, rows=32, prompt=128, new=128):
     print(f"; TRL {(t := float(np.median(theirs))):.2f} s: {t / (rolled + updated):.2f} x as fast" if theirs else "")
 
 
-def trl_steps(peer, questions, new, steps, between):
+def trl_steps(peer, questions, new, steps, between, bf16):
     """Seconds of each of TRL's GRPO steps on the same prompts, its KL and its recomputation off; after each, between() has its turn."""
     try:
         from datasets import Dataset
@@ -1371,7 +1418,7 @@ def trl_steps(peer, questions, new, steps, between):
     with tempfile.TemporaryDirectory() as folder:
         forced = {"min_new_tokens": new, "use_cache": True, "top_k": 0}
         cfg = GRPOConfig(folder, max_steps=steps, per_device_train_batch_size=8 * len(questions), num_generations=8, learning_rate=1e-6,
-                         max_completion_length=new, generation_kwargs=forced, epsilon_high=0.28, gradient_checkpointing=False, bf16=False,
+                         max_completion_length=new, generation_kwargs=forced, epsilon_high=0.28, gradient_checkpointing=False, bf16=bf16,
                          use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)  # fmt: skip
         rows = Dataset.from_list([{"prompt": " ".join(map(str, ids))} for _ in range(steps) for ids in questions.tolist()])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1", unk_token="0")
@@ -1444,7 +1491,7 @@ def main(argv=None):
         print(report(cfg.out))
     if extra["report"] or extra["plot"]:
         return
-    world = pipeline.start_world(pipeline.TrainConfig(device=cfg.device, dtype="float32", threads=cfg.threads))
+    world = pipeline.start_world(pipeline.TrainConfig(device=cfg.device, dtype=cfg.dtype, threads=cfg.threads))
     if extra["bench"]:
         return bench(world)
     if world.main:

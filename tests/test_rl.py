@@ -325,6 +325,33 @@ def test_log_probs_stored_while_sampling_are_those_of_the_training_forward(token
         assert (rl.token_logp(model, ids, targets, mask, 1.0)[mask] - old_logp[mask]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("changes", [{"loop_num": 1}, {}, {"loop_input": "shift"}], ids=["1", "2", "shift"])
+def test_sharing_what_rows_begin_with_changes_neither_log_probs_nor_gradients(tokenizer, changes):
+    model, g = small_model(tokenizer, **changes), torch.Generator().manual_seed(2)
+    T, lengths = 90, [70, 90, 41, 90, 3, 66]  # longer than the window
+    ids, mask = torch.randint(4, (6, T), generator=g), torch.zeros(6, T, dtype=torch.bool)
+    ids[1:3, :40] = ids[0, :40]  # three rows of one prompt; the others part at once or after a few tokens
+    for row, n in enumerate(lengths):
+        mask[row, n // 2 : n] = True
+        ids[row, n:] = 0
+    targets, weight = torch.randint(4, (6, T), generator=g), torch.randn(6, T, generator=g)
+    plain = model(ids)[0].log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    shared = rl.token_logp(model, ids, targets, mask, 1.0)
+    torch.testing.assert_close(shared[mask], plain[mask], rtol=0, atol=1e-5)
+    want, got = (torch.autograd.grad((x * weight)[mask].sum(), list(model.parameters())) for x in (plain, shared))
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_each_distinct_beginning_of_a_row_goes_through_the_matrix_products_once(tokenizer):
+    model, seen = small_model(tokenizer), []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    ids, mask = torch.arange(60).expand(8, 60).clone(), torch.zeros(8, 60, dtype=torch.bool)
+    ids[:, 50:], mask[:, 50:58] = torch.arange(80).view(8, 10), True  # 50 tokens that all share, 8 of their own, 2 of padding
+    rl.token_logp(model, ids, ids, mask, 1.0)
+    assert seen == [50 + 8 * 8] * model.config.loop_num
+
+
 def test_what_is_trained_is_what_was_seen_and_said_id_for_id(tokenizer):
     lived, notes, roller = converse(small_model(tokenizer), tokenizer, slots=5)
     for trajectory, seen in zip(lived, notes):
@@ -569,7 +596,7 @@ def start(tokenizer, tmp_path_factory):
 
 def config(start, out, **changes):
     base = dict(path="instruct", families="math", levels="1,2", ckpt=str(start), out=str(out), steps=3, prompts=4, samples=4, updates=2,
-                rounds=1, room=8, overlong=4, context=220, slots=8, eval_tasks=3, eval_samples=2, device="cpu")  # fmt: skip
+                rounds=1, room=8, overlong=4, context=220, slots=8, eval_tasks=3, eval_samples=2, device="cpu", dtype="float32")  # fmt: skip
     return rl.RLConfig(**{**base, **changes})
 
 
