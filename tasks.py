@@ -38,6 +38,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +186,7 @@ def mutants(source: str):
     for i, node in enumerate(ast.walk(parse(source))):
         for kind, change in mutations(node):
             tree = parse(source)
-            vars(list(ast.walk(tree))[i]).update(change)
+            vars(next(islice(ast.walk(tree), i, None))).update(change)
             yield kind, ast.fix_missing_locations(tree)
 
 
@@ -273,7 +274,7 @@ def competitive(family: str):
         frame, source = rng.choice(FRAMES[family]), in_steps(code)
         yield pairs(names, f"{frame} {names[0]}")
         shown = [[rng.randint(0, 9) for _ in range(rng.randint(3, 4))] for _ in range(40)]
-        inputs = {(): None} | {tuple(rng.choices(range(-9, 10), k=rng.randint(1, 8))): None for _ in range(200)}
+        inputs = dict.fromkeys([(), *(tuple(rng.choices(range(-9, 10), k=rng.randint(1, 8))) for _ in range(200))])
         inputs = [(list(xs),) for xs in inputs if list(xs) not in shown]
         if len(set(behaviour(source, "f", inputs))) < 8:
             return  # nearly constant: tests could not tell right from wrong
@@ -400,8 +401,8 @@ def formula(text: str):
                 return sympy.Symbol(name)
             case ast.UnaryOp(op=ast.USub(), operand=a):
                 return -read(a)
-            case ast.BinOp(left=a, op=ast.Pow(), right=ast.Constant(value=int(n))) if 0 <= n < 10:  # 9**9**9 would never end
-                return read(a) ** n
+            case ast.BinOp(left=a, op=ast.Pow(), right=ast.Constant(value=int(n))) if 0 <= n < 10 and len(str(base := read(a))) < 20:
+                return base**n  # 9**9**9 and ((9**9)**9)**9 would never end
             case ast.BinOp(left=a, op=op, right=b) if type(op) in ARITHMETIC:
                 return ARITHMETIC[type(op)](read(a), read(b))
         raise ValueError(f"{type(node).__name__} is not allowed in a formula")
@@ -781,10 +782,11 @@ def swe(rng, level):
     args = bug.telling(rng, [broken] + fixes, level <= 2)
     shown, *calls = bug.calls(rng, right, args, 16)
     report = lambda option: failure_line(entry, args, bug.answers(option, [args])[0], shown[2])
-    fails = lambda call, option: bug.answers(option, [call[1]]) != [repr(call[2])]
-    hidden = [call for call in calls if fails(call, broken)][:5]
-    hidden += [shown] * (not all(any(fails(call, option) for call in hidden) for option in [broken, *fixes] if option != right))
-    keep = [call for call in calls if not fails(call, broken)][:3]
+    answers = {option: bug.answers(option, [args for _, args, _ in calls]) for option in [broken, *fixes]}
+    told = [{option for option in answers if answers[option][i] != answers[right][i]} for i in range(len(calls))]  # who fails which call
+    failing = [i for i, options in enumerate(told) if broken in options][:5]
+    hidden = [calls[i] for i in failing] + [shown] * (len(set().union(*(told[i] for i in failing))) < len(fixes))
+    keep = [call for call, options in zip(calls, told) if broken not in options][:3]
     others = [(home[s], *call) for s in spots if s is not bug for call in s.calls(rng, inside[s], s.own, 2)]
     at_start = lambda found: [(start, entry, *call[1:]) for call in found]
     tests = {"shown": at_start([shown]), "fail_to_pass": at_start(hidden), "pass_to_pass": at_start(keep) + others,
@@ -1024,11 +1026,11 @@ def run_actions(pages: dict, text: str) -> tuple[list, list]:
     <a href> opens a page, <button id=save> stores the fields of its page, any other button empties them; else ValueError.
     """
     page, values, saved, seen, there, parser = next(iter(pages)), {}, {}, [], {}, HTMLParser()
-    parser.handle_starttag = lambda tag, a: there[path].update({dict(a).get("id") or dict(a)["href"]: dict(a).get("type", tag)})
-    for path, html in pages.items():
-        there[path] = {}  # {id or href: kind} of what stands on the page
-        parser.feed(html)
+    parser.handle_starttag = lambda tag, a: there[page].update({dict(a).get("id") or dict(a)["href"]: dict(a).get("type", tag)})
     for line in text.splitlines():
+        if page not in there:
+            there[page] = {}  # {id or href: kind} of what stands on it
+            parser.feed(pages[page])
         verb, name, typed = (line.split(" ", 2) + ["", ""])[:3]
         here = {n: v for n, v in values.items() if n in there[page]}
         match verb, there[page].get(name), bool(typed):
@@ -1055,8 +1057,8 @@ def gui(rng, level):
     yield pairs([name for _, name, _ in given], f"{given[0][1]} {given[0][2] or home} {min(level, 2)}")
     elements = rng.sample(fields, len(fields)) + [("button", "save"), ("button", "clear")] * (level > 1)
     page = lambda parts: "".join(HTML[kind].format(name) for kind, name in parts)
-    pages = {home: page([*elements, ("a", other)]), other: page([("a", home)])} if level < 4 else \
-        {home: page([("a", other)]), other: page([*elements, ("a", home)])}
+    here, there = (elements, []) if level < 4 else ([], elements)
+    pages = {home: page([*here, ("a", other)]), other: page([*there, ("a", home)])}
     said, acts = ([ACTS[kind][part].format(name, text) for kind, name, text in given] for part in (0, 1))
     said = [f"open {other}"] * (level >= 4) + said + ["save"] * (level >= 2)
     acts = [f"click {other}"] * (level >= 4) + acts + ["click save"] * (level >= 2)
@@ -1200,16 +1202,15 @@ def beyond(cost: float | None, references) -> float:
 
 COUNTER = """
 import sys
-count = 0
+count = [0]
 def step(frame, event, arg):
-    global count
     frame.f_trace_opcodes = True
-    count += event == "opcode"
+    count[0] += event == "opcode"
     return step
 sys.settrace(step)
 for args in {inputs!r}: {name}(*args)
 sys.settrace(None)
-print(count)
+print(*count)
 """
 
 
@@ -1287,13 +1288,14 @@ class Contamination:
         texts = {text: name for name, many in evaluation_texts.items() for text in many}
         common, known = generator_language()
         self.known, self.frame = known.union(*map(symbols, texts)), common | shared(texts)
-        self.starts, self.grams, self.signatures = {}, [], []  # starts: the first words of a problem -> all of it and its set
+        self.names, self.starts, self.grams, near = [*texts.values()], {}, [], []  # starts: a problem's first words -> all of it, its set
         for text, name in texts.items():
             for kind, form in (("text", symbols(text)), ("renamed", self.nameless(symbols(text)))):
                 self.starts.setdefault((kind, *form[:6]), []).append((form, name))
             grams, shingles = (pieces(text, n) - self.frame for n in (13, 5))
             self.grams += [(grams, name)] if len(grams) >= 13 else []
-            self.signatures += [(minhash(shingles), name)] if len(shingles) > 13 else []
+            near.append(minhash(shingles if len(shingles) > 13 else {0}))
+        self.signatures = np.array(near)
 
     def nameless(self, words: list[str]) -> list[str]:
         return ["_" if word in NAMES or word.isidentifier() and word not in self.known else word for word in words]
@@ -1311,10 +1313,9 @@ class Contamination:
         for grams, name in self.grams:
             if len(grams & held) >= max(13, len(grams) / 2):
                 return f"13-grams of {name}"
-        if self.signatures and len(shingles := pieces(text, 5) - self.frame) > 13:
-            own = minhash(shingles)
-            alike, name = max(((own == signature).mean(), name) for signature, name in self.signatures)
-            return f"near {name}" if alike >= 0.4 else ""
+        if self.names and len(shingles := pieces(text, 5) - self.frame) > 13:
+            alike = (self.signatures == minhash(shingles)).mean(1)
+            return f"near {self.names[alike.argmax()]}" if alike.max() >= 0.4 else ""
         return ""
 
 
@@ -1388,11 +1389,10 @@ class Teacher:
             raise BudgetSpent(f"{self.spent} of {self.budget} tokens are spent; --budget sets another limit")
         try:
             reply = self.session.post(f"{self.url}/chat/completions", json=request, timeout=120)
-            trouble = "" if reply.ok else f"HTTP {reply.status_code}: {reply.text[:200]}"
+            if not reply.ok:
+                raise OSError(f"HTTP {reply.status_code}: {reply.text[:200]}")
         except OSError as error:
-            trouble = str(error)
-        if trouble:
-            raise OSError(f"the teacher at {self.url} does not answer ({trouble}); check --teacher, --model and OPENAI_API_KEY")
+            raise OSError(f"the teacher at {self.url} does not answer ({error}); check --teacher, --model and OPENAI_API_KEY") from None
         texts = [choice["message"]["content"] or "" for choice in reply.json()["choices"]]
         tokens = reply.json().get("usage", {}).get("total_tokens") or sum(map(len, [prompt, *texts])) // 3
         self.spent += tokens
@@ -1436,8 +1436,8 @@ def write_samples(tasks, author, path, n: int = 1) -> Counter:
             if identity not in done:
                 kept, verdicts = admit([(task, answer) for answer in author(task, n)])
                 table += verdicts
-                record = {"id": identity, "answers": [answer for _, answer in kept], "verdicts": verdicts}
-                out.write(json.dumps(record).encode() + b"\n")
+                line = json.dumps({"id": identity, "answers": [answer for _, answer in kept], "verdicts": verdicts})
+                out.write(line.encode() + b"\n")
                 out.flush()
     return table
 
@@ -1503,8 +1503,7 @@ def faults(family: str, seeds) -> list[str]:
 
 def made(family: str, seeds) -> int:
     """How many of these seeds give a task whose solution verifies."""
-    tasks = [generate(family, 1 + seed % 5, seed) for seed in seeds]
-    return sum(verify(task, task.solution) == 1.0 for task in tasks)
+    return sum(verify(task, task.solution) == 1.0 for task in (generate(family, 1 + seed % 5, seed) for seed in seeds))
 
 
 def bench(pool, families, processes: int) -> None:
@@ -1551,10 +1550,8 @@ def main(argv=None) -> int:
     for name in ("check", "processes", "n", "budget", "answers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: give a positive number")
-    if (args.teacher or args.ckpt) and not args.write:
-        raise ValueError(f"--{'teacher' if args.teacher else 'ckpt'} answers tasks to be written: say where with --write FILE")
-    if args.teacher and args.ckpt:
-        raise ValueError("--teacher and --ckpt: one of them answers, not both")
+    if bool(args.teacher) + bool(args.ckpt) > bool(args.write):
+        raise ValueError("--teacher or --ckpt, not both, answers the tasks to be written: say where with --write FILE")
     families = [args.family] if args.family else list(FAMILIES)
     if args.bench or args.check is not None:
         with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
@@ -1563,20 +1560,20 @@ def main(argv=None) -> int:
             found = [fault for some in pool.map(faults, families, [range(args.check)] * len(families)) for fault in some]
         print("\n".join(found) or f"{len(families)} families x {args.check} seeds: solutions verify; empty, cut, wrong answers do not")
         return int(bool(found))
-    tasks = (generate(family, args.difficulty, seed, args.split) for family in families for seed in range(args.seed, args.seed + args.n))
-    if args.write:
-        author = lambda task, n: [task.solution]
-        if args.ckpt:
-            from data import Tokenizer
-            from model import LoopCoder
-
-            author = from_checkpoint(LoopCoder.from_pretrained(args.ckpt).eval(), Tokenizer.load(args.ckpt))
-        elif args.teacher:
-            author = from_teacher(Teacher(args.teacher, args.model, args.write + ".cache", args.budget))
-        print("\n".join(f"{count:6d} {reason}" for reason, count in write_samples(tasks, author, args.write, args.answers).most_common()))
-    else:
+    if not args.write:
         for family in families:
             show(generate(family, args.difficulty, args.seed, args.split))
+        return 0
+    author = lambda task, n: [task.solution]
+    if args.ckpt:
+        from data import Tokenizer
+        from model import LoopCoder
+
+        author = from_checkpoint(LoopCoder.from_pretrained(args.ckpt).eval(), Tokenizer.load(args.ckpt))
+    elif args.teacher:
+        author = from_teacher(Teacher(args.teacher, args.model, args.write + ".cache", args.budget))
+    tasks = (generate(family, args.difficulty, seed, args.split) for family in families for seed in range(args.seed, args.seed + args.n))
+    print("\n".join(f"{count:6d} {reason}" for reason, count in write_samples(tasks, author, args.write, args.answers).most_common()))
     return 0
 
 
