@@ -669,7 +669,7 @@ class Spot:
         """Up to n different calls (name, arguments, value), `first` among them, that raise nothing."""
         inputs = [first] + [x for x in self.inputs(rng, 2 * n) if x != first]
         answers = zip(inputs, self.answers(inside, inputs))
-        return [(self.name, list(x), ast.literal_eval(a)) for x, a in answers if "Error" not in a][:n]
+        return [(self.name, list(x), ast.literal_eval(parse(a, "eval"))) for x, a in answers if "Error" not in a][:n]
 
 
 def call_text(name: str, args) -> str:
