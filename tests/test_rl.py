@@ -596,7 +596,8 @@ def start(tokenizer, tmp_path_factory):
 
 def config(start, out, **changes):
     base = dict(path="instruct", families="math", levels="1,2", ckpt=str(start), out=str(out), steps=3, prompts=4, samples=4, updates=2,
-                rounds=1, room=8, overlong=4, context=220, slots=8, eval_tasks=3, eval_samples=2, device="cpu", dtype="float32")  # fmt: skip
+                rounds=1, room=8, overlong=4, context=220, slots=8, eval_tasks=3, eval_samples=2, device="cpu",
+                dtype="float32")  # fmt: skip
     return rl.RLConfig(**{**base, **changes})
 
 
