@@ -12,12 +12,11 @@ comparison of types and values happens on our side of a socket. Ending early, ex
     process)    up after   Python   └── warden ── tester         tester: assert-style tests, in an interpreter of their own, that
                 both                                                     reach a candidate's functions by remote calls only
 
-The file goes from what is promised through the walls, one by one, to the run, the grade, the workspace, the proof by trying and the
-command. Read live() and attend() (how a run is walled in and watched), serve() (how answers leave it), then grade(). Sources: the manual
-pages namespaces(7), landlock(7), seccomp(2); the IQuest-Coder report's RL and SWE-RL sections (verdicts, isolated trajectories, captured
-execution traces). Departures: the report runs containers, this is one file that needs no root, no Docker and no package. Without
-namespaces Landlock and seccomp stand alone; other systems than Linux get rlimits, a clean environment and a watched process group, and
-protection() says so. Grades are honest in all of these cases.
+The file goes from what is promised through the walls to the run, the grade, the workspace, the proof by trying and the command. Read
+live() and attend() (how a run is walled in and watched), serve() (how answers leave it), then grade(). Sources: the manual pages
+namespaces(7), landlock(7), seccomp(2); the IQuest-Coder report's RL and SWE-RL sections (verdicts, isolated trajectories, captured
+execution traces). Departure: the report runs containers, this is one file that needs no root, no Docker and no package. Without
+namespaces Landlock and seccomp stand alone, on other systems than Linux rlimits and a watched process group; protection() says so.
 
     python sandbox.py                        # the protections in force here, by trying; two programs graded
     python sandbox.py PROG --tests FILE      # grade a program: FILE is .json (calls, stdin and stdout) or .py (asserts)
@@ -228,9 +227,35 @@ NAMESPACES = 0x20000 | 0x8000000 | 0x10000000 | 0x20000000 | 0x40000000  # mount
 NEW_HOSTNAME, NEW_IN_EACH_RUN = 0x4000000, 0x20000 | 0x8000000 | 0x40000000  # mounts, ipc, network
 RDONLY, NOSUID, NODEV, NOEXEC, BIND, RECURSIVE, PRIVATE, DETACH = 1, 2, 4, 8, 4096, 16384, 1 << 18, 2
 PR_DEATHSIG, PR_DUMPABLE, PR_SECCOMP, PR_SUBREAPER, PR_NO_NEW_PRIVS, PR_TID_ADDRESS = 1, 4, 22, 36, 38, 40
-CALLS = {"clone": (56, 220), "prctl": (157, 167), "capset": (126, 91), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
-         "mount_setattr": (442, 442), "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445),
-         "landlock_restrict_self": (446, 446)}  # fmt: skip  name: number on x86-64, on arm64
+
+
+def numbers(table):
+    """{name of a system call: (its number on x86-64, on arm64; 0: it is not there)}"""
+    return {name: (int(x86), int(arm)) for name, x86, arm in map(str.split, table.split(","))}
+
+
+REFUSED = numbers("""
+    ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271, kcmp 312 272, pidfd_getfd 438 438, mount 165 40,
+    umount2 166 39, pivot_root 155 41, chroot 161 51, unshare 272 97, setns 308 268, open_tree 428 428, move_mount 429 429,
+    fsopen 430 430, fsconfig 431 431, fsmount 432 432, fspick 433 433, mount_setattr 442 442, statmount 457 457, listmount 458 458,
+    quotactl 179 60, quotactl_fd 443 443, name_to_handle_at 303 264, open_by_handle_at 304 265, swapon 167 224, swapoff 168 225,
+    reboot 169 142, sethostname 170 161, setdomainname 171 162, init_module 175 105, delete_module 176 106, finit_module 313 273,
+    kexec_load 246 104, kexec_file_load 320 294, acct 163 89, syslog 103 116, settimeofday 164 170, adjtimex 159 171,
+    clock_settime 227 112, clock_adjtime 305 266, iopl 172 0, ioperm 173 0, modify_ldt 154 0, personality 135 92, bpf 321 280,
+    perf_event_open 298 241, io_uring_setup 425 425, io_uring_enter 426 426, io_uring_register 427 427, add_key 248 217,
+    request_key 249 218, keyctl 250 219, userfaultfd 323 282, fanotify_init 300 262, shmget 29 194, shmat 30 196, shmctl 31 195,
+    semget 64 190, semop 65 193, semctl 66 191, semtimedop 220 192, msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187,
+    mq_open 240 180, memfd_create 319 279, memfd_secret 447 447, setpriority 141 140, ioprio_set 251 30, sched_setaffinity 203 122,
+    sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274, mbind 237 235, set_mempolicy 238 237,
+    migrate_pages 256 238, move_pages 279 239, lookup_dcookie 212 18, nfsservctl 180 42, vhangup 153 58, uselib 134 0,
+    process_madvise 440 440, process_mrelease 448 448
+""")
+REFUSED_BARE = numbers("""
+    socket 41 198, chmod 90 0, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 0, fchown 93 55, lchown 94 0, fchownat 260 54,
+    setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, utimensat 280 88, utime 132 0, utimes 235 0, futimesat 261 0
+""")  # what only namespaces make harmless: sockets, and changing mode, owner or time of files outside
+CALLS = {**REFUSED, **numbers("clone 56 220, prctl 157 167, capset 126 91, landlock_create_ruleset 444 444, landlock_add_rule 445 445, "
+                              "landlock_restrict_self 446 446")}  # fmt: skip  those that we use ourselves are among these
 
 
 def syscall(name, *args):
@@ -425,32 +450,8 @@ def landlock_rules(version, readable, writable, devices):
 
 
 # ---- third wall: seccomp -------------------------------------------------------------------------------------------------------
-# Which system calls there are at all. Name: number on x86-64, on arm64 (0: it is not there).
+# Which system calls there are at all.
 
-REFUSED = {
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272), "pidfd_getfd": (438, 438),
-    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "unshare": (272, 97), "setns": (308, 268),
-    "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432),
-    "fspick": (433, 433), "mount_setattr": (442, 442), "statmount": (457, 457), "listmount": (458, 458), "quotactl": (179, 60),
-    "quotactl_fd": (443, 443), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "swapon": (167, 224),
-    "swapoff": (168, 225), "reboot": (169, 142), "sethostname": (170, 161), "setdomainname": (171, 162), "init_module": (175, 105),
-    "delete_module": (176, 106), "finit_module": (313, 273), "kexec_load": (246, 104), "kexec_file_load": (320, 294), "acct": (163, 89),
-    "syslog": (103, 116), "settimeofday": (164, 170), "adjtimex": (159, 171), "clock_settime": (227, 112), "clock_adjtime": (305, 266),
-    "iopl": (172, 0), "ioperm": (173, 0), "modify_ldt": (154, 0), "personality": (135, 92), "bpf": (321, 280),
-    "perf_event_open": (298, 241), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
-    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "userfaultfd": (323, 282), "fanotify_init": (300, 262),
-    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191),
-    "semtimedop": (220, 192), "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "setpriority": (141, 140), "ioprio_set": (251, 30),
-    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274),
-    "mbind": (237, 235), "set_mempolicy": (238, 237), "migrate_pages": (256, 238), "move_pages": (279, 239), "lookup_dcookie": (212, 18),
-    "nfsservctl": (180, 42), "vhangup": (153, 58), "uselib": (134, 0), "process_madvise": (440, 440), "process_mrelease": (448, 448),
-}  # fmt: skip
-REFUSED_BARE = {  # what only namespaces make harmless: sockets, and changing mode, owner or time of files outside
-    "socket": (41, 198), "chmod": (90, 0), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, 0),
-    "fchown": (93, 55), "lchown": (94, 0), "fchownat": (260, 54), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
-    "utimensat": (280, 88), "utime": (132, 0), "utimes": (235, 0), "futimesat": (261, 0),
-}  # fmt: skip
 NEWEST_SYSCALL = 470  # a number above this is newer than this table: as if the kernel did not have it
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
@@ -749,13 +750,13 @@ class Tracer:
         if frame.f_code.co_filename != "main.py":
             return None
         if len(self.steps) < self.MOST:
-            changed = self.changes(frame)
-            if event == "call" and frame.f_code.co_name != "<module>":
-                self.step(f"call {frame.f_code.co_name}({changed})")
+            changed, name = self.changes(frame), frame.f_code.co_name
+            if event == "call" and name != "<module>":
+                self.step(f"call {name}({changed})")
                 self.depth += 1
             elif event != "call" and changed:
                 self.step(f"      {changed}")
-            if event == "return" and frame.f_code.co_name != "<module>":
+            if event == "return" and name != "<module>":
                 self.depth = max(0, self.depth - 1)
                 self.step(f"return {repr(arg)[:80]}")
         if event == "line":
@@ -868,10 +869,6 @@ class Tree:
                 return
             time.sleep(0.001)
 
-    def used(self):
-        cpu_s, peak_mb = max(self.cpu_s, sum(self.seen.values())), max(self.peak_kb / 1024, self.peak / 2**20)
-        return {"cpu_s": cpu_s, "peak_mb": peak_mb, "exit_code": os.waitstatus_to_exitcode(self.status), "level": self.walls["level"]}
-
 
 def buffer(size):
     """Memory that goes back to the kernel with its last user; never Python's own, from which later programs are forked."""
@@ -879,66 +876,52 @@ def buffer(size):
 
 
 class Inbox:
-    """What a program sends by one descriptor: the first bytes are kept, the rest is read and dropped."""
+    """
+    What a program sends by one descriptor: the first bytes are kept, the rest is read and dropped. With `questions` it is a conversation
+    in frames: first that the program is loaded, then an answer to each question, which goes when the frame before it has come. It never
+    blocks, for that would stop the clock, and understands nothing of what it carries. A grader that asked by itself would wait for its
+    interpreter's lock at every answer: a fifth fewer programs a second.
+    """
 
-    def __init__(self, descriptor, most):
+    def __init__(self, descriptor, most, questions=()):
         self.descriptor, self.most, self.room, self.filled, self.cut = descriptor, most, buffer(most + (1 << 16)), 0, False
+        self.questions, self.answers, self.whole, self.unsent = questions, 0, 0, []
         os.set_blocking(descriptor, False)
 
     def read(self):
-        """True at the end."""
-        size = os.readv(self.descriptor, [self.room[self.filled : self.filled + (1 << 16)]])
-        self.cut |= self.filled + size > self.most
-        self.filled = min(self.filled + size, self.most)
-        return size == 0
-
-    def said(self):
-        return self.room[: self.filled]
-
-
-class Talk(Inbox):
-    """
-    What a program says by its channel, in frames: first that it is loaded, then an answer to each of `questions`, which goes when the
-    frame before it has come. It never blocks, for that would stop the clock; it understands nothing of what it carries. It is here
-    because a grader that asks by itself waits for its interpreter's lock at every answer: a fifth fewer programs a second.
-    """
-
-    def __init__(self, channel, questions):
-        super().__init__(channel.fileno(), REPORT_BYTES)
-        self.channel, self.questions, self.answers, self.whole, self.unsent = channel, questions, 0, 0, []
-
-    def complete(self):
-        return self.answers > len(self.questions)
-
-    def said(self):
-        return self.room[: self.whole]
-
-    def write(self):
+        """Take what has come. True at its end: there is no more, or all is answered, or what comes is no conversation."""
         try:
-            self.unsent[0] = self.unsent[0][self.channel.send(self.unsent[0]) :]
-        except BlockingIOError:
-            return
-        except OSError:
-            self.unsent = []  # reading will tell
-        self.unsent = [piece for piece in self.unsent if len(piece)]
-
-    def read(self):
-        """Take what has come. True when the conversation is over: all is said, or it is broken, or the other side has gone."""
-        try:
-            over = super().read() or self.cut
+            size = os.readv(self.descriptor, [self.room[self.filled : self.filled + (1 << 16)]])
+            self.cut |= self.filled + size > self.most
+            self.filled = min(self.filled + size, self.most)
+            if not self.questions:
+                self.whole = self.filled
+                return size == 0
             for frame in frames(self.room[self.whole : self.filled]):
                 self.unsent += self.questions[self.answers : self.answers + 1]
                 self.answers += 1
                 self.whole += 4 + len(frame)
         except (ConnectionResetError, ValueError):
             return True
-        return over or self.complete()
+        return size == 0 or self.cut or self.answers > len(self.questions)
+
+    def write(self):
+        try:
+            self.unsent[0] = self.unsent[0][os.write(self.descriptor, self.unsent[0]) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.unsent = []  # reading will tell
+        self.unsent = [piece for piece in self.unsent if len(piece)]
+
+    def said(self):
+        return self.room[: self.whole]
 
 
-def attend(tree, work, limits, inboxes, talk, asker, wake):
+def attend(tree, work, limits, inboxes, asker, wake):
     """
-    Watch a program until it ends, breaks a limit (the answer: which, and why) or has said all it was asked by `talk`. When `asker`, the
-    socket of whoever wants this run, hangs up, nobody needs the answer.
+    Watch a program until it ends, breaks a limit (the answer: which, and why) or has said all it was asked. When `asker`, the socket of
+    whoever wants this run, hangs up, nobody needs the answer.
     """
     poll, readers = select.poll(), {inbox.descriptor: inbox for inbox in inboxes}
     for descriptor in (wake, *readers):
@@ -946,8 +929,9 @@ def attend(tree, work, limits, inboxes, talk, asker, wake):
     poll.register(asker, 0)
     broken, over, next_look = None, False, tree.started + LOOK_EVERY_S
     while not over:
-        if talk:
-            poll.register(talk.descriptor, select.POLLIN | (select.POLLOUT if talk.unsent else 0))
+        for inbox in inboxes:
+            if inbox.questions:
+                poll.register(inbox.descriptor, select.POLLIN | (select.POLLOUT if inbox.unsent else 0))
         for descriptor, event in poll.poll(max(0, (next_look - time.monotonic()) * 1000)):
             if descriptor == wake:
                 os.read(wake, 4096)
@@ -956,10 +940,10 @@ def attend(tree, work, limits, inboxes, talk, asker, wake):
             elif descriptor == asker.fileno():
                 raise ConnectionError("whoever asked for this run has hung up")
             elif event == select.POLLOUT:
-                talk.write()
+                readers[descriptor].write()
             elif readers[descriptor].read():
                 poll.unregister(descriptor)
-                over = over or readers[descriptor] is talk
+                over = over or bool(readers[descriptor].questions)
         late_s = time.monotonic() - next_look
         if not over and late_s >= 0:
             tree.late_s += late_s
@@ -1014,11 +998,10 @@ def one_run(order, links, asker, wake, walls):
         said, work = socket.recv_fds(told, 4096, 1)[:2]
         if said != b"ready":  # the walls do not stand: our own failure
             raise OSError(f"the program could not be started: {text_of(said[4:]) or 'no word'}")
-        inboxes, talk = list(map(Inbox, our_ends, sizes)), None
+        inboxes = list(map(Inbox, our_ends, sizes))
         if order["questions"]:
-            talk = Talk(near, [fill(asker, buffer(4 + size)) for size in order["questions"]])
-            inboxes.append(talk)
-        broken = attend(tree, work[0], limits, inboxes, talk, asker, wake)
+            inboxes.append(Inbox(near.fileno(), REPORT_BYTES, [fill(asker, buffer(4 + size)) for size in order["questions"]]))
+        broken = attend(tree, work[0], limits, inboxes, asker, wake)
         wall_s = time.monotonic() - tree.started
     finally:
         tree.fell()
@@ -1026,8 +1009,10 @@ def one_run(order, links, asker, wake, walls):
         with contextlib.suppress(BlockingIOError):  # unless one has left the process group, where that is all we can kill
             while not inbox.read() and not inbox.cut:
                 pass
-    finished, cut = bool(talk and talk.complete() and not broken), [inbox.cut for inbox in inboxes]
-    asker.sendall(framed({"broken": broken, "finished": finished, "cut": cut, "used": {"wall_s": wall_s, **tree.used()}}))
+    used = {"wall_s": wall_s, "cpu_s": max(tree.cpu_s, sum(tree.seen.values())), "peak_mb": max(tree.peak_kb / 1024, tree.peak / 2**20),
+            "exit_code": os.waitstatus_to_exitcode(tree.status), "level": walls["level"]}  # fmt: skip
+    finished, cut = any(inbox.answers > len(inbox.questions) for inbox in inboxes), [inbox.cut for inbox in inboxes]
+    asker.sendall(framed({"broken": broken, "finished": finished, "cut": cut, "used": used}))
     for inbox in inboxes:
         asker.sendall(struct.pack("!I", len(inbox.said())))
         asker.sendall(inbox.said())
@@ -1124,19 +1109,6 @@ def cage(pid, facts):
     return made
 
 
-def end_zygote(pid, made):
-    """Kill it, and with it every process in its namespace; remove its cgroups."""
-    if pid:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    for folder in made:
-        deadline = time.monotonic() + 2
-        while os.path.exists(folder) and time.monotonic() < deadline:  # as long as somebody in it is still dying
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
-            time.sleep(0.02)
-
-
 def keeper(control, parent, portable):
     """Start the zygote behind the strongest walls there are, wait until it or the trainer has gone, see to it that nothing stays."""
     global PORTABLE
@@ -1156,14 +1128,22 @@ def keeper(control, parent, portable):
             told = receive(near)
             if "error" in told:
                 raise OSError(told["error"])
+            control.sendall(framed({**told, "namespaces": told.get("namespaces", missing), **facts}))
+            control.close()
+            select.select([near, *trainer], [], [])
+            return
         except OSError as error:
             missing = f"missing: {error}{'' if PORTABLE else ' (AppArmor, a container, its seccomp filter or a sysctl may forbid them)'}"
-            end_zygote(pid, made)
-            continue
-        control.sendall(framed({**told, "namespaces": told.get("namespaces", missing), **facts}))
-        control.close()
-        select.select([near, *trainer], [], [])
-        return end_zygote(pid, made)
+        finally:
+            if pid:  # with it goes every process in its namespace
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            for folder in made:
+                deadline = time.monotonic() + 2
+                while os.path.exists(folder) and time.monotonic() < deadline:  # as long as somebody in it is still dying
+                    with contextlib.suppress(OSError):
+                        os.rmdir(folder)
+                    time.sleep(0.02)
     control.sendall(framed({"error": missing}))
 
 
@@ -1215,15 +1195,6 @@ class Machinery:
                 self.process.kill()
                 self.process.wait()
 
-    def warden(self):
-        """The socket of a warden that has nothing to do."""
-        with contextlib.suppress(IndexError):
-            return self.idle.pop()
-        near, far = socket.socketpair()
-        with far:
-            socket.send_fds(self.control, [b"w"], [far.fileno()])
-        return near
-
     @classmethod
     def now(cls):
         """The zygote in use."""
@@ -1257,7 +1228,12 @@ class Flight:
         for attempt in (1, 2):
             self.machinery = Machinery.now()
             try:
-                self.sock = self.machinery.warden()
+                try:  # a warden that has nothing to do, or a new one
+                    self.sock = self.machinery.idle.pop()
+                except IndexError:
+                    self.sock, far = socket.socketpair()
+                    with far:
+                        socket.send_fds(self.machinery.control, [b"w"], [far.fileno()])
                 socket.send_fds(self.sock, [b"r"], [link.fileno()] if link else [])
                 break
             except OSError:  # it has died since it was last used; nothing was begun, so nothing is lost
@@ -1302,15 +1278,6 @@ class Flight:
         else:
             status, reason = "failed", f"exit code {code}"
         return Run(status, stdout, stderr, reason=reason, **result["used"]), b"".join(said), tree
-
-
-def trace_of(report):
-    """What the Tracer wrote, or what it should have written: the program may have forged it, and then it is None."""
-    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
-        told = json.loads(report)
-        lines = {int(line): int(times) for line, times in told["lines"].items()}
-        steps = [str(step) for step in told["steps"]]
-        return {"lines": lines, "steps": steps, "text": "\n".join(steps), "cut": bool(told["cut"])}
 
 
 def as_files(files):
@@ -1365,7 +1332,12 @@ def run_each(source, stdins, files, limits, language, trace=False):
     for stdin in stdins:
         job["stdin"] = stdin.encode("utf-8", "surrogatepass") if isinstance(stdin, str) else stdin
         done, report, _ = Flight(job, limits, report=trace).land()
-        runs.append(replace(done, trace=trace_of(report)) if trace else done)
+        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
+            told = json.loads(report)  # empty, or what the Tracer wrote, or what the program has forged
+            lines = {int(line): int(times) for line, times in told["lines"].items()}
+            steps = [str(step) for step in told["steps"]]
+            done = replace(done, trace={"lines": lines, "steps": steps, "text": "\n".join(steps), "cut": bool(told["cut"])})
+        runs.append(done)
     return runs, None
 
 
@@ -1579,7 +1551,8 @@ class Line:
         self.link, self.errors = link, {}
 
     def ask(self, module, name, /, *args, **kwargs):
-        nonce, text = question(module, name, args, kwargs, self.reference)
+        reference = lambda value: {"object": [value._number]} if isinstance(value, Remote) else not_plain(value)
+        nonce, text = question(module, name, args, kwargs, reference)
         with contextlib.suppress(OSError):  # it has gone: answer() will say
             self.link.sendall(framed(text))
         return self.answer(nonce, name == "next")
@@ -1603,9 +1576,6 @@ class Line:
             base = next((each for each in known if isinstance(each, type) and issubclass(each, BaseException)), Exception)
             self.errors[names[0]] = base if base.__name__ == names[0] else type(str(names[0]), (base,), {})
         return self.errors[names[0]]
-
-    def reference(self, value):
-        return {"object": [value._number]} if isinstance(value, Remote) else not_plain(value)
 
     def remote(self, body):
         number, bases = body
@@ -1781,7 +1751,7 @@ def fixtures(function, homes, case, stack):
 def run_from_file(line, test_id):
     """path::function, path::Class::method or path::TestCase::method; what the file imports of the candidate's goes over the line."""
     path, *names = test_id.split("::")
-    above = ["/".join([*path.split("/")[:n], "conftest.py"]) for n in range(path.count("/"), -1, -1)]
+    above = [str(folder / "conftest.py") for folder in Path(path).parents]
     homes = [load_tests(path), *(load_tests(each) for each in above if os.path.exists(each))]  # from the clean copy, all of them
     holder = getattr(homes[0], names[0])
     if isinstance(holder, type) and issubclass(holder, unittest.TestCase):
@@ -1934,11 +1904,10 @@ class Workspace:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.close()
-
-    def close(self):
+    def close(self, *_):
         self.base, self.tree = {}, {}
+
+    __exit__ = close
 
     def read(self, path):
         """The text of a file; a symlink is followed inside the tree, and there is nowhere else to follow it to."""
@@ -1954,9 +1923,9 @@ class Workspace:
 
     def write(self, path, text):
         ((path, (_, data)),) = as_files({os.path.normpath(path): text}).items()
-        parents = ["/".join(path.split("/")[:n]) for n in range(1, path.count("/") + 1)]
         mode = self.tree.get(path, (stat.S_IFREG | 0o644,))[0]
-        if stat.S_ISDIR(mode) or any(not stat.S_ISDIR(self.tree[parent][0]) for parent in parents if parent in self.tree):
+        parents = self.tree.keys() & set(map(str, Path(path).parents))
+        if stat.S_ISDIR(mode) or not all(stat.S_ISDIR(self.tree[parent][0]) for parent in parents):
             raise ValueError(f"write: {path} does not name a file in a folder of the workspace")
         tree = {**self.tree, path: (stat.S_IFREG | (0o755 if mode & 0o100 else 0o644), data)}
         if not fits(tree, self.limits):
@@ -1979,8 +1948,28 @@ class Workspace:
 
     def diff(self):
         """All changes as one patch that `git apply` takes. No git runs here: its hooks and filters would be the candidate's."""
-        pairs = [(path, self.base.get(path), self.tree.get(path)) for path in sorted(self.base.keys() | self.tree.keys())]
-        return "".join(file_diff(*pair) for pair in pairs if pair[1] != pair[2] and not stat.S_ISDIR((pair[1] or pair[2])[0]))
+        patch = []
+        for path in sorted(self.base.keys() | self.tree.keys()):
+            old, new = self.base.get(path), self.tree.get(path)  # (mode, bytes) or None
+            if old == new or stat.S_ISDIR((old or new)[0]):
+                continue
+            patch.append(f"diff --git a/{path} b/{path}\n")
+            if old is None:
+                patch.append(f"new file mode {new[0]:o}\n")
+            elif new is None:
+                patch.append(f"deleted file mode {old[0]:o}\n")
+            elif old[0] != new[0]:
+                patch.append(f"old mode {old[0]:o}\nnew mode {new[0]:o}\n")
+            texts = [entry[1] if entry else b"" for entry in (old, new)]
+            if b"\0" in texts[0] + texts[1]:
+                patch.append(f"Binary files a/{path} and b/{path} differ\n")
+                continue
+            names = ("/dev/null" if old is None else f"a/{path}", "/dev/null" if new is None else f"b/{path}")
+            lines = ([line + "\n" for line in text.decode("utf-8", "surrogateescape").split("\n")] for text in texts)
+            lines = [each[:-1] + ([each[-1][:-1]] if each[-1] != "\n" else []) for each in lines]  # the last line may lack its end
+            for line in difflib.unified_diff(*lines, *names):
+                patch.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
+        return "".join(patch)
 
     def grade(self, test_files=None) -> Grade:
         """
@@ -2009,25 +1998,6 @@ class Workspace:
         with Machinery.slots:
             verdicts, runs = grade_apart(program, ids, self.limits, files, sorted(modules))
         return as_grade(verdicts, runs, ids)
-
-
-def file_diff(path, old, new):
-    """One file's part of a patch; old and new are (mode, bytes) or None."""
-    head = f"diff --git a/{path} b/{path}\n"
-    if old is None:
-        head += f"new file mode {new[0]:o}\n"
-    elif new is None:
-        head += f"deleted file mode {old[0]:o}\n"
-    elif old[0] != new[0]:
-        head += f"old mode {old[0]:o}\nnew mode {new[0]:o}\n"
-    texts = [entry[1] if entry else b"" for entry in (old, new)]
-    if b"\0" in texts[0] + texts[1]:
-        return f"{head}Binary files a/{path} and b/{path} differ\n"
-    names = ("/dev/null" if old is None else f"a/{path}", "/dev/null" if new is None else f"b/{path}")
-    lines = ([line + "\n" for line in text.decode("utf-8", "surrogateescape").split("\n")] for text in texts)
-    lines = [each[:-1] + ([each[-1][:-1]] if each[-1] != "\n" else []) for each in lines]  # the last line may lack its end
-    body = difflib.unified_diff(*lines, *names)
-    return head + "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in body)
 
 
 # ---- proof by trying -----------------------------------------------------------------------------------------------------------
@@ -2079,7 +2049,7 @@ print(json.dumps(outcomes))
 """
 
 
-def probe(probes=None, limits=Limits()):
+def probe(probes=PROBES, limits=Limits()):
     """Run PROBES for real, against a file, a process and servers of ours: {name: what stopped it, or "" where nothing did}."""
     unix = functools.partial(socket.socket, socket.AF_UNIX)
     with tempfile.TemporaryDirectory() as folder, socket.socket() as tcp, unix() as named, unix() as abstract:
@@ -2089,10 +2059,10 @@ def probe(probes=None, limits=Limits()):
         for server in (tcp, named, abstract):
             server.listen()
         os.chmod(folder + "/socket", 0o777)
-        there = {"secret": folder + "/secret", "folder": folder, "pid": os.getpid(), "port": tcp.getsockname()[1]}
-        there["abstract"] = f"\0sandbox-probe-{os.getpid()}"
         os.environ["SANDBOX_PROBE"] = "secret"
-        plan = json.dumps({"probes": PROBES if probes is None else probes, "there": there})
+        there = {"secret": folder + "/secret", "folder": folder, "pid": os.getpid(), "port": tcp.getsockname()[1],
+                 "abstract": abstract.getsockname().decode()}  # fmt: skip
+        plan = json.dumps({"probes": probes, "there": there})
         done = run(PROBE_PROGRAM, files={"plan.json": plan}, limits=limits)
         del os.environ["SANDBOX_PROBE"]
     if done.status != "ok":

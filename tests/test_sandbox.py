@@ -406,15 +406,16 @@ def test_no_cheat_passes_and_none_is_called_our_error(cheated, name):
 
 
 def test_honest_programs_pass_every_kind_of_test():
-    program = "def f(x):\n    return x + 1\nclass Counter:\n    def __init__(self): self.n = 0\n    def add(self): self.n += 1; return self.n\nclass Odd(ValueError): pass\ndef g(x):\n    if x % 2: raise Odd(f'odd {x}')\n    return {x: (1.5, None, b'z', {2}, [True])}\n"
+    program = "def f(x):\n    return x + 1\nclass Counter:\n    def __init__(self): self.n = 0\n    def add(self): self.n += 1; return self.n\nclass Odd(ValueError): pass\ndef g(x):\n    if x % 2: raise Odd(f'odd {x}')\n    return {x: (1.5, None, b'z', {2}, [True])}\ndef h(**k): return sum(k.values())\n"
     checks = [
         Check("assert f(1) == 2\nc = Counter()\nassert [c.add(), c.add()] == [1, 2]"),
         Check("try: g(1)\nexcept ValueError as e: assert str(e) == 'odd 1' and isinstance(e, Odd)\nelse: raise AssertionError"),
         Check("def check(candidate):\n    assert candidate(4) == 5\ncheck(f)"),
+        Check("assert h(self=1, module=2, name=3) == 6"),
         Check("import random\nfor _ in range(20):\n    n = random.randrange(99)\n    assert f(n) == n + 1 and g(2 * n) == {2 * n: (1.5, None, b'z', {2}, [True])}"),
     ]
     graded = grade(program, [Call("f", [1], 2), *checks, Call("g", [2], {2: (1.5, None, b"z", {2}, [True])}), Call("Odd", [], None)], SMALL)
-    assert graded.passed == [True] * 6 + [False] and graded.status == "failed", graded
+    assert graded.passed == [True] * 7 + [False] and graded.status == "failed", graded
     assert grade("print(int(input()) + 1)", [Io("1", "2"), Io("5\n", "6  \n\n")]).status == "passed"
     assert grade("print(int(input()) + 1)", [Io("1", "3"), Io("x", "")]).passed == [False, False]
 
