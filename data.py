@@ -512,7 +512,6 @@ EDITS = {  # name: (languages, a quick look without which the pattern cannot mat
 }
 FENCED = re.compile(r"(^(`{3,}).*?^\2[ \t]*$)", re.M | re.S)  # code in prose: it stays as it is, byte for byte
 
-
 CLASSES = np.zeros((256, 4), np.int64)  # byte -> (alphabetic, digit, white space, any); bytes of other scripts count as letters
 CLASSES[[*range(65, 91), *range(97, 123), *range(128, 256)], 0] = 1
 CLASSES[48:58, 1] = CLASSES[[9, 10, 11, 12, 13, 32], 2] = CLASSES[:, 3] = 1
@@ -663,10 +662,7 @@ KEYWORDS = np.unique(lex(" ".join(keyword.kwlist + """abstract boolean byte case
 
 
 def shapes(text, *sizes):
-    """
-    Every window of so many tokens: keywords and signs as they stand, a name or number only by how far back in the window it stood
-    before. Renaming changes no shape, moving a function changes few. (A parameterised match, Baker 1993.)
-    """
+    """Every window of so many tokens, names and numbers by how far back in it they stood before: renaming changes none (Baker 1993)."""
     token, first, _ = lex(text)
     order = np.argsort(token, kind="stable")
     back, h, found = np.full(len(token), len(token)), np.zeros(len(token), U64), [token[:0]]
@@ -818,11 +814,11 @@ def embed(texts, model=None, tokenizer=None, teacher=None, length=512):
 
 
 def embedding_duplicates(vectors, threshold=0.8, block=1024):
-    """Rows of unit length that have a cosine of `threshold` to one that stays: no chains, which in this space lead anywhere."""
+    """Of unit vectors each goes that has a cosine of `threshold` to one that stays: no chains, which in this space lead anywhere."""
     vectors = np.ascontiguousarray(vectors, np.float32)  # they are judged in the order of their bytes, not of the input
     order = np.array(sorted(range(len(vectors)), key=lambda i: vectors[i].tobytes()), int)
     vectors, kept = vectors[order], np.arange(len(vectors))
-    for start in range(0, len(vectors), block):
+    for start in range(0, len(vectors), block):            # block by block: memory stays bounded
         close = defaultdict(list)
         for other in range(0, start + 1, block):
             for i, j in np.argwhere(vectors[start:start + block] @ vectors[other:other + block].T >= threshold).tolist():
@@ -1075,10 +1071,7 @@ def teacher_score(teacher, kind, text):
 
 
 def quality_table(docs, tokenizer, teacher=None, kinds=tuple(RUBRICS), most=1500, log=print):
-    """
-    Train the proxies and their baselines on some projects' documents, judge both on other projects', print AUC (of the better half by
-    the oracle) and Spearman. -> {kind: the scorer of texts that was better there}. The oracle is the rubric, or a larger model's score.
-    """
+    """Train proxies and their baselines on some projects, print AUC and Spearman on others -> {kind: the scorer that was better there}."""
     found, better = defaultdict(dict), {}
     for doc in docs:
         for kind, text in samples_of(doc):
@@ -1087,7 +1080,7 @@ def quality_table(docs, tokenizer, teacher=None, kinds=tuple(RUBRICS), most=1500
     for kind in kinds:
         rows = {True: [], False: []}  # by whether the source is held out: the texts with their shares
         for _, (project, text) in sorted(found[kind].items()):
-            if shares := teacher_score(teacher, kind, text) if teacher else RUBRICS[kind](text):
+            if shares := teacher_score(teacher, kind, text) if teacher else RUBRICS[kind](text):  # the oracle
                 rows[digest(project) % 4 == 0].append((text, np.array(shares, float) * 10 / len(shares)))
         size = f"{len(rows[False])} documents, held-out sources {len(rows[True])}"
         if len(rows[False]) < 64 or len(rows[True]) < 16:
@@ -1119,7 +1112,7 @@ LAW = {  # IQuest-Coder-V1 report and arXiv 2512.13472; tokens in billions. The 
         [3.87, 2.89, 4.20, 4.05, 2.81, 2.80, 0]]) / 100,
 }
 LAW["B"] = LAW["optimised"] ** (LAW["alpha_D"] + 1) / LAW["alpha_D"]  # the data terms for which that allocation is the optimum
-LAW["B"] = LAW["B"] / LAW["B"].mean()
+LAW["B"] /= LAW["B"].mean()
 
 
 def printed_law(n_params, tokens, shares, A=1.0, B=1.0, gamma=1.0):
@@ -1476,11 +1469,8 @@ INDEX = np.dtype([("length", "<u4"), ("nbytes", "<u4"), ("language", "<u2"), ("p
 
 
 class TokenWriter:
-    """
-    Writes one category of one split: NAME.tokens (all ids), NAME.index (a row a document), NAME.loss (one byte a token, where some are
-    masked) and NAME.json, which comes last and says how long the others are. cut=False: a document is never cut to fit a context.
-    """
-    def __init__(self, folder, name, vocab_size, cut=True):
+    """One category of one split: NAME.tokens, NAME.index (a row a document), NAME.loss (where some tokens are masked), last NAME.json."""
+    def __init__(self, folder, name, vocab_size, cut=True):  # cut: may a document be cut to fit a context?
         self.path, self.dtype, self.cut = Path(folder) / name, np.dtype("<u2" if vocab_size <= 65536 else "<u4"), cut
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.files = {kind: open(f"{self.path}.{kind}", "wb") for kind in ("tokens", "index", "loss")}
@@ -1504,13 +1494,12 @@ class TokenWriter:
             file.close()
             if not total or kind == "loss" and not self.masked:
                 os.remove(file.name)
-        if not total:
-            return None
-        summary = {**total, "sha256": self.hash.hexdigest(), "dtype": self.dtype.str, "cut": self.cut, "masked": self.masked,
-                   "languages": list(self.languages), "projects": list(self.projects),
-                   "by_language": {name: dict(row) for name, row in sorted(self.counts.items())}}
-        write_json(f"{self.path}.json", summary)
-        return summary
+        if total:
+            summary = {**total, "sha256": self.hash.hexdigest(), "dtype": self.dtype.str, "cut": self.cut, "masked": self.masked,
+                       "languages": list(self.languages), "projects": list(self.projects),
+                       "by_language": {name: dict(row) for name, row in sorted(self.counts.items())}}
+            write_json(f"{self.path}.json", summary)
+            return summary
 
 
 class TokenFile:
@@ -1576,15 +1565,12 @@ def shifted(ids, in_loss, start, n):
 
 
 def pack(samples, context):
-    """
-    Samples (ids, or pairs (ids, in_loss)) -> input_ids, targets, segment_ids, each (rows, context). Only what fits no row is cut; each
-    row takes the largest piece that still fits, again and again.
-    """
+    """Samples (ids, or pairs (ids, in_loss)) -> input_ids, targets, segment_ids, each (rows, context). Only what fits no row is cut."""
     samples = (sample if isinstance(sample, tuple) else (sample, None) for sample in samples)
     pieces = [shifted(ids, in_loss, start, n) for ids, in_loss in samples for start, n in cut_pieces(len(ids), context)]
     pieces = sorted(pieces[::-1], key=lambda piece: len(piece[0]))
     rows, free = [], 0
-    while pieces:
+    while pieces:  # a row takes the largest piece that still fits, again and again
         if not (at := bisect.bisect_right(pieces, free, key=lambda piece: len(piece[0]))):
             rows.append([])
             at, free = len(pieces), context
@@ -1790,10 +1776,7 @@ def read_benchmarks(paths):
 
 
 def clean_shard(job):
-    """
-    Read, decode, edit, judge and fingerprint one shard. Leaves PATH.prints and PATH.shingles (what deduplication compares), PATH.documents,
-    and PATH (what each document is called, and the drops), which comes last, so that a killed build finds whole shards or none.
-    """
+    """Read, clean, judge and fingerprint one shard. PATH (names and drops) is written last: a killed build finds whole shards or none."""
     entries, path, decontaminator = job
     if Path(path).exists():
         return
@@ -1885,7 +1868,7 @@ def clean_all(work, sample, held_out, benchmarks, workers):
     decontaminator = Decontaminator(benchmarks) if benchmarks else None
     number = dict(zip(sample, (np.cumsum([entry.size for entry in sample]) // SHARD).tolist()))
     jobs = [(list(shard), str(work / f"{i:06d}"), decontaminator) for i, (_, shard) in enumerate(itertools.groupby(sample, number.get))]
-    for _ in parallel(clean_shard, jobs, workers):
+    for _ in parallel(lambda i: clean_shard(jobs[i]), range(len(jobs)), workers):  # a job is inherited: not all of it can be pickled
         pass
     return [path for _, path, _ in jobs]
 

@@ -1003,6 +1003,14 @@ def test_a_shard_that_loses_all_its_documents_does_not_stop_the_others(tmp_path)
         "benchmark bench": 2, "index line not understood": 7, "mean line": 1, "too few words": 1, "too short": 1}
 
 
+def test_each_of_several_processes_keeps_benchmarks_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD", 100)
+    (tmp_path / "x.py").write_text(GOOD)
+    entries = [data.Entry("p", f"{i}.py", "python", len(GOOD), str(tmp_path / "x.py")) for i in range(4)]
+    paths = data.clean_all(tmp_path / "work", entries, set(), {"bench": [GOOD]}, workers=2)
+    assert len(paths) == 4 and data.drop_table(paths, {})["benchmark bench"]["documents"] == 4
+
+
 def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_path):
     for name in ("one", "two"):
         repo = tmp_path / name
