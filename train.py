@@ -5,11 +5,8 @@ The code-flow pipeline: one loop that runs every stage of the report's Figure 2,
                                                     -> sft_thinking
 
 A stage is a row of STAGES: where it starts from, how long its rows are, what it reads and in which shares, and the shape of its
-learning rate. A *preset* scales the whole chain to a machine: `nano` takes minutes on two CPU cores, with contexts at the ratios of the
-report; `7b` to `40b-loop` are the report's own shapes. Nothing else changes between stages, so there is one loop, train_stage().
-
-Read STAGES first, then train_stage(); what comes between them is the optimizer (AdamW for vectors and embeddings, Muon for the
-matrices) and the one number that judges a language model without asking which tokenizer it has: bits per byte of held-out projects.
+learning rate. A *preset* scales the whole chain to a machine: `nano` takes minutes on two CPU cores, `7b` to `40b-loop` are the report's
+own shapes. Read STAGES first, then train_stage(), the one loop of all stages; evaluation_table() judges what it leaves.
 
 Source: LoopCoder report, Figure 2 and Table 2 (token shares of the mid-training stages); schedules: the report gives words only, the
 numbers are ours. Where we differ: one node; a category of the mixture that has no data is reported, and its share goes to the others.
@@ -42,6 +39,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -120,60 +118,57 @@ PRESETS = {
 }
 
 
-def flag(default, help):
-    return field(default=default, metadata={"help": help})
+def flag(default, help, choices=(), least=0):
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+SWITCH = ("auto", "on", "off")
 
 
 @dataclass
 class TrainConfig:
     """Every knob of a run; the command line is made from these fields."""
 
-    preset: str = flag("nano", "scale of the whole chain: " + ", ".join(PRESETS))
+    preset: str = flag("nano", "scale of the whole chain: " + ", ".join(PRESETS), PRESETS)
     stages: str = flag("all", "comma-separated stages to run, or all")
     out: str = flag("out", "folder of the chain: one folder a stage")
     source: str = flag("python", "corpus, where out/data is not built yet: python, a folder, a git repository")
-    scale: float = flag(1.0, "multiplies the token budget and the corpus size; 0.02 is a rehearsal")
+    scale: float = flag(1.0, "multiplies the token budget and the corpus size; 0.02 is a rehearsal", least=1e-6)
     seed: int = flag(1337, "seed of the weights and of the data order")
     resume: bool = flag(False, "keep finished stages and go on in the unfinished one")
     batch_tokens: int = flag(0, "tokens of one optimizer step; 0: the preset's")
     lr: float = flag(0.0, "peak learning rate; 0: the preset's")
-    optimizer: str = flag("muon", "muon (for the matrices, AdamW for the rest) or adamw")
+    optimizer: str = flag("muon", "muon (for the matrices, AdamW for the rest) or adamw", ("muon", "adamw"))
     weight_decay: float = flag(0.1, "decoupled weight decay of the matrices")
     clip: float = flag(1.0, "largest gradient norm")
     micro_batch_tokens: int = flag(0, "tokens of one forward and backward; 0: chosen by device")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...")
-    dtype: str = flag("auto", "bfloat16 or float32 for the forward and backward; master weights are float32 always")
-    compile: str = flag("auto", "torch.compile: on, off; auto: on a GPU; on a CPU half a minute a stage pays late")
+    dtype: str = flag("auto", "bfloat16 or float32 for the forward and backward; master weights are float32 always",
+                      ("auto", "bfloat16", "float32"))
+    compile: str = flag("auto", "torch.compile: on, off; auto: on a GPU; on a CPU half a minute a stage pays late", SWITCH)
     cp: int = flag(1, "ranks that share a row of tokens: context parallelism over a ring")
-    fsdp: str = flag("auto", "weights, gradients, optimizer in shards over all ranks: on, off; auto: what would fill half a device")
+    fsdp: str = flag("auto", "weights, gradients, optimizer in shards over all ranks: on, off; auto: what would fill half a device", SWITCH)
     replay: float = flag(1.0, "multiplies what fine-tuning replays of earlier stages; 0 shows what it would forget")
     written: str = flag("", "fine-tuning learns from this file too: verified answers that python tasks.py --write FILE left")
     recompute: bool = flag(False, "compute activations again in the backward instead of keeping them")
-    timeout: float = flag(1800.0, "seconds that a rank waits for the others before the run ends; one that dies is noticed at once")
+    timeout: float = flag(1800.0, "seconds that a rank waits for the others before the run ends; one that dies is noticed at once", least=1)
     threads: int = flag(0, "CPU threads; 0: torch's choice")
-    check: str = flag("auto", "fingerprints against silent errors: on, off; auto: on where there are replicas")
+    check: str = flag("auto", "fingerprints against silent errors: on, off; auto: on where there are replicas", SWITCH)
     recheck_every: int = flag(100, "steps between two re-computations of a micro-batch (with --check); 0: never")
     inject: str = flag("", "a fault to be found, such as site=weight,step=3,rank=1,tensor=norm,element=5,bit=30,fault=flip")
-    save_every: int = flag(100, "steps between snapshots that --resume goes on from")
-    eval_bytes: int = flag(200_000, "held-out bytes a language for the bits per byte at the end of each stage")
+    save_every: int = flag(100, "steps between snapshots that --resume goes on from", least=1)
+    eval_bytes: int = flag(200_000, "held-out bytes a language for the bits per byte at the end of each stage", least=1)
 
     def __post_init__(self):
-        if self.preset not in PRESETS:
-            raise ValueError(f"--preset {self.preset}: unknown; one of {', '.join(PRESETS)}")
+        for f in dataclasses.fields(self):
+            name, value, choices, least = "--" + f.name.replace("_", "-"), getattr(self, f.name), f.metadata["choices"], f.metadata["least"]
+            if choices and value not in choices:
+                raise ValueError(f"{name} {value}: unknown; one of {', '.join(choices)}")
+            if not isinstance(value, str) and not least <= value < math.inf:
+                raise ValueError(f"{name} {value}: must be a number from {least} up")
         unknown = [name for name in self.stages.split(",") if name not in STAGES and name != "all"]
         if unknown:
             raise ValueError(f"--stages {self.stages}: no stage {unknown[0]!r}; one of all, {', '.join(STAGES)}")
-        choices = {"optimizer": ("muon", "adamw"), "dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "on", "off")}
-        choices["check"] = choices["fsdp"] = choices["compile"]
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(allowed)}")
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"--scale {self.scale}: must be a number above 0")
-        least = {"save_every": 1, "eval_bytes": 1, "timeout": 1}
-        for name in ("batch_tokens", "micro_batch_tokens", "lr", "weight_decay", "clip", "replay", "threads", "recheck_every", *least):
-            if not least.get(name, 0) <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a number from {least.get(name, 0)} up")
         if self.inject:
             Inject.parse(self.inject)
 
@@ -182,13 +177,7 @@ class TrainConfig:
 
 
 def learning_rate(step, steps, peak, end, hold=0.0, warmup=0.02):
-    """
-    Learning rate of step (0-based) of a stage of `steps`: linear warm-up, cosine from peak to end, then `hold` of the steps at end.
-
-        lr(t) = end + (peak - end) * (1 + cos(pi u)) / 2,   u = min(1, (t - warm) / ((1 - hold) T - warm))
-
-    The flat tail is the report's "extended low-rate phase" (section 4.2).
-    """
+    """Linear warm-up, cosine from peak to end, then `hold` of the steps at end: the report's "extended low-rate phase" (section 4.2)."""
     warm = max(1, round(warmup * steps))
     if step < warm:
         return peak * (step + 1) / warm
@@ -198,11 +187,12 @@ def learning_rate(step, steps, peak, end, hold=0.0, warmup=0.02):
 
 def orthogonalize(x, steps=5):
     """
-    The nearest matrix with all singular values near 1, of each matrix of a stack (n, a, b) with a <= b: U V^T, roughly.
+    U V^T of each matrix of a stack (n, a, b), roughly: a fifth-order polynomial in X X^T drives all singular values into about [0.7, 1.2].
 
-    Newton-Schulz: a fifth-order polynomial in X X^T, chosen for speed at zero, drives every singular value into about [0.7, 1.2]; it takes
-    matrix products alone. Source: Muon (Jordan et al., 2024).
+    Newton-Schulz, which takes matrix products alone. Source: Muon (Jordan et al., 2024).
     """
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT.contiguous(), steps).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -211,21 +201,15 @@ def orthogonalize(x, steps=5):
 
 
 def orthogonalize_shards(updates, dtype):
-    """
-    orthogonalize() of matrices of one shape that lie in shards over the ranks: as many at a time as there are ranks, a whole one on
-    each (a shard by itself would be made orthogonal to the wrong thing). Yields the results as shards.
-    """
-    mesh = updates[0].device_mesh
+    """Yields orthogonalize() of matrices of one shape that lie in shards: each rank does a whole one, a shard would give something else."""
+    mesh, shape = updates[0].device_mesh, updates[0].shape
     for start in range(0, len(updates), mesh.size()):
-        some, mine = updates[start : start + mesh.size()], None
+        some, done = updates[start : start + mesh.size()], torch.zeros(shape, dtype=dtype, device=updates[0].device)
         for k, u in enumerate(some):
-            whole = u.full_tensor()
-            mine = whole if k == mesh.get_local_rank() else mine
-        if mine is not None:
-            mine = orthogonalize(mine[None].to(dtype))[0] if mine.shape[0] <= mine.shape[1] else orthogonalize(mine.T[None].to(dtype))[0].T
-        for k, u in enumerate(some):
-            whole = mine.contiguous() if k == mesh.get_local_rank() else torch.empty(u.shape, dtype=dtype, device=u.device)
-            yield distribute_tensor(whole, mesh, u.placements, src_data_rank=k)
+            whole = u.full_tensor()  # all ranks take part in each
+            done = whole if k == mesh.get_local_rank() else done
+        done = orthogonalize(done[None].to(dtype))[0].contiguous()
+        yield from (distribute_tensor(done, mesh, u.placements, src_data_rank=k) for k, u in enumerate(some))
 
 
 class Muon(torch.optim.Optimizer):
@@ -234,7 +218,7 @@ class Muon(torch.optim.Optimizer):
 
         M = 0.95 M + 0.05 G,   W = (1 - lr decay) W - lr 0.2 sqrt(max(a, b)) orthogonalize(0.05 G + 0.95 M)
 
-    The root gives the step the size of one of AdamW's (Moonlight), so one rate serves both. Matrices of one shape are done as one stack.
+    The root gives the step the size of one of AdamW's (Moonlight), so one rate serves both.
     dtype is that of the products: torch.optim.Muon always takes bfloat16, which some CPUs multiply at half the speed of float32.
     """
 
@@ -247,42 +231,30 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             stacks, lr, momentum = defaultdict(list), group["lr"], group["momentum"]
             for p in group["params"]:
-                stacks[tuple(sorted(p.shape))].append(p)
-            for params in stacks.values():
+                stacks[p.shape].append(p)
+            for shape, params in stacks.items():
                 past = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
                 torch._foreach_lerp_(past, [p.grad for p in params], 1 - momentum)
                 ahead = torch._foreach_lerp([p.grad for p in params], past, momentum)
-                if isinstance(params[0], DTensor):
-                    whole = orthogonalize_shards(ahead, self.dtype)
-                else:
-                    whole = orthogonalize(torch.stack([u if u.shape[0] <= u.shape[1] else u.T for u in ahead]).to(self.dtype))
-                    whole = (u if p.shape[0] <= p.shape[1] else u.T for p, u in zip(params, whole))
-                for p, u in zip(params, whole):
-                    p.mul_(1 - lr * group["weight_decay"]).add_(u.to(p.dtype), alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
+                sharded = isinstance(params[0], DTensor)
+                done = orthogonalize_shards(ahead, self.dtype) if sharded else orthogonalize(torch.stack(ahead).to(self.dtype))
+                for p, u in zip(params, done):
+                    p.mul_(1 - lr * group["weight_decay"]).add_(u.to(p.dtype), alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
 
 WHOLE = whole_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Optimizer:
-    """
-    Muon for the matrices inside the layers, AdamW for embeddings, head, norms and gates.
-
-    The weights are float32 (the model casts them where it computes in bfloat16), so that small updates are not lost to rounding.
-    """
+    """Muon for the matrices inside the layers, AdamW for embeddings, head, norms and gates, all float32: small updates are not lost."""
 
     def __init__(self, model, kind="muon", weight_decay=0.1):
-        self.model, named = model, [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self.params = [p for _, p in named]
-        matrices = [p for n, p in named if ".layers." in n and n.endswith("proj.weight")]
-        inside = {id(p) for p in matrices}
-        rest = [p for p in self.params if id(p) not in inside]
-        if kind == "muon":
-            muon = Muon(matrices, weight_decay, dtype=model.compute_dtype or torch.float32)
-            self.parts = [muon, torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.95), fused=True)]
-        else:
-            groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-            self.parts = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
+        self.model, named = model, {p: n for n, p in model.named_parameters() if p.requires_grad}
+        self.params, matrices = list(named), {p for p, n in named.items() if ".layers." in n and n.endswith("proj.weight")}
+        inside, rest = ([p for p in named if (p in matrices) == there] for there in (True, False))
+        muon = [Muon(inside, weight_decay, dtype=model.compute_dtype or torch.float32)] if kind == "muon" else []
+        groups = [] if muon else [{"params": inside, "weight_decay": weight_decay}]
+        self.parts = [*muon, torch.optim.AdamW([*groups, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.95), fused=True)]
 
     def step(self, lr, clip):
         """One update from the gradients of the weights, which are dropped; returns their norm before clipping (float)."""
@@ -317,8 +289,8 @@ class World:
     cp: int = 1  # ranks that share one row of tokens (context parallelism)
     group: object = None  # the process group of those ranks; None where cp is 1
     mesh: object = None  # the ranks over which weights are sharded (FSDP2: all of them); None: each rank has all weights
-    door: object = None  # a listening socket of this process, see doors()
-    doors: tuple = ()  # and the addresses of all ranks' sockets
+    door: object = None  # a socket that listens as long as this process lives, see open_door()
+    doors: tuple = ()  # the addresses of all ranks' sockets
 
     @property
     def main(self):
@@ -329,11 +301,7 @@ class World:
         return self.size // self.cp
 
 
-class LostRank(RuntimeError):
-    """A process of the run has died."""
-
-
-def doors(size):
+def open_door(size):
     """
     (a listening socket, the addresses of all ranks' sockets). The kernel answers there for a process however busy it is, and stops
     when it dies: so the others learn who it was, when a collective fails and says nothing but that a connection is closed.
@@ -346,20 +314,36 @@ def doors(size):
     return door, tuple(addresses)
 
 
-def lost_ranks(world: World) -> list[int]:
-    """Ranks at whose door nobody answers."""
-    lost = []
-    for rank, address in enumerate(world.doors):
-        try:
-            socket.create_connection(address, timeout=5).close()
-        except OSError:
-            lost.append(rank)
-    return lost
+class LostRank(RuntimeError):
+    """A process of the run has died."""
+
+
+@contextlib.contextmanager
+def watch(world: World):
+    """Where a collective fails because a rank has died, say which."""
+    try:
+        yield
+    except RuntimeError as error:
+        for rank, address in enumerate(() if isinstance(error, SilentError) else world.doors):
+            try:
+                socket.create_connection(address, timeout=5).close()
+            except OSError:
+                dist.destroy_process_group()  # whoever waits for this rank learns that it need not,
+                time.sleep(3)  # and still finds it at its door
+                advice = "--resume goes on from the last snapshot, with any N"
+                raise LostRank(f"rank {rank} is gone, so rank {world.rank} stops; {advice}") from error
+        raise
 
 
 def shards_weights(cfg: TrainConfig) -> bool:
     """Whether --fsdp shards: "auto" where float32 weights, gradients and two moments, 16 bytes a parameter, take 40 GB or more."""
     return cfg.fsdp == "on" or cfg.fsdp == "auto" and 16 * parameter_count(LoopCoderConfig.preset(cfg.preset))[0] > 40e9
+
+
+@functools.cache
+def device_peak(device, dtype) -> float:
+    """Matmul FLOP/s that this device reaches: what MFU is a share of. Measured, not read from a datasheet."""
+    return matmul_peak(device, dtype, size=1024 if device.type == "cpu" else 8192)
 
 
 def start_world(cfg: TrainConfig) -> World:
@@ -373,51 +357,37 @@ def start_world(cfg: TrainConfig) -> World:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if size > 1 and not dist.is_initialized():
-        patience = datetime.timedelta(seconds=cfg.timeout)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
     if cfg.cp < 1 or size % cfg.cp:
         raise ValueError(f"--cp {cfg.cp}: must divide the number of processes, {size}; start them with torchrun --nproc_per_node")
-    group = None
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(seconds=cfg.timeout))
+    group = mesh = None
     if cfg.cp > 1:
-        mesh = dist.device_mesh.init_device_mesh(device.type, (size // cfg.cp, cfg.cp), mesh_dim_names=("replica", "context"))
-        group = mesh["context"].get_group()
-    compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda" and cfg.cp == 1  # the ring is not to be traced
-    mesh = dist.device_mesh.init_device_mesh(device.type, (size,)) if size > 1 and shards_weights(cfg) else None
-    found = doors(size) if size > 1 else (None, ())
-    return World(rank, size, device, number_format(cfg.dtype, device), compiled, cfg.cp, group, mesh, *found)
-
-
-@functools.cache
-def device_peak(device, dtype) -> float:
-    """Matmul FLOP/s that this device reaches: what MFU is a share of. Measured, not read from a datasheet."""
-    return matmul_peak(device, dtype, size=1024 if device.type == "cpu" else 8192)
+        grid = dist.device_mesh.init_device_mesh(device.type, (size // cfg.cp, cfg.cp), mesh_dim_names=("replica", "context"))
+        group = grid["context"].get_group()
+    if size > 1 and shards_weights(cfg):
+        mesh = dist.device_mesh.init_device_mesh(device.type, (size,))
+    if cfg.dtype != "auto":
+        dtype = getattr(torch, cfg.dtype)
+    else:  # on a CPU what a matrix product measures as faster: some have bfloat16 instructions that run at half speed
+        fast = gpu or device_peak(device, torch.bfloat16) > 1.25 * device_peak(device, torch.float32)
+        dtype = torch.bfloat16 if fast else torch.float32
+    compiled = cfg.compile == "on" or cfg.compile == "auto" and gpu and cfg.cp == 1  # the ring is not to be traced
+    return World(rank, size, device, dtype, compiled, cfg.cp, group, mesh, *(open_door(size) if size > 1 else (None, ())))
 
 
 def end_world() -> None:
-    """
-    Leave the process group. DDP goes first: were its reducer the last to hold the group, the group's destructor would wait for a worker
-    thread that waits for the interpreter lock (seen with gloo in torch 2.13).
-    """
+    """Leave the process group. DDP goes first: gloo's destructor waits for ever where DDP's reducer is the last to hold the group."""
     if dist.is_initialized():
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()
-
-
-def number_format(name: str, device) -> torch.dtype:
-    """bfloat16 on a GPU. On a CPU what a matrix product measures as faster: some have bfloat16 instructions that run at half speed."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16
-    choice = [device_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    return torch.bfloat16 if choice[1] > 1.25 * choice[0] else torch.float32
 
 
 class Loss(torch.nn.Module):
@@ -481,10 +451,10 @@ def whole_copy(model, world: World):
 class SilentError(RuntimeError):
     """The hardware computed wrong without saying so. report: kind, step, tensor, ranks (those it can have been), rank (if that is one)."""
 
-    def __init__(self, **report):
-        self.report = report | {"rank": report["ranks"][0] if len(report["ranks"]) == 1 else None}
-        where = f"rank {report['ranks'][0]}" if len(report["ranks"]) == 1 else f"one of the ranks {', '.join(map(str, report['ranks']))}"
-        super().__init__(f"silent error at step {report['step']}: {report['kind']}, tensor {report['tensor']}, {where}")
+    def __init__(self, kind, step, tensor, ranks):
+        self.report = {"kind": kind, "step": step, "tensor": tensor, "ranks": ranks, "rank": ranks[0] if len(ranks) == 1 else None}
+        where = ("one of the ranks " if len(ranks) > 1 else "rank ") + ", ".join(map(str, ranks))
+        super().__init__(f"silent error at step {step}: {kind}, tensor {tensor}, {where}")
 
 
 def local(x):
@@ -495,12 +465,6 @@ def local(x):
 def fingerprints(tensors: dict) -> torch.Tensor:
     """{name: tensor} -> (N, 3), of what this rank holds."""
     return torch.stack([fingerprint(local(x)) for x in tensors.values()])
-
-
-def optimizer_tensors(optimizer, names) -> dict:
-    """{"name moment": tensor} of everything that the optimizer remembers."""
-    state = {p: s for part in optimizer.parts for p, s in part.state.items()}
-    return {f"{names[p]} {key}": x for p in optimizer.params for key, x in sorted(state.get(p, {}).items()) if torch.is_tensor(x)}
 
 
 class Guard:
@@ -524,7 +488,6 @@ class Guard:
     def __init__(self, model, optimizer, world, recheck_every=0, inject=None):
         self.world, self.optimizer, self.recheck_every, self.inject = world, optimizer, recheck_every, inject
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.names = {p: n for n, p in self.params.items()}
         if inject:
             named = inject.site in ("optimizer", "activation", "received") or any(inject.tensor in name for name in self.params)
             there = {"received": world.cp > 1, "gradient": world.mesh is None}.get(inject.site, True)  # shards have no gradient of one rank
@@ -533,19 +496,33 @@ class Guard:
                 raise ValueError(f"--inject {where}: there is no such thing in this run of {world.size} rank(s) with --cp {world.cp}")
         self.remembered, self.local, self.before, self.step, self.last, self.arrived = None, {}, {}, 0, False, []
         Ring.inspect = self._received
-        for p in self.params.values() if world.mesh is None else ():
-            p.register_post_accumulate_grad_hook(self._local_gradient)
+        for n, p in self.params.items() if world.mesh is None else ():
+            p.register_post_accumulate_grad_hook(functools.partial(self._local_gradient, n))
             if inject:
-                p.register_hook(lambda grad, p=p: self._wrong_gradient(p, grad))
+                p.register_hook(functools.partial(self._damaged, "gradient", n))
         for i, layer in enumerate(model.model.layers if inject else ()):
-            layer.register_forward_hook(lambda _layer, _args, out, i=i: self._wrong_activation(i, out))
+            name = f"layers.{i}"
+            layer.register_forward_hook(lambda _layer, _args, out, name=name: (self._damaged("activation", name, out[0]), *out[1:]))
 
     def _state(self):
-        return {**self.params, **optimizer_tensors(self.optimizer, self.names)}
+        """{name: tensor} of all weights and of everything that the optimizer remembers."""
+        state = {p: s for part in self.optimizer.parts for p, s in part.state.items()}
+        moments = {f"{n} {key}": x for n, p in self.params.items() for key, x in sorted(state.get(p, {}).items()) if torch.is_tensor(x)}
+        return self.params | moments
+
+    def _gradients(self):
+        return {n: p.grad for n, p in self.params.items()}
 
     def _fault(self, site, tensors):
         if self.inject:
             self.inject.strike(site, self.step, self.world.rank, {n: local(x) for n, x in tensors.items()})
+
+    def _damaged(self, site, name, x):
+        """A gradient, or what a layer gives to the next, as --inject damages it: in the last micro-batch, each time it is computed."""
+        if self.last:
+            x = x.clone(memory_format=torch.contiguous_format)
+            self._fault(site, {name: x})
+        return x
 
     def _gather(self, table):
         """(N, k) of this rank -> (ranks, N, k) of all."""
@@ -559,16 +536,15 @@ class Guard:
         """bad (ranks, N) bool, the same on all ranks: report the first tensor that is wrong, and on which ranks (bool) it can be."""
         tensor = int(bad.any(0).nonzero()[0])
         ranks = bad[:, tensor] if ranks is None else ranks
-        raise SilentError(kind=kind, step=self.step, tensor=list(names)[tensor], ranks=ranks.nonzero()[:, 0].tolist())
+        raise SilentError(kind, self.step, list(names)[tensor], ranks.nonzero()[:, 0].tolist())
 
     def _equal(self, kind, names, table):
         """All ranks hold the same fingerprints; with three or more, the majority names the one that does not."""
-        if self.world.mesh is not None:
-            return
-        every = self._gather(table)
-        agree = (every[:, None] == every[None]).all(-1)  # (ranks, ranks, N)
-        if not agree.all():
-            self._fail(kind, names, agree.sum(0) * 2 <= self.world.size)
+        if self.world.mesh is None:
+            every = self._gather(table)
+            agree = (every[:, None] == every[None]).all(-1)  # (ranks, ranks, N)
+            if not agree.all():
+                self._fail(kind, names, agree.sum(0) * 2 <= self.world.size)
 
     def _received(self, source, tensors, sent):
         """Ring calls this with everything that arrives; nothing waits here, all_arrived() judges."""
@@ -578,14 +554,13 @@ class Guard:
 
     def all_arrived(self):
         """What came round the ring in this step came as it was sent."""
-        bad = torch.stack([b for _, b in self.arrived]) if self.arrived else torch.zeros(1, dtype=torch.bool, device=self.world.device)
-        ranks = self._gather(bad.any()[None])[:, 0].nonzero()[:, 0].tolist() if self.world.cp > 1 else []
-        if ranks:
-            found = [None] * self.world.size
-            dist.all_gather_object(found, self.arrived[int(bad.nonzero()[0])][0] if bad.any() else "")
-            self.arrived = []
-            raise SilentError(kind="received otherwise than sent", step=self.step, tensor=found[ranks[0]], ranks=ranks)
-        self.arrived = []
+        arrived, self.arrived = self.arrived, []
+        if self.world.cp > 1:
+            bad = torch.stack([b for _, b in arrived]) if arrived else torch.zeros(1, dtype=torch.bool, device=self.world.device)
+            if ranks := self._gather(bad.any()[None])[:, 0].nonzero()[:, 0].tolist():
+                found = [None] * self.world.size
+                dist.all_gather_object(found, arrived[int(bad.nonzero()[0])][0] if bad.any() else "")
+                raise SilentError("received otherwise than sent", self.step, found[ranks[0]], ranks)
 
     def before_forward(self, step):
         self.step, self.last = step, False
@@ -599,63 +574,31 @@ class Guard:
         if bad.any():
             self._fail("changed at rest", state, bad)
 
-    def _wrong_gradient(self, p, grad):
-        """Where --inject damages the gradient of one micro-batch: as it is computed, each time it is computed."""
-        if self.last:
-            grad = grad.clone(memory_format=torch.contiguous_format)
-            self._fault("gradient", {self.names[p]: grad})
-        return grad
-
-    def _wrong_activation(self, i, out):
-        """Where --inject damages what layer i gives to the next."""
-        if not self.last:
-            return out
-        x = out[0].clone(memory_format=torch.contiguous_format)
-        self._fault("activation", {f"layers.{i}": x})
-        return (x, *out[1:])
-
-    def _local_gradient(self, p):
-        """Runs inside the backward, after p.grad has taken in a micro-batch and before DDP reduces it."""
-        if self.last and self.rechecks():
-            self.local[self.names[p]] = fingerprint(p.grad)
-
     def rechecks(self):
         return bool(self.recheck_every) and self.step % self.recheck_every == 0
 
     def last_micro_batch(self):
         """Call before it: remembers the gradient so far; the hooks then take the fingerprint of what the backward makes of it."""
-        self.last, self.local = True, {}
+        self.last = True
         self.before = {n: p.grad.clone() for n, p in self.params.items() if p.grad is not None} if self.rechecks() else {}
+
+    def _local_gradient(self, name, p):
+        """Runs inside the backward, after p.grad has taken in a micro-batch and before DDP reduces it."""
+        if self.last and self.rechecks():
+            self.local[name] = fingerprint(p.grad)
 
     def _computes(self, loss_of, piece):
         """{what: value} of all that this rank alone computes of a micro-batch: gradients and loss; where weights are sharded, the loss."""
-        if self.world.mesh is not None:
-            with torch.no_grad():
-                return {"loss": loss_of(piece)}
-        loss = loss_of(piece)
-        return {**dict(zip(self.params, torch.autograd.grad(loss, list(self.params.values())))), "loss": loss.detach()}
-
-    def _again(self, loss_of, loss, own):
-        """Fingerprints of the last micro-batch: gradients so far and loss as they came, the same once more, what _computes() alone."""
-        if self.world.mesh is None:
-            was = torch.stack([*(self.local[n] for n in self.params), fingerprint(loss)])
-            alone = self._computes(loss_of, own)
-            mine = fingerprints(alone)
-            return was, fingerprints({n: self.before[n].add_(x) if n in self.before else x for n, x in alone.items()}), mine
-        was = fingerprints({**{n: p.grad for n, p in self.params.items()}, "loss": loss})
-        for n, p in self.params.items():
-            p.grad = self.before.pop(n, None)
-        loss = loss_of(own)
-        loss.backward()
-        again = fingerprints({**{n: p.grad for n, p in self.params.items()}, "loss": loss})
-        return was, again, again[-1:]
+        with torch.set_grad_enabled(self.world.mesh is None):
+            loss = loss_of(piece)
+        grads = torch.autograd.grad(loss, list(self.params.values())) if self.world.mesh is None else ()
+        return dict(zip(self.params, grads)) | {"loss": loss.detach()}
 
     def recompute(self, loss_of, loss, own, neighbours):
         """
         The neighbour's last micro-batch, then this rank's own once more: it must all be what it was, bit for bit.
 
-        loss_of(micro-batch) -> the loss that is differentiated; own: this rank's micro-batch, and what it came to: loss.
-        neighbours(): the micro-batch of the rank `apart` after this one.
+        loss_of(micro-batch) -> the loss that is differentiated; loss: what `own` came to; neighbours(): that of the rank `apart` after us.
         """
         self.all_arrived()
         world, names, theirs = self.world, [*self.params, "loss"], None
@@ -666,7 +609,18 @@ class Guard:
                 theirs = fingerprints(self._computes(loss_of, neighbours()))
             finally:
                 Ring.turn = 0
-        was, again, mine = self._again(loss_of, loss, own)
+        if world.mesh is None:
+            was, alone = torch.stack([*(self.local[n] for n in self.params), fingerprint(loss)]), self._computes(loss_of, own)
+            mine = fingerprints(alone)
+            again = fingerprints({n: self.before[n].add_(x) if n in self.before else x for n, x in alone.items()})
+        else:
+            was = fingerprints(self._gradients() | {"loss": loss})
+            for n, p in self.params.items():
+                p.grad = self.before.get(n)
+            loss = loss_of(own)
+            loss.backward()
+            again = fingerprints(self._gradients() | {"loss": loss})
+            mine = again[-1:]
         self.before, known = {}, world.mesh is None or world.cp == 1  # what is wrong also reaches the losses of others in a ring
         bad = self._gather((was != again).any(-1))
         if bad.any():
@@ -682,7 +636,7 @@ class Guard:
 
     def after_reduction(self):
         self.all_arrived()
-        grads = {n: p.grad for n, p in self.params.items()}
+        grads = self._gradients()
         self._fault("reduced", grads)
         if self.world.mesh is None:
             self._equal("gradients differ after the reduction", grads, fingerprints(grads))
@@ -722,9 +676,9 @@ class Inject:
                 raise ValueError(f"--inject {text}: no field {name!r}; there are {', '.join(kinds)}")
             if value not in (allowed := {"site": SITES, "fault": FAULTS}.get(name, (value,))):
                 raise ValueError(f"--inject {text}: {name} must be one of {', '.join(allowed)}")
-            if kinds[name] in (int, "int") and not value.isdecimal():
+            if kinds[name] is int and not value.isdecimal():
                 raise ValueError(f"--inject {text}: {name} must be a whole number")
-        return cls(**{name: int(value) if kinds[name] in (int, "int") else value for name, value in values.items()})
+        return cls(**{name: kinds[name](value) for name, value in values.items()})
 
     @torch.no_grad()
     def strike(self, site, step, rank, tensors):
@@ -735,23 +689,14 @@ class Inject:
             self.struck |= corrupt(hit[0], self.fault, self.element, self.bit)
 
 
-def corrupt(x, fault, element, bit, run=64) -> bool:
+def corrupt(x, fault, element, bit) -> bool:
     """Damage a float32 tensor in place, as faulty hardware would; True when that changed a bit."""
     words = x.view(-1).view(torch.int32)
     was, n, element = words.clone(), words.numel(), element % words.numel()
-    other, mask = (element + max(1, n // 2)) % n, torch.tensor(1 << bit % 32, dtype=torch.int64).to(torch.int32)
-    if fault == "flip":
-        words[element] ^= mask
-    elif fault == "pair":
-        words[[element, other]] ^= mask
-    elif fault == "swap":
-        words[[element, other]] = words[[other, element]]
-    elif fault == "zero":
-        words[element : element + run] = 0
-    elif fault == "roll":
-        words[element : element + run] = words[element : element + run].roll(1)
-    elif fault == "stuck":
-        words[element : element + run] |= mask
+    pair, run = [element, (element + max(1, n // 2)) % n], list(range(element, min(element + 64, n)))
+    at = {"flip": [element], "pair": pair, "swap": pair}.get(fault, run)
+    hit, mask = words[at], torch.tensor(1 << bit % 32, dtype=torch.int64).to(torch.int32)
+    words[at] = {"swap": hit.flip(0), "zero": 0 * hit, "roll": hit.roll(1), "stuck": hit | mask}.get(fault, hit ^ mask)
     return not torch.equal(words, was)
 
 
@@ -763,22 +708,6 @@ PHASES = ((0.4, (1,), False), (0.4, (1, 2, 3), False), (0.2, (1, 2, 3, 4), True)
 MOST_SAMPLES = 2000  # of a family and phase
 
 
-class Samples:
-    """Token sequences in memory, with the face of a TokenFile, so that Mixture reads them. They are never cut."""
-
-    cut = False
-
-    def __init__(self, name, samples):
-        self.name, self.samples = name, samples
-        self.lengths = np.array([len(ids) for ids, _ in samples])
-
-    def ids(self, i):
-        return np.asarray(self.samples[i][0])
-
-    def in_loss(self, i):
-        return np.asarray(self.samples[i][1])
-
-
 @functools.cache  # the two fine-tuning stages share most of their tasks
 def judged_task(family, level, number, perturbed):
     """(task, why it may not be learned from): "" where its own solution passes and it holds nothing of the evaluation."""
@@ -788,28 +717,22 @@ def judged_task(family, level, number, perturbed):
 
 
 def task_samples(tokenizer, family, levels, weights, n, first, thinking, perturbed):
-    """
-    (n samples of one family less those refused, the gate's table): levels drawn by weight, the tasks of a level numbered from `first` on;
-    the repository agent as whole episodes, its observations not learned.
-    """
+    """(n samples of a family less those refused, the gate's table): levels drawn by weight, a level's tasks numbered from `first` on."""
     drawn_levels = np.random.default_rng([first, *family.encode()]).choice(levels, n, p=np.array(weights) / sum(weights))
     drawn = [(family, level, first + k, perturbed) for level, count in Counter(drawn_levels.tolist()).items() for k in range(count)]
     tasks.own_evaluation()  # once, before the threads ask for it
     with ThreadPoolExecutor(4) as pool:  # the programs of the samples run in the sandbox's processes
-        judged = list(pool.map(lambda key: judged_task(*key), drawn))
-    kept, table = tasks.admit([(task, task.solution) for task, _ in judged], refusals=[reason for _, reason in judged])
-    samples = []
-    for task, _ in kept:
-        episode = task.family == "swe"  # the only family whose answer is a conversation
-        parts = tasks.trajectory_parts(task, detour=task.seed % 4 == 0) if episode else tasks.task_parts(task, thinking)
-        samples.append(tokenizer.encode_parts(parts))
-    return samples, table
+        judged, refusals = zip(*pool.map(judged_task, *zip(*drawn)))
+    kept, table = tasks.admit([(task, task.solution) for task in judged], refusals=list(refusals))
+    if family == "swe":  # the only family whose answer is a conversation
+        return [tokenizer.encode_parts(tasks.trajectory_parts(task, detour=task.seed % 4 == 0)) for task, _ in kept], table
+    return [tokenizer.encode_parts(tasks.task_parts(task, thinking)) for task, _ in kept], table
 
 
 def written_samples(tokenizer, path, thinking):
     """
-    ({family: [(level, sample)]}, the gate's table) of a file of `tasks.py --write`: a teacher's answers, or a checkpoint's. All are
-    judged again. The thinking path takes those that think, the instruct path the part behind the thinking.
+    ({family: [(level, sample)]}, the gate's table) of a file of `tasks.py --write`. All are judged again. The thinking path takes the
+    answers that think, the instruct path the part behind the thinking.
     """
     found, table = defaultdict(list), Counter()
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
@@ -832,10 +755,7 @@ def written_samples(tokenizer, path, thinking):
 
 @torch.no_grad()
 def sample_answers(model, tokenizer, problems, n_samples, thinking=False, seed=0, opening="") -> list[list[str]]:
-    """
-    n_samples answers to each problem, behind this opening. A single one is the likeliest; several are drawn at temperature 0.6. There is
-    room for 160 tokens, for 224 with thinking.
-    """
+    """n_samples answers to each problem, behind this opening: a single one is the likeliest, several are drawn at temperature 0.6."""
     prompts = [tokenizer.encode_parts(tasks.asked_parts(task))[0] + tokenizer.encode(opening) for task in problems]
     limit, stop, device = model.config.max_position_embeddings, tokenizer.special["<|im_end|>"], model.lm_head.weight.device
     room, temperature = 224 if thinking else 160, 0.6 if n_samples > 1 else 0.0
@@ -852,31 +772,23 @@ def sample_answers(model, tokenizer, problems, n_samples, thinking=False, seed=0
     return [texts[i : i + n_samples] for i in range(0, len(texts), n_samples)]
 
 
-def solved(task, answer) -> float:
-    return float(tasks.verify(task, answer) == 1.0)
-
-
-def mark(problems, answers, judge=solved) -> list[tuple[float, int]]:
+def mark(problems, answers, judge=lambda task, answer: float(tasks.verify(task, answer) == 1.0)) -> list[tuple[float, int]]:
     """(sum of the marks, answers that could be marked) of each problem; where the sandbox itself broke, nothing is known."""
 
-    def judged(pair):
+    def judged(task, answer):
         try:
-            return judge(*pair)
+            return judge(task, answer)
         except RuntimeError:
             return None
 
     with ThreadPoolExecutor(2) as pool:
-        marks = list(pool.map(judged, [(task, answer) for task, some in zip(problems, answers) for answer in some]))
-    marks = iter(marks)
-    known = [[m for m in (next(marks) for _ in some) if m is not None] for some in answers]
+        marks = [pool.map(judged, [task] * len(some), some) for task, some in zip(problems, answers)]
+        known = [[m for m in some if m is not None] for some in marks]
     return [(sum(some), len(some)) for some in known]
 
 
 def solve_rates(model, tokenizer, levels, thinking) -> dict[str, float]:
-    """
-    {"family/level": pass rate}: what the model itself can do, measured by running its likeliest answers to four training tasks each. A
-    level is asked only of families that know something of the level before.
-    """
+    """{"family/level": pass rate of likeliest answers to four training tasks}; harder levels only for families that know something yet."""
     rates, families = {}, list(tasks.FAMILIES)
     for level in levels:
         problems = [tasks.generate(family, level, tasks.ASKED + k) for family in families for k in range(4)]
@@ -890,9 +802,8 @@ def solve_rates(model, tokenizer, levels, thinking) -> dict[str, float]:
 
 def adjust(weights: dict, base: dict, history: dict) -> dict:
     """
-    One move of the dynamic mixture: a family whose held-out loss stands more than 1 % above its best gets 1.25 times its weight, one
-    that moved less than 0.1 % an evaluation over the last three gets 0.9 times; between half and twice the base; normalised to 1.
-    history: {family: [loss, ...]}.
+    One move of the dynamic mixture: a family whose held-out loss stands more than 1 % above its best gets 1.25 times its weight, one that
+    moved less than 0.1 % an evaluation over the last three 0.9 times; between half and twice the base. history: {family: [loss, ...]}.
     """
     moved = {}
     for name, weight in weights.items():
@@ -907,47 +818,47 @@ def adjust(weights: dict, base: dict, history: dict) -> dict:
 
 
 def level_weights(rates: list) -> list:
-    """
-    How often each level of a family is drawn, from its pass rates p, the easiest level first: p (1 - p) + p' / 5 + 1/20, p' that of the
-    level before (1 before the first). What is half known teaches most, then what stands on something known; nothing is left out.
-    """
+    """How often each level is drawn, from pass rates, the easiest first: half known teaches most, then what stands on something known."""
     return [p * (1 - p) + below / 5 + 0.05 for p, below in zip(rates, [1.0, *rates])]
+
+
+def in_memory(samples):
+    """Token sequences with the face of a TokenFile, so that Mixture reads them; they are never cut."""
+    ids, in_loss = ([np.asarray(part) for part in parts] for parts in zip(*samples))
+    return SimpleNamespace(cut=False, lengths=np.array([len(x) for x in ids]), ids=ids.__getitem__, in_loss=in_loss.__getitem__)
+
+
+def listed(shares: dict, digits=1) -> str:
+    return ", ".join(f"{name} {100 * share:.{digits}f}%" for name, share in shares.items())
 
 
 class Curriculum:
     """
     The data of a fine-tuning stage, with the face of data.Mixture: three phases by *measured* difficulty, replay, dynamic shares.
 
-    Phase 1 shows every family at level 1. Before phases 2 and 3 the model answers four tasks of each family and level: its pass rate p
-    there sets how often a level is drawn (level_weights), and phase 3 perturbs what is solved. Every few steps the held-out loss by
-    family moves the families' shares (adjust); the log of the stage holds these moves. All of it depends on the seed and on the recorded
-    rates alone.
+    Phase 1 shows every family at level 1. Before each later one the model's own pass rates set how often a level is drawn, and the last
+    perturbs what is solved. All of it depends on the seed and on the recorded rates alone.
     """
 
+    STATE = ("step", "phase", "measured", "weights", "rates", "moves")  # measured: the phase before which the rates were taken last
+
     def __init__(self, model, tokenizer, stage, replay, shares, context, rows, steps, seed, world, written=""):
-        self.model, self.tokenizer, self.stage, self.context, self.rows, self.seed = model, tokenizer, stage, context, rows, seed
-        self.replay, self.replay_shares, self.world, self.steps = replay, shares, world, steps
+        self.model, self.tokenizer, self.name, self.context, self.rows, self.seed = model, tokenizer, stage.name, context, rows, seed
+        self.replay, self.replay_shares, self.world, self.steps, self.thinking = replay, shares, world, steps, stage.sft == "thinking"
         self.ends, self.every = [round(end * steps) for end in np.cumsum([share for share, _, _ in PHASES])], max(1, steps // 8)
         self.base = {family: 1 / len(tasks.FAMILIES) for family in tasks.FAMILIES}
-        self.step, self.phase, self.weights, self.rates, self.moves = 0, -1, dict(self.base), {}, []
-        self.given, self.phase_given = defaultdict(int), {}
+        self.step, self.phase, self.measured, self.weights, self.rates, self.moves = 0, -1, 0, self.base, {}, []
         self.written, self.gate = written_samples(tokenizer, written, self.thinking) if written else (defaultdict(list), Counter())
-        self.mixture, self.measured = None, 0  # measured: the phase before which the pass rates were taken last
-        self.heldout = {family: self.samples(family, (1, 2), (1, 1), 6, 99, False) for family in self.base}
-
-    @property
-    def thinking(self):
-        return self.stage.sft == "thinking"
+        self.mixture, self.heldout = None, {family: self.samples(family, (1, 2), (1, 1), 6, 99, False) for family in self.base}
 
     def samples(self, family, levels, weights, n, phase, perturbed):
         """Samples that fit the context; there must be some, or the family cannot be taught here. No task is drawn in two phases."""
         first = (self.seed * 100 + phase) * MOST_SAMPLES
         made, table = task_samples(self.tokenizer, family, levels, weights, n, first, self.thinking, perturbed)
-        kept = [(ids, in_loss) for ids, in_loss in made if len(ids) <= self.context]
-        self.gate += table
-        self.gate["longer than the context"] += len(made) - len(kept)
+        kept = [sample for sample in made if len(sample[0]) <= self.context]
+        self.gate.update({**table, "longer than the context": len(made) - len(kept)})
         if not kept:
-            raise ValueError(f"{self.stage.name}: no sample of {family} fits a context of {self.context} tokens; use a longer one")
+            raise ValueError(f"{self.name}: no sample of {family} fits a context of {self.context} tokens; use a longer one")
         return kept
 
     def shares(self):
@@ -957,42 +868,36 @@ class Curriculum:
     def enter(self, phase):
         """Make the samples of a phase and the mixture that deals them."""
         share, levels, perturbed = PHASES[phase]
-        tokens = share * self.steps * self.rows * self.context / len(self.base)
         if phase > self.measured:
             self.model.eval()
             self.rates = solve_rates(whole_copy(self.model, self.world), self.tokenizer, levels, self.thinking)
             self.model.train()
             self.measured = phase
-            easy = {family: self.rates.get(f"{family}/1", 0.0) for family in self.base}
-            found = ", ".join(f"{family} {100 * p:.0f}%" for family, p in easy.items())
-            print(f"{self.stage.name}: measured pass rates at level 1: {found}", flush=True)
-        self.phase, files = phase, dict(self.replay)
+            found = {family: self.rates.get(f"{family}/1", 0) for family in self.base}
+            print(f"{self.name}: measured pass rates at level 1: {listed(found, 0)}", flush=True)
+        tokens, files = share * self.steps * self.rows * self.context / len(self.base), dict(self.replay)
         for family in self.base:
-            weights = level_weights([self.rates.get(f"{family}/{level}", 0.0) for level in (1, 2, 3, 4)])
-            weights = [weights[level - 1] for level in levels]
-            harder = perturbed and self.rates.get(f"{family}/1", 0.0) >= 0.5  # what is solved is asked in other words
+            rates = [self.rates.get(f"{family}/{level}", 0.0) for level in levels]
             length = np.mean([len(ids) for ids, _ in self.heldout[family]])
-            made = self.samples(family, levels, weights, min(4 + int(tokens / length), MOST_SAMPLES), phase, harder)  # each about once
+            n = min(4 + int(tokens / length), MOST_SAMPLES)  # each is seen about once; what is solved is asked in other words
+            made = self.samples(family, levels, level_weights(rates), n, phase, perturbed and rates[0] >= 0.5)
             told = [sample for level, sample in self.written[family] if level in levels and len(sample[0]) <= self.context]
-            files[family] = Samples(family, made + told)
-        owed = {n: self.mixture.due[n] - self.mixture.given[n] for n in self.base | self.replay} if self.mixture else {}
-        piece = self.context // 8  # what is replayed shares its row with samples: no step forgets them for a document
-        self.mixture = data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase, piece=piece)
-        self.mixture.due.update(owed)  # what a category lacks at the end of a phase it gets in the next
+            files[family] = in_memory(made + told)
+        before, piece = self.mixture, self.context // 8  # what is replayed shares its row with samples: no step forgets them for a document
+        self.phase, self.mixture = phase, data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase, piece=piece)
+        if before:  # what a category lacks at the end of a phase it gets in the next
+            self.mixture.given, self.mixture.due = before.given, before.due
         if self.world.main:
-            print(f"{self.stage.name}: samples so far: " + ", ".join(f"{n} {what}" for what, n in self.gate.most_common() if n), flush=True)
+            print(f"{self.name}: samples so far: " + ", ".join(f"{n} {what}" for what, n in self.gate.most_common() if n), flush=True)
 
     def next(self):
-        phase = next((k for k, end in enumerate(self.ends) if self.step < end), len(self.ends) - 1)
+        phase = sum(self.step >= end for end in self.ends[:-1])
         if phase != self.phase:
-            self.phase_given = dict(self.given)
             self.enter(phase)
         elif self.step % self.every == 0:
             self.reweigh()
         self.step += 1
-        batch = self.mixture.next()
-        self.given = defaultdict(int, {n: self.phase_given.get(n, 0) + k for n, k in self.mixture.given.items()})
-        return batch
+        return self.mixture.next()
 
     @torch.no_grad()
     def reweigh(self):
@@ -1006,20 +911,13 @@ class Curriculum:
         self.moves.append({"step": self.step, "loss": losses, "weights": self.weights})
         self.mixture.shares = self.shares()
 
-    def realised(self):
-        total = max(1, sum(self.given.values()))
-        return {name: count / total for name, count in self.given.items()}
-
     def state(self):
-        kept = ("step", "phase", "weights", "rates", "measured", "moves", "phase_given")
-        return {name: getattr(self, name) for name in kept} | {"given": dict(self.given), "gate": dict(self.gate),
-                                                               "mixture": self.mixture.state()}
+        return {name: getattr(self, name) for name in self.STATE} | {"gate": dict(self.gate), "mixture": self.mixture.state()}
 
     def load_state(self, state):
-        for name in ("step", "weights", "rates", "measured", "moves", "phase_given"):
+        for name in self.STATE:
             setattr(self, name, state[name])
-        self.given = defaultdict(int, state["given"])
-        self.enter(state["phase"])
+        self.enter(self.phase)
         self.gate = Counter(state["gate"])
         self.mixture.load_state(state["mixture"])
 
@@ -1046,26 +944,23 @@ def gradient(loss_fn, batch, world: World, micro_rows: int, guard: Guard | None 
     """
     Accumulate the gradient of the mean loss per learned token of the whole global batch; returns that mean (float, nats).
 
-    Every micro-batch contributes its *sum* over tokens divided by the token count of the global batch, so neither the split into
-    micro-batches nor the split over ranks changes the gradient. DDP averages over ranks; times world.size undoes it.
+    A micro-batch contributes its *sum* divided by the tokens of the global batch, so no split, over ranks or not, changes the gradient.
     """
-    scale = world.size / int((batch[1] != -100).sum())
+    scale = world.size / int((batch[1] != -100).sum())  # DDP averages over ranks: times world.size undoes it
     total = torch.zeros((), device=world.device)
     pieces = micro_batches(batch, world, micro_rows)
-    for piece in pieces[:-1]:
-        with loss_fn.no_sync() if world.size > 1 and world.mesh is None else contextlib.nullcontext():  # FSDP adds up in shards
+    for left, piece in zip(reversed(range(len(pieces))), pieces):
+        if guard and not left:  # none is left after this one
+            guard.last_micro_batch()
+        waits = left and world.size > 1 and world.mesh is None  # DDP reduces once, at the end; FSDP adds up in shards
+        with loss_fn.no_sync() if waits else contextlib.nullcontext():
             loss = loss_fn(*piece)
             (loss * scale).backward()
         total += loss.detach()
-    if guard:
-        guard.last_micro_batch()
-    loss = loss_fn(*pieces[-1])
-    (loss * scale).backward()
-    total += loss.detach()
     if guard and guard.rechecks():
         plain = loss_fn if isinstance(loss_fn, Loss) else loss_fn.module
         neighbours = lambda: micro_batches(batch, world, micro_rows, ahead=1)[-1]
-        guard.recompute(lambda piece: plain(*piece) * scale, loss.detach() * scale, pieces[-1], neighbours)
+        guard.recompute(lambda piece: plain(*piece) * scale, loss.detach() * scale, piece, neighbours)
     if world.size > 1:
         dist.all_reduce(total)
     return float(total) * scale / world.size
@@ -1087,8 +982,7 @@ class Log:
     """One line that rewrites itself on a terminal, a line every few seconds elsewhere, and every record in log.jsonl."""
 
     def __init__(self, path: Path, world: World, keep: int):
-        self.main, self.shown = world.main, 0.0
-        self.terminal = sys.stdout.isatty()
+        self.main, self.shown, self.terminal = world.main, 0.0, sys.stdout.isatty()
         if self.main:
             kept = path.read_text().splitlines(keepends=True)[:keep] if keep else []  # a resumed run writes its later steps again
             self.file = open(path, "w")
@@ -1109,80 +1003,39 @@ class Log:
 def share_out(mixture: dict[str, float], present) -> tuple[dict[str, float], dict[str, float]]:
     """(shares of the categories that have data, normalised to 1; shares of the absent ones)."""
     total = sum(mixture.values())
-    shares = {name: share / total for name, share in mixture.items() if name in present}
+    shares, absent = ({n: s / total for n, s in mixture.items() if (n in present) == there} for there in (True, False))
     if not shares:
         raise ValueError(f"none of the categories {', '.join(mixture)} has data; run python data.py first")
     left = sum(shares.values())
-    return {n: s / left for n, s in shares.items()}, {n: s / total for n, s in mixture.items() if n not in present}
-
-
-def token_files(folder: Path) -> dict:
-    """{category: TokenFile} of one split."""
-    return {path.stem: data.TokenFile(folder, path.stem) for path in sorted(folder.glob("*.tokens"))}
+    return {n: s / left for n, s in shares.items()}, absent
 
 
 def stage_data(stage, cfg, model, tokenizer, context, rows, steps, world):
     """(mixture, shares, absent shares) of a stage: fixed shares of the data folder, or the curriculum of fine-tuning and its replay."""
-    files = token_files(Path(cfg.out) / "data" / "train")
+    files = {path.stem: data.TokenFile(path.parent, path.stem) for path in sorted((Path(cfg.out) / "data" / "train").glob("*.tokens"))}
     if stage.sft:
         shares = {name: cfg.replay * share for name, share in stage.mixture.items() if name in files and cfg.replay > 0}
         replay = {name: files[name] for name in shares}
         mixture = Curriculum(model, tokenizer, stage, replay, shares, context, rows, steps, cfg.seed, world, cfg.written)
         return mixture, mixture.shares(), {name: share for name, share in stage.mixture.items() if name not in files}
     shares, absent = share_out(stage.mixture, files)
-    seed = cfg.seed + list(STAGES).index(stage.name)
-    return data.Mixture({n: files[n] for n in shares}, shares, context, rows, seed=seed), shares, absent
-
-
-def take_snapshot(path, model, optimizer, mixture, step, seconds, world):
-    """Everything that restore_snapshot() needs, written whole or not at all; all ranks send their shards, rank 0 writes."""
-    state = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict(), "mixture": mixture.state()}
-    state["model"] = whole_state.get_model_state_dict(model, options=WHOLE)
-    if world.main:
-        write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
-def restore_snapshot(path, model, optimizer, mixture):
-    """(steps done, seconds spent) of a stage that was stopped; weights, optimizer and data stand as they stood then."""
-    saved = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-    whole_state.set_model_state_dict(model, saved["model"], options=WHOLE)
-    optimizer.load_state_dict(saved["optimizer"])
-    mixture.load_state(saved["mixture"])
-    return saved["step"], saved["seconds"]
-
-
-def announce(name, model, shares, absent, shape, first):
-    """Say what a stage is about to do; shape: (rows, context, steps)."""
-    rows, context, steps = shape
-    parts = ", ".join(f"{n} {100 * s:.1f}%" for n, s in shares.items())
-    missing = "; absent: " + ", ".join(f"{n} {100 * s:.1f}%" for n, s in absent.items()) if absent else ""
-    size, rest = parameter_count(model.config)[0] / 1e6, f" from step {first}" if first else ""
-    print(f"{name}: {size:.2f}M parameters, rows of {context} tokens, {rows * context} tokens a step, {steps} steps{rest}")
-    print(f"{name}: {parts}{missing}", flush=True)
-
-
-def progress(name, record, steps) -> str:
-    """A log record as a line."""
-    done, eta = record["step"], (steps - record["step"]) * record["seconds"] / record["step"]
-    line = f"{name} {done:5d}/{steps} | loss {record['loss']:.3f} | lr {record['lr']:.1e} | grad {record['grad_norm']:.2f}"
-    line += f" | {record['tokens_per_s'] / 1e3:.2f}k tok/s | MFU {100 * record['mfu']:.0f}%"
-    return f"{line} | eta {eta // 60:.0f}m{eta % 60:02.0f}s"
+    return data.Mixture(files, shares, context, rows, seed=cfg.seed + list(STAGES).index(stage.name)), shares, absent
 
 
 def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     """
     Train one stage and leave its checkpoint in out/<stage>/; returns that folder.
 
-    The folder holds the released layout (config.json, model.safetensors, tokenizer files), log.jsonl, and while the stage runs
-    state.pt: everything that --resume needs (weights, optimizer, data position, step). The model is written last, so its presence means
-    that the stage is complete.
+    The folder holds the released layout, log.jsonl, and while the stage runs state.pt, from which --resume goes on. The model is written
+    last, so without state.pt its presence means that the stage is complete.
     """
-    preset, folder = PRESETS[cfg.preset], Path(cfg.out) / stage.name
+    preset, folder, name = PRESETS[cfg.preset], Path(cfg.out) / stage.name, stage.name
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = data.Tokenizer.load(Path(cfg.out) / "data" / "tokenizer")
     context, peak = preset.contexts[stage.context], cfg.lr or preset.lr
     rows = max(1, round((cfg.batch_tokens or preset.batch_tokens) / context))
-    steps = max(2, round(stage.tokens * preset.tokens * cfg.scale / (rows * context)))
+    tokens = rows * context  # of a step
+    steps = max(2, round(stage.tokens * preset.tokens * cfg.scale / tokens))
     micro_rows = max(1, (cfg.micro_batch_tokens or (4096 if world.device.type == "cpu" else 32768)) // context)
 
     model = first_weights(stage, cfg, world, tokenizer.vocab_size)
@@ -1195,9 +1048,16 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     mixture, shares, absent = stage_data(stage, cfg, model, tokenizer, context, rows, steps, world)
     first, seconds, snapshot = 0, 0.0, folder / "state.pt"
     if cfg.resume and snapshot.exists():
-        first, seconds = restore_snapshot(snapshot, model, optimizer, mixture)
+        saved = torch.load(snapshot, map_location="cpu", weights_only=False, mmap=True)
+        whole_state.set_model_state_dict(model, saved["model"], options=WHOLE)
+        optimizer.load_state_dict(saved["optimizer"])
+        mixture.load_state(saved["mixture"])
+        first, seconds = saved["step"], saved["seconds"]
+        del saved
     if world.main:
-        announce(stage.name, model, shares, absent, (rows, context, steps), first)
+        size, rest = parameter_count(model.config)[0] / 1e6, f" from step {first}" * bool(first)
+        print(f"{name}: {size:.2f}M parameters, rows of {context} tokens, {tokens} tokens a step, {steps} steps{rest}")
+        print(f"{name}: {listed(shares)}" + f"; absent: {listed(absent)}" * bool(absent), flush=True)
     checked = cfg.check == "on" or cfg.check == "auto" and world.size > 1 or cfg.inject
     guard = Guard(model, optimizer, world, cfg.recheck_every, Inject.parse(cfg.inject) if cfg.inject else None) if checked else None
     log = Log(folder / "log.jsonl", world, keep=first)
@@ -1215,102 +1075,82 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
         if guard:
             guard.after_update()
         if not math.isfinite(loss):
-            raise FloatingPointError(f"{stage.name}, step {step}: the loss is {loss}; the last snapshot is {snapshot}")
-        took = time.perf_counter() - start
+            raise FloatingPointError(f"{name}, step {step}: the loss is {loss}; the last snapshot is {snapshot}")
+        took, done = time.perf_counter() - start, step + 1
         seconds += took
-        record = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": (step + 1) * rows * context}
-        record |= {"tokens_per_s": rows * context / took, "mfu": rows * context / took / full_speed, "seconds": seconds}
-        log(record, progress(stage.name, record, steps), last=step == steps - 1)
-        if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
-            take_snapshot(snapshot, model, optimizer, mixture, step + 1, seconds, world)
-    filled = sum(mixture.given.values()) / (steps * rows * context)
-    finish_stage(model, tokenizer, folder, mixture, shares, filled, log, cfg, world)
-    return folder
+        speed, mfu, eta = tokens / took, tokens / took / full_speed, (steps - done) * seconds / done
+        line = f"{name} {done:5d}/{steps} | loss {loss:.3f} | lr {lr:.1e} | grad {norm:.2f} | {speed / 1e3:.2f}k tok/s"
+        line += f" | MFU {100 * mfu:.0f}% | eta {eta // 60:.0f}m{eta % 60:02.0f}s"
+        log({"step": done, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": done * tokens, "tokens_per_s": speed, "mfu": mfu,
+             "seconds": seconds}, line, last=done == steps)
+        if done % cfg.save_every == 0 and done < steps:
+            state = {"step": done, "seconds": seconds, "mixture": mixture.state(), "optimizer": optimizer.state_dict()}
+            state["model"] = whole_state.get_model_state_dict(model, options=WHOLE)  # all ranks send their shards, rank 0 writes
+            if world.main:
+                write_atomically(snapshot, functools.partial(torch.save, state))
+            del state  # a copy of all weights
 
-
-def finish_stage(model, tokenizer, folder, mixture, shares, filled, log, cfg, world):
-    """Write the checkpoint, then judge it: bits per byte of the held-out projects, by language."""
     weights = whole_state.get_model_state_dict(model, options=WHOLE)  # whole on rank 0
     if world.main:
         tokenizer.save(folder)
         model.save_pretrained(folder, weights=weights)
-        (folder / "state.pt").unlink(missing_ok=True)
+        snapshot.unlink(missing_ok=True)
     if world.main or world.mesh is not None:  # a sharded model answers only where all ranks ask
-        model.eval()
-        scores = bits_per_byte(model, Path(cfg.out) / "data" / "heldout", cfg.eval_bytes, world)
+        scores = bits_per_byte(model.eval(), Path(cfg.out) / "data" / "heldout", cfg.eval_bytes, world)
     if world.main:
-        realised = ", ".join(f"{n} {100 * s:.2f}%" for n, s in mixture.realised().items())
-        line = f"{folder.name}: held-out bits per byte " + ", ".join(f"{n} {s:.3f}" for n, s in scores.items())
-        line += f" | rows filled {100 * filled:.1f}% | shares {realised}"
-        record = {"bits_per_byte": scores, "filled": filled, "realised": mixture.realised(), "asked": shares}
-        if isinstance(mixture, Curriculum):  # samples: admitted, and refused for which reason
+        dealt = mixture.mixture if stage.sft else mixture
+        filled, realised = sum(dealt.given.values()) / (steps * tokens), dealt.realised()
+        line = f"{name}: held-out bits per byte " + ", ".join(f"{n} {s:.3f}" for n, s in scores.items())
+        record = {"bits_per_byte": scores, "filled": filled, "realised": realised, "asked": shares}
+        if stage.sft:  # samples: admitted, and refused for which reason
             record |= {"samples": mixture.gate, "rates": mixture.rates, "moves": mixture.moves}
-        log(record, line, last=True)
+        log(record, f"{line} | rows filled {100 * filled:.1f}% | shares {listed(realised, 2)}", last=True)
     if world.size > 1:
         dist.barrier()
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------- how good is a checkpoint?
 
 
-def heldout_bits(model, heldout: Path, max_bytes: int, world: World) -> dict[str, tuple[list, list]]:
-    """
-    {language: (bits of each document, its bytes)} of the held-out documents of data.py's `code`, at most max_bytes a language.
-
-    bits = sum of -log2 p(token) over every token of the document, the first (after the start token) and the closing end of text
-    included; bytes = its UTF-8 length.
-    """
-    file = data.TokenFile(heldout, "code")
-    chosen: dict[str, list[int]] = defaultdict(list)
-    size: dict[str, int] = defaultdict(int)
+def heldout_documents(file, max_bytes: int) -> dict[str, list[int]]:
+    """{language: the first documents of a token file, at most max_bytes together}, the languages with most bytes first."""
+    chosen, size = defaultdict(list), Counter()
     for i in range(len(file.lengths)):
         language = file.language(i)
         if size[language] + file.nbytes[i] <= max_bytes:
             chosen[language].append(i)
             size[language] += int(file.nbytes[i])
-    return {name: (document_bits(model, [file.ids(i) for i in chosen[name]], world), file.nbytes[chosen[name]].tolist())
-            for name in sorted(chosen, key=lambda name: -size[name])}
+    return {name: chosen[name] for name in sorted(chosen, key=lambda name: -size[name])}
+
+
+@torch.no_grad()
+def heldout_bits(model, heldout: Path, max_bytes: int, world: World) -> dict[str, tuple[list, list]]:
+    """
+    {language: (bits of each document, its bytes)} of the held-out documents of data.py's `code`, at most max_bytes a language.
+
+    bits = sum of -log2 p over all tokens but the first, the start token; the closing end of text included. A document that is longer than
+    the context is cut into windows that overlap by one token, so that each token is predicted exactly once. bytes = its UTF-8 length.
+    """
+    file, context, found = data.TokenFile(heldout, "code"), model.config.max_position_embeddings, {}
+    size = max(1, 4096 // context)  # rows of a batch
+    for language, chosen in heldout_documents(file, max_bytes).items():
+        nats = torch.zeros(len(chosen), dtype=torch.float64)
+        windows = [(i, np.asarray(ids[a : a + context + 1], np.int64)) for i, ids in enumerate(map(file.ids, chosen))
+                   for a in range(0, len(ids) - 1, context)]
+        windows.sort(key=lambda window: len(window[1]))  # rows of like length together: little padding
+        for start in range(0, len(windows), size):
+            owners, batch = zip(*[(i, torch.from_numpy(w).to(world.device)) for i, w in windows[start : start + size]])
+            inputs = torch.nn.utils.rnn.pad_sequence([w[:-1] for w in batch], batch_first=True)
+            targets = torch.nn.utils.rnn.pad_sequence([w[1:] for w in batch], batch_first=True, padding_value=-100)
+            nats.index_add_(0, torch.tensor(owners), model.loss(inputs, targets, reduction="none").sum(1).double().cpu())
+        found[language] = (nats / math.log(2)).tolist(), file.nbytes[chosen].tolist()
+    return found
 
 
 def bits_per_byte(model, heldout: Path, max_bytes: int, world: World) -> dict[str, float]:
     """{language: bits per byte}. Lower is better, and any two models can be compared, whatever their vocabularies."""
     return {name: sum(bits) / sum(size) for name, (bits, size) in heldout_bits(model, heldout, max_bytes, world).items()}
-
-
-@torch.no_grad()
-def document_bits(model, documents, world) -> list[float]:
-    """
-    Sum of -log2 p over all tokens but the first, of each document; one that is longer than the context is cut into windows that overlap
-    by one token, so that each token is predicted exactly once.
-    """
-    context, nats = model.config.max_position_embeddings, torch.zeros(len(documents), dtype=torch.float64)
-    windows = [(i, np.asarray(ids[a : a + context + 1], np.int64)) for i, ids in enumerate(documents)
-               for a in range(0, len(ids) - 1, context)]
-    windows.sort(key=lambda window: len(window[1]))  # rows of like length together: little padding
-    rows = max(1, 4096 // context)
-    for start in range(0, len(windows), rows):
-        owners, batch = zip(*[(i, torch.from_numpy(w).to(world.device)) for i, w in windows[start : start + rows]])
-        inputs = torch.nn.utils.rnn.pad_sequence([w[:-1] for w in batch], batch_first=True)
-        targets = torch.nn.utils.rnn.pad_sequence([w[1:] for w in batch], batch_first=True, padding_value=-100)
-        nats.index_add_(0, torch.tensor(owners), model.loss(inputs, targets, reduction="none").sum(1).double().cpu())
-    return (nats / math.log(2)).tolist()
-
-
-def compressors(texts: list[bytes]) -> dict[str, float]:
-    """Bits per byte of `gzip -9` on each text by itself and of `xz -9` on all of them together: the bars for a language model."""
-    size = max(1, sum(map(len, texts)))
-    alone = sum(len(gzip.compress(text, 9)) for text in texts)
-    return {"gzip -9, one by one": 8 * alone / size, "xz -9, all together": 8 * len(lzma.compress(b"".join(texts), preset=9)) / size}
-
-
-def heldout_python(heldout: Path, tokenizer, max_bytes: int) -> dict[str, dict[str, str]]:
-    """{project: {name: text}} of the held-out Python documents that the bits per byte are measured on."""
-    file, size, projects = data.TokenFile(heldout, "code"), 0, defaultdict(dict)
-    for i in range(len(file.lengths)):
-        if file.language(i) == "python" and size + file.nbytes[i] <= max_bytes:
-            size += int(file.nbytes[i])
-            projects[file.project(i)][f"file_{i}.py"] = tokenizer.decode(file.ids(i).tolist()[1:-1])  # without the two ends of text
-    return dict(projects)
 
 
 def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks: int, n_samples: int):
@@ -1331,9 +1171,14 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
     tokenizer, heldout = data.Tokenizer.load(checkpoint), Path(cfg.out) / "data" / "heldout"
     for language, pair in heldout_bits(model, heldout, cfg.eval_bytes, world).items():
         yield "bits per byte", language, pair
-    projects, everywhere = heldout_python(heldout, tokenizer, cfg.eval_bytes), defaultdict(list)
-    for name, value in compressors([text.encode() for texts in projects.values() for text in texts.values()]).items():
-        yield "bits per byte", f"python by {name}", value
+    file, projects, everywhere = data.TokenFile(heldout, "code"), defaultdict(dict), defaultdict(list)
+    for i in heldout_documents(file, cfg.eval_bytes).get("python", ()):
+        projects[file.project(i)][f"file_{i}.py"] = tokenizer.decode(file.ids(i).tolist()[1:-1])  # without the two ends of text
+    texts = [text.encode() for files in projects.values() for text in files.values()]
+    packed = {"gzip -9, one by one": sum(len(gzip.compress(text, 9)) for text in texts)}
+    packed["xz -9, all together"] = len(lzma.compress(b"".join(texts), preset=9))
+    for name, size in packed.items():
+        yield "bits per byte", f"python by {name}", 8 * size / max(1, sum(map(len, texts)))
     for row in fim.evaluate(model, tokenizer, projects, count=n_tasks, context=min(1024, model.config.max_position_embeddings)):
         for metric, values in row["marks"].items():
             yield f"fim {metric}, %", f"{row['level']}, {row['context']} context", (values, [1] * len(values))
@@ -1364,10 +1209,9 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
 
 def interval(a, b=None, draws=4000, seed=0):
     """
-    (value, low, high): the metric a, or its paired difference a - b, with the 95 % bootstrap interval over tasks.
+    (value, low, high): the metric a, or its paired difference a - b, with the 95 % bootstrap interval over the same N tasks.
 
-    a, b: (numerators (N,), denominators (N,)) over the same N tasks; the metric is sum / sum, so this serves means and conditional
-    shares alike. nan where a metric has no cases at all.
+    a, b: (numerators (N,), denominators (N,)); sum / sum serves means and conditional shares alike. nan where there are no cases at all.
     """
     a, b = (pair and tuple(np.asarray(x, dtype=float) for x in pair) for pair in (a, b))
     if not len(a[0]):
@@ -1398,19 +1242,17 @@ def evaluate(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks
             raise ValueError(f"--against {against}: evaluated on another number of tasks; run --eval {against} with --tasks {n_tasks}")
     table, clear = {}, []
     for what, which, value in evaluation_table(checkpoint, cfg, world, git, n_tasks, n_samples):
-        name = f"{what} {which}"
-        table[name], old = value, before.get(name)
-        if not isinstance(value, tuple):
-            gain = f"   gain {value - old:+8.4f}" if isinstance(old, float) else ""
-            print(f"{what:<22} {which:<34} {value:8.4f}{gain}", flush=True)
-            continue
-        line = "{:8.4f} [{:.3f}, {:.3f}]".format(*interval(value))
-        beside = {"gain": old} | {f"over {word}": table.get(f"{word} {which}") for word in ("chance", "no trace") if what == "pass@1"}
-        gains = {word: interval(value, other) for word, other in beside.items() if other}
-        line += "".join("   {} {:+.3f} [{:+.3f}, {:+.3f}]".format(word, *gain) for word, gain in gains.items())
+        table[f"{what} {which}"], old = value, before.get(f"{what} {which}")
+        if isinstance(value, tuple):
+            beside = {"gain": old} | {f"over {word}": table.get(f"{word} {which}") for word in ("chance", "no trace") if what == "pass@1"}
+            gains = {word: interval(value, other) for word, other in beside.items() if other}
+            line = "{:8.4f} [{:.3f}, {:.3f}]".format(*interval(value))
+            line += "".join("   {} {:+.3f} [{:+.3f}, {:+.3f}]".format(word, *gain) for word, gain in gains.items())
+            if what == "pass@1" and all(gains[word][1] > 0 for word in ("gain", "over chance") if word in gains):
+                clear.append(which)
+        else:
+            line = f"{value:8.4f}" + (f"   gain {value - old:+8.4f}" if isinstance(old, float) else "")
         print(f"{what:<22} {which:<34} {line}", flush=True)
-        sure = [gains[word][1] > 0 for word in ("gain", "over chance") if word in gains]
-        clear += [which] if what == "pass@1" and all(sure) else []
     print(f"clearly above chance{f' and {against}' * bool(against)}: {len(clear)} families of {len(tasks.FAMILIES)} ({', '.join(clear)})")
     write_atomically(checkpoint / "table.json", lambda at: at.write_text(json.dumps(table) + "\n"))
 
@@ -1420,44 +1262,41 @@ def evaluate(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks
 
 def chain(cfg: TrainConfig, world: World) -> None:
     """Build the data when there is none, then run the stages in order; with --resume, finished stages are kept."""
-    preset = PRESETS[cfg.preset]
-    folder = Path(cfg.out) / "data"
-    if world.main and not (folder / "manifest.json").exists():
+    preset, out = PRESETS[cfg.preset], Path(cfg.out)
+    if world.main and not (out / "data" / "manifest.json").exists():
         megabytes = preset.max_mb and max(6, preset.max_mb * cfg.scale)  # less could not fill the vocabulary; 0 is everything
-        data.build(folder, cfg.source, preset.vocab_size, max_bytes=int(megabytes * 1e6))
+        data.build(out / "data", cfg.source, preset.vocab_size, max_bytes=int(megabytes * 1e6))
     if world.size > 1:
         dist.barrier()
-    wanted = list(STAGES) if cfg.stages == "all" else cfg.stages.split(",")
-    for stage in (STAGES[name] for name in STAGES if name in wanted):
-        done = (Path(cfg.out) / stage.name / "model.safetensors").exists() and not (Path(cfg.out) / stage.name / "state.pt").exists()
-        if cfg.resume and done:
-            if world.main:
-                print(f"{stage.name}: complete, kept")
+    for name, stage in STAGES.items():
+        if cfg.stages != "all" and name not in cfg.stages.split(","):
             continue
-        if stage.start and not (Path(cfg.out) / stage.start / "config.json").exists():
-            raise ValueError(f"{stage.name} starts from {cfg.out}/{stage.start}, which is not there; run --stages {stage.start} first")
+        if cfg.resume and (out / name / "model.safetensors").exists() and not (out / name / "state.pt").exists():
+            if world.main:
+                print(f"{name}: complete, kept")
+            continue
+        if stage.start and not (out / stage.start / "config.json").exists():
+            raise ValueError(f"{name} starts from {cfg.out}/{stage.start}, which is not there; run --stages {stage.start} first")
         train_stage(stage, cfg, world)
 
 
 def plot(out: Path) -> Path:
-    """Draw loss and learning rate of every stage, one after the other, and the held-out bits per byte at their ends."""
+    """Draw the loss of every stage, one after the other, and the held-out bits per byte at their ends, to chain.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), gridspec_kw={"width_ratios": [2, 1]})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), gridspec_kw={"width_ratios": [2, 1]}, layout="tight")
     tokens, scores = 0, {}
     for name in STAGES:
         path = out / name / "log.jsonl"
-        if not path.exists():
-            continue
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         steps = [r for r in records if "loss" in r]
-        left.plot([(tokens + r["tokens"]) / 1e6 for r in steps], [r["loss"] for r in steps], label=name, lw=1)
-        tokens += steps[-1]["tokens"] if steps else 0
-        for score in (r["bits_per_byte"] for r in records if "bits_per_byte" in r):
-            scores[name] = score
+        if steps:
+            left.plot([(tokens + r["tokens"]) / 1e6 for r in steps], [r["loss"] for r in steps], label=name, lw=1)
+            tokens += steps[-1]["tokens"]
+        scores.update((name, r["bits_per_byte"]) for r in records if "bits_per_byte" in r)
     if not scores:
         raise ValueError(f"{out}: no finished stage to draw; run python train.py first")
     left.set(xlabel="million tokens", ylabel="loss, nats a token", title="training")
@@ -1466,10 +1305,8 @@ def plot(out: Path) -> Path:
         right.plot(list(scores), [s.get(language, math.nan) for s in scores.values()], "o-", label=language)
     right.set(ylabel="bits per byte", title="held-out projects")
     right.legend(fontsize=7)
-    figure.tight_layout()
-    path = out / "chain.png"
-    figure.savefig(path, dpi=120)
-    return path
+    figure.savefig(out / "chain.png", dpi=120)
+    return out / "chain.png"
 
 
 # ---------------------------------------------------------------------------------------------- what a run is going to need
@@ -1486,49 +1323,15 @@ def kept_bytes(config, tokens, weights):
         model, ids = LoopCoder(config).to(weights), torch.zeros(1, tokens, dtype=torch.int64)
     model.compute_dtype, kept = torch.bfloat16, {}
     own = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def keep(x):
-        kept[x.untyped_storage()._cdata] = x  # one entry a storage, however many tensors look into it
-        return x
-
+    keep = lambda x: kept.setdefault(x.untyped_storage()._cdata, x)  # one entry a storage, however many tensors look into it
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         _loss = model.loss(ids, ids, reduction="sum")
     return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in own)
 
 
-def memory_plan(config, cfg, ranks, tokens) -> dict[str, float]:
-    """{what: bytes a rank} with `tokens` of a micro-batch on this rank; the last two are alternatives (--recompute; always with shards)."""
-    P, matrices = parameter_count(config)
-    layers = matrices - config.vocab_size * config.hidden_size
-    rest, layer, shards = P - layers, layers / config.num_hidden_layers, ranks if ranks > 1 and shards_weights(cfg) else 1
-    weights = torch.bfloat16 if shards > 1 else torch.float32
-    one = kept_bytes(dataclasses.replace(config, num_hidden_layers=1), tokens, weights)
-    kv = 2 * 2 * tokens * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * (config.loop_num > 1)
-    inputs = 2 * tokens * config.hidden_size * config.num_hidden_layers * config.loop_num + kv
-    return {
-        "weights": 4 * P / shards,
-        "gradients": 4 * P / shards * (2 if shards == 1 < ranks else 1),  # DDP reduces from a second copy
-        "optimizer": (4 * layers + 8 * rest if cfg.optimizer == "muon" else 8 * P) / shards,
-        "gathered": 2 * (2 * (rest + 2 * layer)) if shards > 1 else 0,  # bfloat16 weights and gradients: ends, this layer, the next
-        "kept": kept_bytes(config, tokens, weights),
-        "recomputed": inputs + one,
-    }
-
-
-def traffic_plan(config, cfg, ranks, cp, context, rows, micro_batches, recompute) -> tuple[float, float]:
-    """(bytes that the busiest rank sends round the ring in a step, bytes that each sends for weights and gradients)."""
-    P, matrices = parameter_count(config)
-    layers, R, width = matrices - config.vocab_size * config.hidden_size, config.loop_num, config.num_key_value_heads * config.head_dim
-    ring, replicas = 0, ranks // cp
-    if cp > 1:
-        for window, times in ((1 << 30, R), (config.loop_window_size, R - 1)):
-            forward, backward = np.max([ring_bytes(context, cp, rank, width, window) for rank in range(cp)], axis=0)
-            ring += config.num_hidden_layers * times * (forward * (1 + recompute) + backward) * -(-rows // replicas)
-    share = (ranks - 1) / ranks
-    if ranks == 1 or not shards_weights(cfg):
-        return ring, 2 * share * 4 * P
-    once = 2 * (2 * R * layers + P - layers) + 4 * (R * layers + P - layers)  # bfloat16 gathered for every pass, float32 sums scattered
-    return ring, share * (micro_batches * once + (6 * layers if cfg.optimizer == "muon" else 0))
+def busiest(context, cp, width, *window):
+    """Bytes (forward, backward) that the busiest rank sends for one attention over a ring."""
+    return np.max([ring_bytes(context, cp, rank, width, *window) for rank in range(cp)], axis=0)
 
 
 def ring_plan(config, context, cp) -> None:
@@ -1541,19 +1344,22 @@ def ring_plan(config, context, cp) -> None:
         sends, computes = size / LINK_BYTES, work / DEVICE_FLOPS
         print(f"  {name:8} step: {size / 1e6:6.1f} MB in {1e3 * sends:.2f} ms behind {work / 1e12:.2f} TFLOP in {1e3 * computes:.1f} ms "
               f"({computes / sends:.0f} times as long)")
-    halo, backward = np.max([ring_bytes(context, cp, r, width, config.loop_window_size) for r in range(cp)], axis=0) / 1e6
-    shards = np.max([ring_bytes(context, cp, r, width) for r in range(cp)], axis=0) / 1e6
-    print(f"  a rank sends {shards[0]:.0f} MB forward and {shards[1]:.0f} MB backward; the window's halo {halo:.2f} and {backward:.2f} MB")
+    (forward, backward), halo = (busiest(context, cp, width, *window) / 1e6 for window in ((), (config.loop_window_size,)))
+    print(f"  a rank sends {forward:.0f} MB forward and {backward:.0f} MB backward; the window's halo {halo[0]:.2f} and {halo[1]:.2f} MB")
 
 
 def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     """Print what the preset is going to need, without doing it: everything is counted on the meta device."""
     preset, config = PRESETS[cfg.preset], LoopCoderConfig.preset(cfg.preset, vocab_size=PRESETS[cfg.preset].vocab_size)
     P, matrices = parameter_count(config)
+    L, R, C, width = config.num_hidden_layers, config.loop_num, config.hidden_size, config.num_key_value_heads * config.head_dim
+    layers = matrices - config.vocab_size * C  # parameters of the layers' matrices, and all others
+    rest, muon = P - layers, cfg.optimizer == "muon"
     ranks = ranks or max(cfg.cp, 1 if P < 5e8 else 8 if P < 5e9 else 64)
     if ranks < 1 or cfg.cp < 1 or ranks % cfg.cp:
         raise ValueError(f"--ranks {ranks}: must be a multiple of --cp {cfg.cp}, and both 1 or more")
-    sharded, cp_of = ranks > 1 and shards_weights(cfg), lambda context: cfg.cp if cfg.cp > 1 else min(ranks, max(1, context // 16384))
+    sharded = ranks > 1 and shards_weights(cfg)
+    cps = {context: cfg.cp if cfg.cp > 1 else min(ranks, max(1, context // 16384)) for context in preset.contexts}
     where = "in shards" if sharded else "whole on each rank"
     print(f"{cfg.preset} on {ranks} rank(s): {P / 1e9:.3f}B parameters, {where}; {preset.minutes}")
     print(f"ring, weights: GB that a rank sends in a step; days: at {DEVICE_FLOPS / 1e12:.0f} TFLOP/s a rank (assumed)")
@@ -1561,24 +1367,36 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     hashed, checks = (2 * (4 * P + 4 * matrices + 8 * (P - matrices)) + 4 * P) / (ranks if sharded else 1), {}
     for stage in STAGES.values():
         context, tokens = preset.contexts[stage.context], stage.tokens * preset.tokens * cfg.scale
-        cp = cp_of(context)
-        rows, flops = max(1, round(preset.batch_tokens / context)), flops_per_token(config, context)
-        mine = max(1, -(-rows * cp // ranks))
-        pieces = -(-mine // max(1, 32768 // context))
-        ring, traffic = traffic_plan(config, cfg, ranks, cp, context, rows, pieces, cfg.recompute or sharded)
-        days = tokens * flops / DEVICE_FLOPS / ranks / 86400
+        cp, rows, flops = cps[context], max(1, round(preset.batch_tokens / context)), flops_per_token(config, context)
+        ring, traffic = 0, 2 * (ranks - 1) / ranks * 4 * P
+        for window, times in ((1 << 30, R), (config.loop_window_size, R - 1)) if cp > 1 else ():
+            forward, backward = busiest(context, cp, width, window)
+            ring += L * times * (forward * (1 + (cfg.recompute or sharded)) + backward) * -(-rows // (ranks // cp))
+        if sharded:  # bfloat16 gathered for every pass, float32 sums scattered, for each micro-batch
+            pieces = -(-max(1, -(-rows * cp // ranks)) // max(1, 32768 // context))
+            once = 2 * (2 * R * layers + rest) + 4 * (R * layers + rest)
+            traffic = (ranks - 1) / ranks * (pieces * once + 6 * layers * muon)
         seconds = rows * context * flops / DEVICE_FLOPS / ranks
         checks[stage.name] = 2 * (hashed + 2 * ring) / MEMORY_BYTES / seconds  # all is read twice; the ring's bytes at both ends
         print(f"{stage.name:>12} {context:7d} {cp:3d} {tokens:8.3g} {tokens / (rows * context):7.0f} {flops:10.3g} {tokens * flops:8.3g} "
-              f"{ring / 1e9:7.1f} {traffic / 1e9:7.1f} {days:7.3g}")
+              f"{ring / 1e9:7.1f} {traffic / 1e9:7.1f} {tokens * flops / DEVICE_FLOPS / ranks / 86400:7.3g}")
     print("memory a rank, GiB; activations kept, or recomputed layer by layer (--recompute; always with shards)")
-    held = {context: max(1, 32768 // context) * context // cp_of(context) for context in preset.contexts}
+    held = {context: max(1, 32768 // context) * context // cp for context, cp in cps.items()}
+    shards, weights = (ranks, torch.bfloat16) if sharded else (1, torch.float32)
+    state = {
+        "weights": 4 * P / shards,
+        "gradients": 4 * P / shards * (2 if shards == 1 < ranks else 1),  # DDP reduces from a second copy
+        "optimizer": (4 * layers + 8 * rest if muon else 8 * P) / shards,
+        "gathered": 2 * (2 * (rest + 2 * layers / L)) * sharded,  # bfloat16 weights and gradients: ends, this layer, the next
+    }
     for tokens in sorted(set(held.values())):
-        plan = {what: size / 2**30 for what, size in memory_plan(config, cfg, ranks, tokens).items()}
-        state = sum(plan[what] for what in ("weights", "gradients", "optimizer", "gathered"))
-        parts = ", ".join(f"{what} {size:.2f}" for what, size in plan.items())
+        one = kept_bytes(dataclasses.replace(config, num_hidden_layers=1), tokens, weights)
+        inputs = 2 * tokens * L * (C * R + 2 * width * (R > 1))
+        plan = state | {"kept": kept_bytes(config, tokens, weights), "recomputed": inputs + one}
+        parts = ", ".join(f"{what} {size / 2**30:.2f}" for what, size in plan.items())
         rows = ", ".join(str(context) for context in held if held[context] == tokens)
-        print(f"  {tokens} tokens at a time (rows of {rows}): {parts}; all {state + plan['kept']:.1f} or {state + plan['recomputed']:.1f}")
+        total = [(sum(state.values()) + plan[what]) / 2**30 for what in ("kept", "recomputed")]
+        print(f"  {tokens} tokens at a time (rows of {rows}): {parts}; all {total[0]:.1f} or {total[1]:.1f}")
     again = (1 + (ranks > 1)) / cfg.recheck_every / max(1, preset.batch_tokens // ranks // 32768) if cfg.recheck_every else 0
     most = max(checks, key=checks.get)
     print(f"silent errors: fingerprints of {hashed / 1e9:.2f} GB a step and of all that goes round the ring (read by rows and by "
@@ -1605,8 +1423,8 @@ def bench(cfg: TrainConfig, world: World) -> None:
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def arguments(argv):
-    """The command line as (TrainConfig, what else was asked for)."""
+def main(argv=None):
+    """Read the options, then draw, plan, evaluate or train."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         description=f"Train the chain of checkpoints ({', '.join(STAGES)}) on real code and verified tasks, one folder a stage under "
@@ -1614,11 +1432,8 @@ def arguments(argv):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for f in dataclasses.fields(TrainConfig):
-        name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if f.type in (bool, "bool"):
-            parser.add_argument(name, action="store_true", default=f.default, help=help)
-        else:
-            parser.add_argument(name, type=type(f.default), default=f.default, help=help)
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
     parser.add_argument("--eval", metavar="CKPT", help="print one table for this checkpoint and leave")
     parser.add_argument("--against", default="", metavar="CKPT", help="with --eval: gains over this one, evaluated before, task by task")
     parser.add_argument("--git", default="", metavar="REPO", help="with --eval: also how well the commits of this repository are foreseen")
@@ -1628,52 +1443,32 @@ def arguments(argv):
     parser.add_argument("--plot", action="store_true", help="draw the chain's curves to OUT/chain.png and leave (needs matplotlib)")
     parser.add_argument("--dry-run", action="store_true", help="print what the preset needs of memory, time and traffic, and leave")
     parser.add_argument("--ranks", type=int, default=0, help="with --dry-run: processes to plan for; 0: 1, 8 or 64, by size")
-    given = vars(parser.parse_args(argv))
-    extra = {name: given.pop(name) for name in ("eval", "bench", "plot", "dry_run", "ranks", "git", "tasks", "samples", "against")}
+    args = parser.parse_args(argv)
+    cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
     for name in ("tasks", "samples"):
-        if extra[name] < 1:
-            raise ValueError(f"--{name} {extra[name]}: must be 1 or more")
-    return TrainConfig(**given), extra
-
-
-def main(argv=None):
-    """Read the options, then draw, plan, evaluate or train."""
-    cfg, extra = arguments(argv)
-    if extra["dry_run"]:
-        return dry_run(cfg, extra["ranks"])
-    if extra["plot"]:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    if args.dry_run:
+        return dry_run(cfg, args.ranks)
+    if args.plot:
         return print(plot(Path(cfg.out)))
     world = start_world(cfg)
-    if extra["eval"]:
-        return evaluate(Path(extra["eval"]), cfg, world, extra["git"], extra["tasks"], extra["samples"], extra["against"])
-    if extra["bench"]:
+    if args.eval:
+        return evaluate(Path(args.eval), cfg, world, args.git, args.tasks, args.samples, args.against)
+    if args.bench:
         return bench(cfg, world)
     if world.main:
         print(f"train.py: {json.dumps(dataclasses.asdict(cfg))}\n{world.device}, {world.dtype}, {world.size} process(es)")
-    try:
+    with watch(world):
         chain(cfg, world)
-    except RuntimeError as error:
-        lost = [] if isinstance(error, SilentError) else lost_ranks(world)
-        if not lost:
-            raise
-        dist.destroy_process_group()  # whoever waits for this rank learns that it need not,
-        time.sleep(3)  # and still finds it at its door
-        advice = "--resume goes on from the last snapshot, with any N"
-        raise LostRank(f"rank {lost[0]} is gone, so rank {world.rank} stops; {advice}") from error
     end_world()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, SilentError, LostRank) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except SilentError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(3)
-    except LostRank as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(4)
+        sys.exit({SilentError: 3, LostRank: 4}.get(type(error), 2))
     except KeyboardInterrupt:
         sys.exit(130)
