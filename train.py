@@ -874,7 +874,8 @@ class Curriculum:
             self.model.train()
             self.measured = phase
             found = {family: self.rates.get(f"{family}/1", 0) for family in self.base}
-            print(f"{self.name}: measured pass rates at level 1: {listed(found, 0)}", flush=True)
+            if self.world.main:
+                print(f"{self.name}: measured pass rates at level 1: {listed(found, 0)}", flush=True)
         tokens, files = share * self.steps * self.rows * self.context / len(self.base), dict(self.replay)
         for family in self.base:
             rates = [self.rates.get(f"{family}/{level}", 0.0) for level in levels]
