@@ -1697,11 +1697,11 @@ def repo_samples(docs, tokenizer, context, rng):
         for path in fim.dependency_order(texts):
             size = 1 + tokenizer.length(f"{path}\n{texts[path]}\n")
             if size > room:
-                contexts, room = [*contexts, (files[path].language, {})], context - 4 - tokenizer.length(project)
+                contexts, room = [*contexts, {}], context - 4 - tokenizer.length(project)
             if size <= room:                                             # a file that no context holds is left out
-                contexts[-1][1][path] = texts[path]
+                contexts[-1][path] = texts[path]
                 room -= size
-        contexts = [(language, project, fim.context_parts(project, inside) + END) for language, inside in contexts if inside]
+        contexts = [(files[next(iter(held))].language, project, fim.context_parts(project, held) + END) for held in contexts if held]
         yield from rng.sample(contexts, min(PER_PROJECT, len(contexts)))
         index, paths = fim.Index(texts), rng.sample(sorted(files), min(PER_PROJECT, len(files), max(len(contexts), 1)))
         for i, (path, level) in enumerate(zip(paths, fim.plan(len(paths), rng, rate=1.0))):

@@ -901,6 +901,14 @@ def test_a_project_is_laid_out_with_what_is_imported_before_its_users(tokenizer)
     assert text.startswith("<|repo_name|>p\n<|file_sep|>b.py\n") and text.index("b.py") < text.index("a.py")
 
 
+def test_a_file_too_large_for_any_context_gives_none_its_language(tokenizer):
+    huge = data.Document("int x = 1;\n" * 3000, "c", "p", "a.c")
+    docs = [huge, *(data.Document(f"value = {i}\n", "python", "p", f"b{i}.py") for i in range(3))]
+    found = [(language, parts) for language, _, parts in data.repo_samples(docs, tokenizer, 256, random.Random(0))
+             if parts[-1][0] == "<|endoftext|>"]
+    assert found and all(language == "python" and "int x" not in str(parts) for language, parts in found)
+
+
 def folder_bytes(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
