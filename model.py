@@ -1180,6 +1180,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.modules["model"] = sys.modules[__name__]   # data.py imports it: a second copy would register the operator anew and free this one's
     try:
         main()
     except (ValueError, OSError) as error:

@@ -435,6 +435,27 @@ def test_the_command_line_answers_wrong_input_with_one_line_and_status_2(tmp_pat
     assert table.returncode == 0 and "40b-loop" in table.stdout and "39,794,696,320" in table.stdout
 
 
+ONE_COPY = """
+import runpy, sys
+import torch
+
+real, made = torch.library.custom_op, []
+torch.library.custom_op = lambda name, **options: made.append(name) or real(name, **options)
+sys.argv = ["model.py", "--ckpt", sys.argv[1], "--prompt", "def ", "--max-new-tokens", "3"]
+runpy.run_path("model.py", run_name="__main__")
+assert len(made) == len(set(made)), made
+"""
+
+
+def test_a_program_that_completes_a_prompt_registers_its_operator_once(tmp_path):
+    from data import Tokenizer
+    tokenizer = Tokenizer.train(["def f(x):\n    return x\n"] * 4, 275)
+    tokenizer.save(tmp_path)
+    small(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path)
+    result = subprocess.run([sys.executable, "-c", ONE_COPY, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and result.stdout.startswith("def "), result.stderr
+
+
 def test_a_full_disk_while_saving_leaves_the_old_checkpoint_whole(tmp_path):
     model = small()
     model.save_pretrained(tmp_path)
