@@ -588,7 +588,7 @@ def write_files(files):
 
 def below_folder(folder, history=True):
     """(path from there, entry, its status) of all a folder holds, as deep and as locked as a program pleased to leave it."""
-    todo = [""]
+    todo = [""]  # not os.walk: until Python 3.12 it recurses, and a program may leave folders deeper than the stack
     while todo:
         inside = todo.pop()
         with contextlib.suppress(OSError), os.scandir(os.path.join(folder, inside)) as entries:
