@@ -93,7 +93,27 @@ def fuses(q):
     return torch.compiler.is_compiling() and q.dtype == torch.bfloat16 and has_bfloat16_products()
 
 
-FUSED_TILE = 256   # queries in a tile of FusedAttention
+@torch.library.custom_op("nanoloopcoder::visibility", mutates_args=())   # to a compiler it is made once, not for each score again
+def visibility(first: torch.Tensor, last: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    0 where first[..., i] <= keys[..., j] <= last[..., i], -inf elsewhere, float32: (..., T, S), and the same turned, (..., S, T).
+
+    first and last (..., T), keys (..., S): the first and the last key that each query sees, and where the keys stand.
+    """
+    keys = keys[..., None, :]
+    hidden = (keys < first[..., None]) | (keys > last[..., None])
+    mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -math.inf)
+    return mask, mask.mT.contiguous()
+
+
+@visibility.register_fake
+def _(first, last, keys):
+    *batch, T = torch.broadcast_shapes(first.shape, last.shape)
+    return first.new_empty(*batch, T, keys.shape[-1], dtype=torch.float32), first.new_empty(*batch, keys.shape[-1], T, dtype=torch.float32)
+
+
+FUSED_TILE = 256          # queries in a tile of FusedAttention; half as many in a short row, for less of what a tile computes is masked
+LOG2E = 1 / math.log(2)   # scores are in base 2: exp2 costs less, and the same for every argument
 
 
 class FusedAttention(torch.autograd.Function):
@@ -103,58 +123,62 @@ class FusedAttention(torch.autograd.Function):
 
         P = exp(S - lse)    O = P V    dV = P^T do    dS = P (do V^T - delta)    dQ = dS K / sqrt(D)    dK = dS^T Q / sqrt(D)
 
-    q (N, H, T, D), k and v (N, KV, S, D); mask (N, 1, T, S) in the dtype of q, 0 or -inf; without one S = T and attention is causal.
-    The backward pass makes S again and in other steps, as k q^T: a compiler would keep what it finds in both passes, T x T numbers.
+    q (N, H, T, D), k and v (N, KV, S, D); mask (N, 1, T, S) and turned (N, 1, S, T) from visibility(); without them S = T and attention
+    is causal. The backward pass makes S again and in other steps, as k q^T: a compiler would keep what it finds in both passes, T x T
+    numbers.
     """
 
     @staticmethod
-    def tiles(T, S, mask):
-        """[(queries, keys)] of each tile, as slices."""
-        if mask is not None:
-            return [(slice(0, T), slice(0, S))]
-        return [(slice(a, min(a + FUSED_TILE, T)), slice(0, min(a + FUSED_TILE, T))) for a in range(0, T, FUSED_TILE)]
+    def tiles(T, S, causal):
+        """[(queries, keys, columns of the mask)] of each tile, as slices, and the number of queries in the first."""
+        if not causal:
+            return [(slice(0, T), slice(0, S), slice(0, S))], T
+        size = FUSED_TILE if T > 4 * FUSED_TILE else FUSED_TILE // 2
+        last = (T - 1) // size * size                                            # where the last tile begins
+        return [(slice(a, min(a + size, T)), slice(0, min(a + size, T)), slice(last - a, last - a + min(a + size, T)))
+                for a in range(0, T, size)], size
 
     @staticmethod
-    def seen(keys, queries):
-        """Whether a key is no later than a query; compared in float32, which a CPU compares faster than integers."""
-        place = lambda x: torch.arange(x.start, x.stop, dtype=torch.float32)
-        return place(keys)[:, None] <= place(queries)                            # (keys, queries)
-
-    @staticmethod
-    def forward(ctx, q, k, v, mask):
-        ctx.sizes = (N, H, T, D), (KV, S) = q.shape, k.shape[1:3]
+    def forward(ctx, q, k, v, mask, turned):
+        (N, H, T, D), (KV, S) = q.shape, k.shape[1:3]
         n, group, wide = N * KV, H // KV, torch.promote_types(q.dtype, torch.float32)
+        tiles, size = FusedAttention.tiles(T, S, causal=mask is None)
         q, k, v = q.reshape(n, group, T, D), k.reshape(n, S, D), v.reshape(n, S, D)
-        mask = None if mask is None else mask.expand(N, KV, T, S).reshape(n, 1, T, S)
+        if mask is None:                                                         # of the last tile; others see less, and its right end
+            at = torch.arange(tiles[-1][0].start + size, device=q.device)
+            mask, turned = (x[None] for x in visibility(torch.zeros_like(at[-size:]), at[-size:], at))
+        else:
+            mask, turned = (x.expand(-1, KV, -1, -1).flatten(0, 1) for x in (mask, turned))
         parts = []
-        for queries, keys in FusedAttention.tiles(T, S, mask):
+        for queries, keys, columns in tiles:
             qt, kt, vt = q[:, :, queries].reshape(n, -1, D).contiguous(), k[:, keys].contiguous(), v[:, keys].contiguous()
-            s = torch.bmm(qt, kt.mT).view(n, group, -1, keys.stop).to(wide) * D**-0.5
-            s = torch.where(FusedAttention.seen(keys, queries).T, s, -math.inf) if mask is None else s + mask
+            s = torch.bmm(qt, kt.mT).view(n, group, -1, keys.stop).to(wide) * (LOG2E * D**-0.5)
+            s = s + mask[:, None, : queries.stop - queries.start, columns]
             peak = s.amax(-1, keepdim=True)
-            p = (s - peak).exp().to(q.dtype)
+            p = (s - peak).exp2().to(q.dtype)
             total = p.to(wide).sum(-1, keepdim=True)                             # of the weights as they are used
             o = torch.bmm(p.flatten(1, 2), vt).view(n, group, -1, D)
-            parts.append(((o / total).to(q.dtype), peak + total.log()))
+            parts.append(((o / total).to(q.dtype), peak + total.log2()))
         o, lse = (torch.cat(x, dim=2) for x in zip(*parts))
-        ctx.save_for_backward(q, k, v, o, lse, mask)
+        ctx.save_for_backward(q, k, v, o, lse, turned)
+        ctx.sizes, ctx.tiles = (N, H, KV, T, S, D), tiles
         return o.view(N, H, T, D)
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, o, lse, mask = ctx.saved_tensors
-        (N, H, T, D), (KV, S) = ctx.sizes
+        q, k, v, o, lse, turned = ctx.saved_tensors
+        N, H, KV, T, S, D = ctx.sizes
         n, group, wide = N * KV, H // KV, lse.dtype
         do = do.reshape(n, group, T, D)
         delta = (do.to(wide) * o).sum(-1, keepdim=True)
         across = lambda x, queries: x[:, :, queries].permute(0, 3, 1, 2)         # (n, group, T, 1) -> (n, 1, group, queries)
         qdo, kv, parts = torch.stack([q, do]), torch.stack([k, v]), []
-        for queries, keys in FusedAttention.tiles(T, S, mask):
+        for queries, keys, columns in ctx.tiles:
             qt, dot = qdo[:, :, :, queries].reshape(2, n, -1, D).contiguous()
             kt, vt = kv[:, :, keys].contiguous()
-            s = torch.bmm(kt, qt.mT).view(n, keys.stop, group, -1).to(wide) * D**-0.5    # (n, keys, group, queries)
-            s = torch.where(FusedAttention.seen(keys, queries)[:, None], s, -math.inf) if mask is None else s + mask.permute(0, 3, 1, 2)
-            p = (s - across(lse, queries)).exp()
+            s = torch.bmm(kt, qt.mT).view(n, keys.stop, group, -1).to(wide) * (LOG2E * D**-0.5)     # (n, keys, group, queries)
+            s = s + turned[:, columns, None, : queries.stop - queries.start]
+            p = (s - across(lse, queries)).exp2()
             ds = (p * (torch.bmm(vt, dot.mT).view(p.shape) - across(delta, queries))).to(q.dtype).flatten(2)
             dq = torch.bmm(ds.mT, kt).view(n, group, -1, D)
             parts.append((dq, torch.bmm(ds, qt), torch.bmm(p.to(q.dtype).flatten(2), dot)))
@@ -166,13 +190,13 @@ class FusedAttention(torch.autograd.Function):
             return torch.cat(pieces, dim=1).view(N, KV, S, D)
 
         dq, dk, dv = torch.cat(dq, dim=2).view(N, H, T, D) * D**-0.5, total(dk) * D**-0.5, total(dv)
-        return dq, dk.to(q.dtype), dv.to(q.dtype), None
+        return dq, dk.to(q.dtype), dv.to(q.dtype), None, None
 
 
 def attend_documents(q, k, v, starts):
     """Causal attention of each document to itself: q (B, H, T, D), k and v (B, KV, T, D), starts (B, T) or None -> (B, H, T, D)."""
     if starts is None and fuses(q):
-        return FusedAttention.apply(q, k, v, None)
+        return FusedAttention.apply(q, k, v, None, None)
     q, k, v, dtype = *widened(q, k, v), q.dtype
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True) if starts is None else each_document(q, k, v, starts)
     return o.to(dtype)
@@ -200,11 +224,10 @@ def attend_window(q, k, v, window, starts):
     first = (t - window + 1).clamp(min=0).expand(B, n, c)                        # (B, n, c): the first key that each query sees
     if starts is not None:
         first = torch.maximum(first, F.pad(starts, (0, n * c - T)).view(B, n, c))
-    keys = (t[:, :1] - c + torch.arange(2 * c, device=q.device))[:, None]        # (n, 1, 2 c): where the keys of each block stand
+    keys = t[:, :1] - c + torch.arange(2 * c, device=q.device)                   # (n, 2 c): where the keys of each block stand
+    masks = [x.flatten(0, 1)[:, None] for x in visibility(first, t.expand(B, n, c), keys.expand(B, n, 2 * c))]
     fused = fuses(q)
     q, k, v = (q, k, v) if fused else widened(q, k, v)
-    mask = torch.zeros(B, n, c, 2 * c, dtype=q.dtype).masked_fill_((keys < first[..., None]) | (keys > t[..., None]), -math.inf)
-    mask = mask.flatten(0, 1)[:, None]
 
     def blocks(x, before):                                                       # (B, H, T, D) -> (B n, H, c or 2 c, D)
         x = F.pad(x, (0, 0, before, n * c - T))
@@ -212,7 +235,7 @@ def attend_window(q, k, v, window, starts):
         return x.transpose(1, 2).flatten(0, 1)
 
     q, k, v = blocks(q, 0), blocks(k, c), blocks(v, c)
-    o = FusedAttention.apply(q, k, v, mask) if fused else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    o = FusedAttention.apply(q, k, v, *masks) if fused else F.scaled_dot_product_attention(q, k, v, attn_mask=masks[0].to(q.dtype))
     return o.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T].to(dtype)
 
 
@@ -273,7 +296,6 @@ def loop_attention_step(q, k_global, v_global, k_ring, v_ring, gate_weight, gate
 
 EVERYTHING = 2**30        # a window that hides nothing
 TILE = 128                # queries in a tile: the scores of one tile and all heads stay in the cache of a core
-LOG2E = 1 / math.log(2)   # scores are in base 2: exp2 costs the same for every argument, exp is slow where a mask says -inf
 
 
 @lru_cache(64)   # the layers of a step ask for the same few

@@ -83,12 +83,11 @@ def test_the_form_for_a_compiler_and_its_gradients_equal_the_equation(T, tile, f
     B, H, KV, D = 2, 6, 3, 8
     q, k, v = (torch.randn(B, heads, T, D, dtype=torch.float64, requires_grad=True) for heads in (H, KV, KV))
     i = torch.arange(T)
-    keep = (i <= i[:, None])[None, None]
-    if form == "mask":
-        keep = keep & (i > i[:, None] - torch.tensor([9, 30])[:, None, None, None])   # another window in each row
-    mask = torch.zeros(B, 1, T, T, dtype=q.dtype).masked_fill(~keep, -math.inf) if form == "mask" else None
+    window = torch.tensor([9, 30])[:, None]                                      # another one in each row
+    keep = (i <= i[:, None]) & (i > i[:, None] - (window[..., None, None] if form == "mask" else T))
+    masks = [x[:, None] for x in la.visibility(i - window + 1, i.expand(B, T), i.expand(B, T))] if form == "mask" else (None, None)
     do = torch.randn(B, H, T, D, dtype=q.dtype)
-    o, expected = la.FusedAttention.apply(q, k, v, mask), la.masked_attention(q, k, v, keep)
+    o, expected = la.FusedAttention.apply(q, k, v, *masks), la.masked_attention(q, k, v, keep)
     torch.testing.assert_close(o, expected, rtol=0, atol=1e-13)
     for a, b in zip(torch.autograd.grad(o, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
@@ -116,7 +115,8 @@ def test_what_a_compiler_keeps_for_the_backward_grows_with_the_row_and_not_with_
     def kept(T):
         sizes = []
         q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
-        form = torch.compile(lambda q, k, v: la.FusedAttention.apply(q, k, v, None), backend="aot_eager_decomp_partition", dynamic=False)
+        causal = lambda q, k, v: la.FusedAttention.apply(q, k, v, None, None)
+        form = torch.compile(causal, backend="aot_eager_decomp_partition", dynamic=False)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()), lambda x: x):
             form(q, k, v)
         return sum(sizes)
