@@ -153,12 +153,12 @@ class FusedAttention(torch.autograd.Function):
         for queries, keys, columns in tiles:
             qt, kt, vt = q[:, :, queries].reshape(n, -1, D).contiguous(), k[:, keys].contiguous(), v[:, keys].contiguous()
             s = torch.bmm(qt, kt.mT).view(n, group, -1, keys.stop).to(wide) * (LOG2E * D**-0.5)
-            s = s + mask[:, None, : queries.stop - queries.start, columns]
+            s = (s + mask[:, None, : queries.stop - queries.start, columns]).flatten(1, 2)
             peak = s.amax(-1, keepdim=True)
             p = (s - peak).exp2().to(q.dtype)
             total = p.to(wide).sum(-1, keepdim=True)                             # of the weights as they are used
-            o = torch.bmm(p.flatten(1, 2), vt).view(n, group, -1, D)
-            parts.append(((o / total).to(q.dtype), peak + total.log2()))
+            o = (torch.bmm(p, vt) / total).to(q.dtype)
+            parts.append([x.view(n, group, -1, x.shape[-1]) for x in (o, peak + total.log2())])
         o, lse = (torch.cat(x, dim=2) for x in zip(*parts))
         ctx.save_for_backward(q, k, v, o, lse, turned)
         ctx.sizes, ctx.tiles = (N, H, KV, T, S, D), tiles
@@ -171,17 +171,17 @@ class FusedAttention(torch.autograd.Function):
         n, group, wide = N * KV, H // KV, lse.dtype
         do = do.reshape(n, group, T, D)
         delta = (do.to(wide) * o).sum(-1, keepdim=True)
-        across = lambda x, queries: x[:, :, queries].permute(0, 3, 1, 2)         # (n, group, T, 1) -> (n, 1, group, queries)
+        across = lambda x, queries: x[:, :, queries].reshape(n, 1, -1)           # (n, group, T, 1) -> (n, 1, group x queries)
         qdo, kv, parts = torch.stack([q, do]), torch.stack([k, v]), []
         for queries, keys, columns in ctx.tiles:
             qt, dot = qdo[:, :, :, queries].reshape(2, n, -1, D).contiguous()
             kt, vt = kv[:, :, keys].contiguous()
-            s = torch.bmm(kt, qt.mT).view(n, keys.stop, group, -1).to(wide) * (LOG2E * D**-0.5)     # (n, keys, group, queries)
-            s = s + turned[:, columns, None, : queries.stop - queries.start]
+            s = torch.bmm(kt, qt.mT).view(n, keys.stop, group, -1).to(wide) * (LOG2E * D**-0.5)
+            s = (s + turned[:, columns, None, : queries.stop - queries.start]).flatten(2)    # (n, keys, group x queries)
             p = (s - across(lse, queries)).exp2()
-            ds = (p * (torch.bmm(vt, dot.mT).view(p.shape) - across(delta, queries))).to(q.dtype).flatten(2)
+            ds = (p * (torch.bmm(vt, dot.mT) - across(delta, queries))).to(q.dtype)
             dq = torch.bmm(ds.mT, kt).view(n, group, -1, D)
-            parts.append((dq, torch.bmm(ds, qt), torch.bmm(p.to(q.dtype).flatten(2), dot)))
+            parts.append((dq, torch.bmm(ds, qt), torch.bmm(p.to(q.dtype), dot)))
         dq, dk, dv = zip(*parts)
 
         def total(parts):                                                        # the sum of (n, e, D), each e a tile longer than the last
