@@ -268,9 +268,11 @@ def attention_step(q, k, v, mask=None):
     So few queries are two products of stacks of matrices, which torch's attention kernel makes one by one.
     """
     (B, H, D), (KV, S) = q.shape, k.shape[1:3]
-    scores = torch.bmm(q.reshape(B * KV, -1, D) * D**-0.5, k.reshape(B * KV, S, D).mT).view(B, KV, -1, S)
-    p = (scores if mask is None else scores + mask).softmax(-1)
-    return torch.bmm(p.view(B * KV, -1, S), v.reshape(B * KV, S, D)).view(B, H, D)
+    q, k, v = q.reshape(B * KV, -1, D), k.reshape(B * KV, S, D), v.reshape(B * KV, S, D)
+    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=D**-0.5)             # q k^T / sqrt(D) in one call
+    if mask is not None:
+        scores = (scores.view(B, KV, -1, S) + mask).view_as(scores)
+    return torch.bmm(scores.softmax(-1), v).view(B, H, D)
 
 
 def loop_attention_step(q, k_global, v_global, k_ring, v_ring, gate_weight, gate_bias, lengths, global_mask=None, ring_mask=None):
