@@ -113,7 +113,7 @@ def _(first, last, keys):
 
 
 FUSED_TILE = 256          # queries in a tile of FusedAttention; half as many in a short row, for less of what a tile computes is masked
-LOG2E = 1 / math.log(2)   # scores are in base 2: exp2 costs less, and the same for every argument
+LOG2E = 1 / math.log(2)   # scores and their lse are in base 2: exp2 costs less, and the same for every argument
 
 
 class FusedAttention(torch.autograd.Function):
@@ -144,7 +144,7 @@ class FusedAttention(torch.autograd.Function):
         n, group, wide = N * KV, H // KV, torch.promote_types(q.dtype, torch.float32)
         tiles, size = FusedAttention.tiles(T, S, causal=mask is None)
         q, k, v = q.reshape(n, group, T, D), k.reshape(n, S, D), v.reshape(n, S, D)
-        if mask is None:                                                         # of the last tile; others see less, and its right end
+        if mask is None:                                                         # that of the last tile: an earlier one takes its right end
             at = torch.arange(tiles[-1][0].start + size, device=q.device)
             mask, turned = (x[None] for x in visibility(torch.zeros_like(at[-size:]), at[-size:], at))
         else:

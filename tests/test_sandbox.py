@@ -865,7 +865,8 @@ sandbox.PORTABLE = "portable" in sys.argv[1]
 limits, hurried = sandbox.SMALL, sandbox.replace(sandbox.SMALL, cpu_s=0.25)
 cheats = [grade(p, [Call("f", [2], 3), Check("assert f(2) == 3")], limits) for p in sandbox.CHEATS.values()]
 honest = grade("def f(x): return x + 1", [Call("f", [2], 3), Check("assert f(2) == 3")], limits)
-bombs = {name: sandbox.run(bomb, limits=hurried).status for name, (bomb, _) in sandbox.BOMBS.items()}  # not at once: a fork bomb may starve others
+# not at once: a fork bomb may starve others; hurried where the clock is what ends it, since filling memory takes a slow machine time too
+bombs = {name: sandbox.run(bomb, limits=hurried if end in ("timeout", "") else limits).status for name, (bomb, end) in sandbox.BOMBS.items()}
 with Workspace({"a.py": "x = 1\\n"}, limits) as place:
     place.exec("echo y = 2 >> a.py; mkdir -m 000 locked; mkdir d; chmod 000 d 2>/dev/null; true")
     text = place.read("a.py")
