@@ -1031,6 +1031,19 @@ def median_seconds(step, repeats=3):
     return sorted(times[1:])[repeats // 2]
 
 
+def by_turns(steps, rounds=7):
+    """Median time of each of several steps (a dict), taken in turns, since the machine's speed moves; after two warm-ups each."""
+    seconds = {which: [] for which in steps}
+    for step in steps.values():
+        step(), step()                                                           # compiled, and its memory taken
+    for _ in range(rounds):
+        for which, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[which].append(time.perf_counter() - start)
+    return {which: sorted(times)[rounds // 2] for which, times in seconds.items()}
+
+
 def training_step(loss_of, parameters):
     """Forward, backward and fused AdamW as one call."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -1097,15 +1110,8 @@ def bench_training(B=8, T=512):
                     call = torch.compile(model.loss) if compiled else model.loss
                     step = training_step(lambda call=call: call(x, y), model.parameters())
                 steps[who, dtype, compiled] = step
-                step(), step()                                                   # compiled, and its memory taken
-    seconds = {which: [] for which in steps}
-    for _ in range(7):                                                           # by turns: the machine's speed moves
-        for which, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[which].append(time.perf_counter() - start)
-    for (who, dtype, compiled), times in seconds.items():
-        speed = B * T / sorted(times)[len(times) // 2]
+    for (who, dtype, compiled), median in by_turns(steps).items():
+        speed = B * T / median
         mfu = speed * flops_per_token(LoopCoderConfig.preset("nano"), T) / max(peaks.values())
         best[who] = max(best.get(who, 0), speed)
         print(f"training  {who:12} {str(dtype)[6:]:8} {'compiled' if compiled else 'eager':8} {speed:7.0f} tok/s"
@@ -1116,20 +1122,20 @@ def bench_training(B=8, T=512):
 
 def bench_decoding(prompt=128, new=256):
     """Greedy decoding with the cache at batch 1 and 32, tokens/s, by turns."""
-    models = {"ours": LoopCoder(LoopCoderConfig.preset("nano")).eval(), "transformers": peer_llama()}
+    makers = {"ours": lambda: LoopCoder(LoopCoderConfig.preset("nano")), "transformers": peer_llama}
+    models = {(who, dtype): make() for who, make in makers.items() for dtype in (torch.float32, torch.bfloat16)}
+    models = {(who, dtype): model.to(dtype).eval() for (who, dtype), model in models.items() if model is not None}
     options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
     calls = {"ours": lambda model, ids: model.generate(ids, new, temperature=0),
              "transformers": lambda model, ids: model.generate(ids, attention_mask=torch.ones_like(ids), **options)}
     for B in (1, 32):
-        ids, speed = torch.randint(0, 8192, (B, prompt)), {}
-        for dtype in (torch.float32, torch.bfloat16):
-            for who in (w for w, model in models.items() if model is not None):
-                model = models[who].to(dtype).eval()
-                one = lambda ids=ids, model=model, call=calls[who]: call(model, ids)
-                speed[f"{who} {str(dtype)[6:]}"] = B * new / median_seconds(one)
+        ids, steps = torch.randint(0, 8192, (B, prompt)), {}
+        for (who, dtype), model in models.items():
+            steps[f"{who} {str(dtype)[6:]}"] = lambda ids=ids, model=model, call=calls[who]: call(model, ids)
+        speed = {name: B * new / seconds for name, seconds in by_turns(steps, rounds=3).items()}
         print(f"decoding  batch {B:2}: " + ", ".join(f"{who} {s:.0f} tok/s" for who, s in speed.items()), flush=True)
         if len(speed) > 2:
-            best = {who: max(s for name, s in speed.items() if name.startswith(who)) for who in models}
+            best = {who: max(s for name, s in speed.items() if name.startswith(who)) for who in makers}
             print(f"decoding  batch {B:2}: ratio {best['ours'] / best['transformers']:.2f}, the best of each")
 
 
@@ -1144,13 +1150,13 @@ def bench_attention(B=1, H=8, T=2048, D=64, window=64):
         sdpa = F.scaled_dot_product_attention
         return mix(q, sdpa(q, k1, v1, is_causal=True), sdpa(q, k2, v2, attn_mask=dense), w, b)
 
-    best = {}
-    for who, form in (("SDPA + dense mask + gate", plain), ("loop_attention", loop_attention)):
-        for how, call in (("eager", form), ("compiled", torch.compile(form))):
-            once = lambda call=call: torch.autograd.grad(call(*inputs, window).sum(), inputs)
-            seconds = median_seconds(once, 5)
-            best[who] = min(best.get(who, math.inf), seconds)
-            print(f"attention {who:24} {how:8} {seconds * 1e3:4.0f} ms", flush=True)
+    calls = {(who, how): call for who, form in (("SDPA + dense mask + gate", plain), ("loop_attention", loop_attention))
+             for how, call in (("eager", form), ("compiled", torch.compile(form)))}
+    best, seconds = {}, by_turns({which: lambda call=call: torch.autograd.grad(call(*inputs, window).sum(), inputs)
+                                  for which, call in calls.items()})
+    for (who, how), median in seconds.items():
+        best[who] = min(best.get(who, math.inf), median)
+        print(f"attention {who:24} {how:8} {median * 1e3:4.0f} ms", flush=True)
     print(f"attention ratio {best['loop_attention'] / best['SDPA + dense mask + gate']:.2f}, the best of each")
 
 
