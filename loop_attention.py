@@ -261,18 +261,49 @@ def loop_attention(q, k_global, v_global, k_local, v_local, gate_weight, gate_bi
 # ---- one new token against what was kept -----------------------------------------------------------------------------
 
 
+KEY_BLOCK = 64            # keys that lie turned are read in pieces of so many positions
+
+
+def weighted_rows(table, rows, starts, weights):
+    """(sums, width): sum b adds up weights[i] table[rows[i]] for i from starts[b] to starts[b + 1]. No gradient."""
+    return torch.embedding_bag(table, rows, starts, False, 0, False, weights.reshape(-1))[0]
+
+
+@lru_cache(maxsize=8)     # all layers of a step ask for the same two
+def attention_rows(heads, group, S, D, slots, dtype):
+    """
+    What attention_step() adds up: `heads` query heads, `group` to a key head, S of `slots` positions in use.
+
+    (1 / sqrt(D) for each piece of a row of keys, its width, rows of the keys, where each sum begins, the same two of the values)
+    """
+    width = KEY_BLOCK if slots % KEY_BLOCK == 0 else slots
+    pieces = torch.arange(-(-S // width), dtype=torch.int32)[:, None]
+    head = torch.arange(heads, dtype=torch.int32)[:, None, None] // group
+    keys = (head * D + torch.arange(D, dtype=torch.int32)) * (slots // width) + pieces           # (heads, pieces, D)
+    values = head[:, 0] * slots + torch.arange(S, dtype=torch.int32)                             # (heads, S)
+    starts = [torch.arange(0, x.numel(), x.shape[-1], dtype=torch.int32) for x in (keys, values)]
+    return torch.full(pieces.shape, D**-0.5, dtype=dtype), width, keys.flatten(), starts[0], values.flatten(), starts[1]
+
+
 def attention_step(q, k, v, mask=None):
     """
     One query a row: q (B, H, D) on keys (B, KV, S, D), mask (B, 1, 1, S) or None. The heads of a group act as its queries.
 
-    So few queries are two products of stacks of matrices, which torch's attention kernel makes one by one.
+    A matrix product with two rows takes a CPU as long as one with many. Where keys lie turned in memory, as (D, slots), both products
+    are weighted sums of rows instead: scores = sum_d q_d K^T[d], o = sum_s p_s V[s]. torch has those as embedding bags, whose kernel
+    reads rows in their own format and adds up in float32.
     """
     (B, H, D), (KV, S) = q.shape, k.shape[1:3]
-    q, k, v = q.reshape(B * KV, -1, D), k.reshape(B * KV, S, D), v.reshape(B * KV, S, D)
-    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=D**-0.5)             # q k^T / sqrt(D) in one call
-    if mask is not None:
-        scores = (scores.view(B, KV, -1, S) + mask).view_as(scores)
-    return torch.bmm(scores.softmax(-1), v).view(B, H, D)
+    weights = lambda scores: (scores if mask is None else scores + mask[:, 0]).softmax(-1)       # (B, H, S)
+    if k.stride(2) != 1:                                                         # keys by rows: two products of stacks of matrices
+        q, k, v = q.reshape(B * KV, -1, D), k.reshape(B * KV, S, D), v.reshape(B * KV, S, D)
+        scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=D**-0.5)             # q k^T / sqrt(D) in one call
+        return torch.bmm(weights(scores.view(B, H, S)).view(B * KV, -1, S), v).view(B, H, D)
+    slots = k.stride(3)
+    scale, width, keys, key_starts, values, value_starts = attention_rows(B * H, H // KV, S, D, slots, q.dtype)
+    table = k.as_strided((B * KV * D * slots // width, width), (width, 1))
+    scores = weighted_rows(table, keys, key_starts, q[:, :, None] * scale).view(B, H, -1)        # of whole blocks
+    return weighted_rows(v.as_strided((B * KV * slots, D), (D, 1)), values, value_starts, weights(scores[..., :S])).view(B, H, D)
 
 
 def loop_attention_step(q, k_global, v_global, k_ring, v_ring, gate_weight, gate_bias, lengths, global_mask=None, ring_mask=None):

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from loop_attention import (Ring, attention_step, causal_attention, document_starts, loop_attention, loop_attention_step, mix,
-                            ring_attention, ring_loop_attention)
+from loop_attention import (KEY_BLOCK, Ring, attention_step, causal_attention, document_starts, loop_attention, loop_attention_step, mix,
+                            ring_attention, ring_loop_attention, weighted_rows)
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -369,15 +369,25 @@ class Cache:
         L, KV, D, W = config.num_hidden_layers, config.num_key_value_heads, config.head_dim, config.loop_window_size
         self.config, self.rows, self.capacity = config, rows, capacity
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        # keys and values of a head side by side: one write a step, and all rows and heads are one stack of matrices. One slot more than
-        # capacity: padding is written there
-        self.first = [torch.zeros(rows, KV, 2, capacity + 1, D, device=device, dtype=dtype) for _ in range(L)]
-        self.later = [[torch.zeros(rows, KV, 2, W, D, device=device, dtype=dtype) for _ in range(L)] for _ in range(config.loop_num - 1)]
+        turned = torch.device(device).type == "cpu"                              # keys as (D, slots), see attention_step()
+        slots = -(-(capacity + 1) // KEY_BLOCK) * KEY_BLOCK if turned else capacity + 1          # one at least to write padding to
+
+        def room(slots):                                                         # [K, V], (rows, KV, slots, D) each
+            keys = (D, slots) if turned else (slots, D)
+            k, v = (torch.zeros(rows, KV, *size, device=device, dtype=dtype) for size in (keys, (slots, D)))
+            return [k.mT if turned else k, v]
+
+        self.first = [room(slots) for _ in range(L)]
+        self.later = [[room(W) for _ in range(L)] for _ in range(config.loop_num - 1)]
         shifted = config.loop_num - 1 if config.loop_input == "shift" else 0
         self.last_hidden = [torch.zeros(rows, 1, config.hidden_size, device=device, dtype=dtype) for _ in range(shifted)]
         positions = torch.arange(capacity, device=device)[None]
         self.rotary = [x[0].to(dtype) for x in rotary_table(positions, D, config.rope_theta)]    # (capacity, 1, D) each
         self.packed = None                                                       # weights as decode() wants them, from its first step
+
+    def tensors(self):
+        """All keys and values."""
+        return [x for layers in (self.first, *self.later) for kv in layers for x in kv]
 
     def reset(self, row):
         """Empty one row (or a list of rows). What it held is overwritten by the next prompt; only its length counts."""
@@ -385,21 +395,20 @@ class Cache:
 
     def copy(self, row, others):
         """Give other rows what this one holds: one prompt, several answers."""
-        for x in [self.lengths, *self.first, *(x for xs in self.later for x in xs), *self.last_hidden]:
+        for x in [self.lengths, *self.tensors(), *self.last_hidden]:
             x[others] = x[row].clone()
 
     def keep(self, rows):
         """Keep these rows only, in this order."""
         index = torch.as_tensor(rows, device=self.lengths.device)
         self.rows, self.lengths = len(index), self.lengths[index]
-        self.first = [x[index] for x in self.first]
-        self.later = [[x[index] for x in xs] for xs in self.later]
+        self.first = [[k[index], v[index]] for k, v in self.first]               # indexing leaves turned what is turned
+        self.later = [[[k[index], v[index]] for k, v in layers] for layers in self.later]
         self.last_hidden = [x[index] for x in self.last_hidden]
 
     def nbytes(self):
         """Bytes held: (growing with every token of capacity, fixed for each row's window)."""
-        grow = sum(x.numel() * x.element_size() for x in self.first)
-        return grow, sum(x.numel() * x.element_size() for xs in self.later for x in xs)
+        return tuple(sum(x.numel() * x.element_size() for kv in layers for x in kv) for layers in (self.first, sum(self.later, [])))
 
 
 def cache_bytes_per_token(config, itemsize=2):
@@ -413,7 +422,9 @@ def attend_masked(q, k, v, keep):
     n, H, T, D = q.shape
     groups = H // k.shape[1]
     keep = keep[:, None].expand(n, groups, T, -1).reshape(n, 1, groups * T, -1)
-    o = F.scaled_dot_product_attention(q.reshape(n, k.shape[1], groups * T, D).to(k.dtype), k, v, attn_mask=keep)
+    wide = k.dtype if k.is_cuda else torch.promote_types(k.dtype, torch.float32)
+    q_, k, v = (x.to(wide) for x in (q.reshape(n, k.shape[1], groups * T, D), k, v))
+    o = F.scaled_dot_product_attention(q_, k, v, attn_mask=keep)
     return o.to(q.dtype).view(n, H, T, D)
 
 
@@ -447,51 +458,78 @@ class CachedAttention:
 
     def pass_1(self, layer, q, k, v):
         """Write K1, V1 at their positions, attend to all of the row so far."""
-        first = self.cache.first[layer]
-        first[self.rows[:, None], :, :, self.write_at] = torch.stack([k, v], dim=2).permute(0, 3, 1, 2, 4).to(first.dtype)
+        for x, new in zip(self.cache.first[layer], (k, v)):
+            x[self.rows[:, None], :, self.write_at] = new.transpose(1, 2).to(x.dtype)
         if self.empty:
             return causal_attention(q, k, v)
-        return attend_masked(q, *first[self.rows, :, :, : self.end].unbind(2), self.keep_first)
+        return attend_masked(q, *(x[self.rows, :, : self.end] for x in self.cache.first[layer]), self.keep_first)
 
     def later_pass(self, turn, layer, gate, q, k, v, k1, v1):
         """The gated pair: K1, V1 of the whole row, and the window of this pass, whose slots are then renewed."""
-        later = self.cache.later[turn - 1][layer]
-        held, new = later[self.rows], torch.stack([k, v], dim=2).to(later.dtype)  # (n, KV, 2, W, D), (n, KV, 2, T, D)
-        index = self.source[:, None, None, :, None].expand(-1, *held.shape[1:])
-        later[self.rows] = torch.where(self.renewed[:, None, None], new.gather(3, index), held)
+        window = []
+        for x, new in zip(self.cache.later[turn - 1][layer], (k, v)):
+            held, new = x[self.rows], new.to(x.dtype)                            # (n, KV, W, D), (n, KV, T, D)
+            window.append(torch.cat([held, new], dim=2))
+            x[self.rows] = torch.where(self.renewed[:, None], new.gather(2, self.source[:, None, :, None].expand_as(held)), held)
         if self.empty:
             return loop_attention(q, k1, v1, k, v, gate.weight, gate.bias, self.cache.config.loop_window_size)
-        o_global = attend_masked(q, *self.cache.first[layer][self.rows, :, :, : self.end].unbind(2), self.keep_first)
-        o_local = attend_masked(q, *torch.cat([held, new], dim=3).unbind(2), self.keep_later)
+        o_global = attend_masked(q, *(x[self.rows, :, : self.end] for x in self.cache.first[layer]), self.keep_first)
+        o_local = attend_masked(q, *window, self.keep_later)
         return mix(q, o_global, o_local, gate.weight, gate.bias)
+
+
+def packs(weight, dtype):
+    """Whether oneDNN multiplies by matrices of this dtype on this machine, and packs them once for all steps."""
+    if weight.is_cuda or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class PackedWeights:
     """
     The weights of a model for one-token steps: q, k, v in one matrix, gate and up in one, each times the gain of the norm before it.
 
-    Which side a matrix stands on, and whether it lies as (in, out), is what a CPU multiplies few rows by fastest.
+    A product with few rows takes a CPU as long as it takes to bring the weights into the order that its kernel reads: torch.mm does that
+    in every call. Where oneDNN is there, it is done once, here, by what torch.compile calls for it. One row alone is fastest multiplied
+    as attention_step() does it: the rows of (in, out), each times a number, are added up.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, cache):
         weight, C, eps = model.lm_head.weight, model.config.hidden_size, model.config.rms_norm_eps
         dtype, loop = model.compute_dtype or weight.dtype, model.config.loop_num > 1
         self.eps, self.root = eps, None
+        self.alone = cache.rows == 1 and not weight.is_cuda
+        self.packs = not self.alone and packs(weight, dtype)
         if not weight.is_cuda:
             self.root = torch.tensor(math.sqrt(C * eps), dtype=torch.promote_types(dtype, torch.float32))
 
-        def after(norm, *linears):
-            w = torch.cat([x.weight for x in linears]) * norm.weight * (1 if self.root is None else math.sqrt(C))
-            return w.to(dtype)
+        def packed(*linears, norm=None):
+            w = torch.cat([x.weight for x in linears]) if len(linears) > 1 else linears[0].weight                # (out, in)
+            if norm is not None:
+                w = w * norm.weight * (1 if self.root is None else math.sqrt(C))
+            if self.packs:
+                return torch.ops.mkldnn._reorder_linear_weight(w.to(dtype), cache.rows)
+            return w.to(dtype).T.contiguous() if self.alone else w.to(dtype).T
 
         self.layers = []
         for i, layer in enumerate(model.model.layers):
             a, m, gate = layer.self_attn, layer.mlp, model.model.gate_projections[i] if loop else None
             self.layers.append(SimpleNamespace(
-                qkv=after(layer.input_layernorm, a.q_proj, a.k_proj, a.v_proj).T.contiguous(), o=a.o_proj.weight.to(dtype).T,
-                gate_up=after(layer.post_attention_layernorm, m.gate_proj, m.up_proj), down=m.down_proj.weight.to(dtype).T,
+                qkv=packed(a.q_proj, a.k_proj, a.v_proj, norm=layer.input_layernorm), o=packed(a.o_proj),
+                gate_up=packed(m.gate_proj, m.up_proj, norm=layer.post_attention_layernorm), down=packed(m.down_proj),
                 gate=gate.weight.to(dtype) if loop else None, bias=gate.bias.to(dtype) if loop else None))
-        self.head = after(model.model.norm, model.lm_head).T.contiguous()
+        self.head = packed(model.lm_head, norm=model.model.norm)
+
+    def product(self, x, w, plus=None):
+        """x W, or plus + x W, for packed weights: x (B, in), plus (B, out) -> (B, out)."""
+        if self.alone:
+            pieces, rows, starts = row_pieces(*w.shape, torch.get_num_threads())
+            y = weighted_rows(w.view(-1, w.shape[1] // pieces), rows, starts, x.expand(pieces, -1)).view(1, -1)
+            return y if plus is None else plus + y
+        if self.packs:
+            linear = torch.ops.mkldnn._linear_pointwise
+            return linear(x, w, None, "none", [], "") if plus is None else linear.binary(x, plus, w, None, "add")
+        return torch.mm(x, w) if plus is None else torch.addmm(plus, x, w)
 
     def unit(self, x):
         """x / rms(x): sqrt(sum x^2 + C eps) in three calls, where torch's own norm is ten on a CPU; sqrt(C) is in the weights."""
@@ -499,6 +537,14 @@ class PackedWeights:
             return F.rms_norm(x, x.shape[-1:], eps=self.eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.root.dtype)
         return (x / torch.hypot(length, self.root)).to(x.dtype)
+
+
+@lru_cache
+def row_pieces(n, width, threads):
+    """To add up the n rows of a matrix in pieces, some for each thread: (pieces, rows of the pieces, where each sum begins)."""
+    pieces = next(p for p in range(max(threads, width // 512), 0, -1) if width % p == 0)
+    rows = torch.arange(n, dtype=torch.int32) * pieces + torch.arange(pieces, dtype=torch.int32)[:, None]
+    return pieces, rows.flatten(), torch.arange(0, pieces * n, n, dtype=torch.int32)
 
 
 class Step:
@@ -509,7 +555,7 @@ class Step:
         have = lengths.tolist()
         if max(have) >= cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} tokens a row, and row {have.index(max(have))} is full")
-        dtype, device = cache.first[0].dtype, lengths.device
+        dtype, device = cache.rotary[0].dtype, lengths.device
         self.cos, self.sin = (x[lengths] for x in cache.rotary)                  # (B, 1, D)
         self.total, self.end = lengths + 1, max(have) + 1
         self.ring_end = W if device.type == "cuda" else min(self.end, W)         # the fused kernel takes W from the shape
@@ -524,13 +570,12 @@ class Step:
                 self.ring_mask = empty(self.ring_end).masked_fill_(late[:, None, None, : self.ring_end], -math.inf)
         self.W = W
 
-    def write(self, kv, new, ring):
-        """Put new (B, 2 KV, D), keys first, into its slot of kv (B, KV, 2, slots, D)."""
-        new = new.unflatten(1, (2, -1)).transpose(1, 2)
+    def write(self, x, new, ring):
+        """Put new (B, KV, D) into its slot of x (B, KV, slots, D)."""
         if self.slot is not None:
-            kv.select(3, self.slot % self.W if ring else self.slot).copy_(new)
+            x.select(2, self.slot % self.W if ring else self.slot).copy_(new)
         else:
-            kv[self.rows, :, :, self.position % self.W if ring else self.position] = new
+            x[self.rows, :, self.position % self.W if ring else self.position] = new
 
 
 # ---- files: the released layout --------------------------------------------------------------------------------------
@@ -770,15 +815,13 @@ class LoopCoder(nn.Module):
     # ---- decoding ----
 
     def new_cache(self, rows, capacity):
-        """An empty Cache for `rows` sequences of up to `capacity` tokens; on a CPU in float32, which attends to few queries faster."""
+        """An empty Cache for `rows` sequences of up to `capacity` tokens."""
         limit, weight = self.config.max_position_embeddings, self.lm_head.weight
-        dtype = self.compute_dtype or weight.dtype
         if capacity > limit:
             raise ValueError(f"a context of {capacity} tokens is longer than the model's {limit} (max_position_embeddings)")
         if weight.device.type == "cpu":
             keep_freed_memory()
-            dtype = torch.promote_types(dtype, torch.float32)
-        return Cache(self.config, rows, capacity, weight.device, dtype)
+        return Cache(self.config, rows, capacity, weight.device, self.compute_dtype or weight.dtype)
 
     @torch.no_grad()
     def append(self, cache, rows, input_ids, lengths):
@@ -813,8 +856,8 @@ class LoopCoder(nn.Module):
         The same as append() with one token, in as few calls as it takes: a small model's step is all overhead. Norm gains are folded
         into the weights behind them, residuals into the matrix products, and a step writes one slot of each cache and moves nothing.
         """
-        cache.packed = cache.packed or PackedWeights(self)
-        logits = torch.mm(self.append_one(cache, tokens, active), cache.packed.head)
+        cache.packed = cache.packed or PackedWeights(self, cache)
+        logits = cache.packed.product(self.append_one(cache, tokens, active), cache.packed.head)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.inference_mode()   # an eighth faster than no_grad, but what it returns can never take part in a gradient: decode() ends it
@@ -822,7 +865,7 @@ class LoopCoder(nn.Module):
         """The passes of decode(): final hidden states (B, C) over their root mean square."""
         config, packed, at = self.config, cache.packed, Step(cache)
         H, KV, D, B = config.num_attention_heads, config.num_key_value_heads, config.head_dim, len(tokens)
-        k1v1 = [kv[:, :, :, : at.end].unbind(2) for kv in cache.first]
+        k1v1 = [(k[:, :, : at.end], v[:, :, : at.end]) for k, v in cache.first]
         embedded = x = self.embed(tokens)                                        # (B, C)
         for turn in range(config.loop_num):
             x_before = x
@@ -832,19 +875,20 @@ class LoopCoder(nn.Module):
                 kept[:] = x[:, None] if active is None else torch.where(active[:, None, None], x[:, None], kept)
                 x = embedded + before * (cache.lengths > 0)[:, None]
             for i, w in enumerate(packed.layers):
-                qkv = torch.mm(packed.unit(x), w.qkv).view(B, H + 2 * KV, D).to(at.cos.dtype)
+                qkv = packed.product(packed.unit(x), w.qkv).view(B, H + 2 * KV, D)
                 qk = qkv[:, : H + KV]                                            # rotary, in place
                 torch.addcmul(qk * at.cos, qk.roll(D // 2, -1), at.sin, out=qk)
-                q, kv = qkv[:, :H], cache.first[i] if turn == 0 else cache.later[turn - 1][i]
-                at.write(kv, qkv[:, H:], ring=turn > 0)
+                q, (k, v) = qkv[:, :H], cache.first[i] if turn == 0 else cache.later[turn - 1][i]
+                at.write(k, qkv[:, H : H + KV], ring=turn > 0)
+                at.write(v, qkv[:, H + KV :], ring=turn > 0)
                 if turn == 0:
                     o = attention_step(q, *k1v1[i], at.mask)
                 else:
-                    ring = kv[:, :, :, : at.ring_end].unbind(2)
+                    ring = k[:, :, : at.ring_end], v[:, :, : at.ring_end]
                     o = loop_attention_step(q, *k1v1[i], *ring, w.gate, w.bias, at.total, at.mask, at.ring_mask)
-                x = torch.addmm(x, o.view(B, H * D).to(x.dtype), w.o)
-                gate, up = torch.mm(w.gate_up, packed.unit(x).T).chunk(2)        # (I, B): a wide product is faster from this side
-                x = torch.addmm(x, F.silu(gate).mul_(up).T, w.down)
+                x = packed.product(o.view(B, H * D), w.o, plus=x)
+                gate, up = packed.product(packed.unit(x), w.gate_up).chunk(2, dim=1)
+                x = packed.product(F.silu(gate).mul_(up), w.down, plus=x)
             if turn and self.loop_alpha is not None:
                 x = torch.lerp(x_before, x, self.loop_alpha.to(x.dtype))
         cache.lengths += 1 if active is None else active

@@ -162,6 +162,18 @@ def test_prefill_and_decoding_give_the_logits_of_the_full_forward(loop_num, loop
     assert cache.lengths.tolist() == [n + steps for n in lengths]
 
 
+@pytest.mark.parametrize("rows", [1, 3])                                         # one row alone is multiplied in another way
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+def test_decoding_crosses_the_blocks_of_the_cache(rows, dtype, error, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)                     # a row alone is then multiplied in four pieces
+    model, ids = small(dtype=dtype), tokens(rows, 128)
+    full, cache = model(ids)[0], model.new_cache(rows, 128)
+    logits = model.prefill(cache, list(ids[:, :60]))
+    for step in range(60, 128):
+        torch.testing.assert_close(logits, full[:, step - 1], rtol=0, atol=error)
+        logits = model.decode(cache, ids[:, step])
+
+
 @pytest.mark.parametrize("loop_num, loop_input", KINDS)
 def test_forward_with_a_cache_appends_pieces_of_any_length(loop_num, loop_input):
     model, ids = small(loop_num=loop_num, loop_input=loop_input), tokens(2, 43)
@@ -204,16 +216,16 @@ def test_the_cache_holds_one_pass_and_a_window_and_a_step_takes_no_further_memor
     config = LoopCoderConfig.preset("nano")
     cache = LoopCoder(config).new_cache(3, 400)
     grow, once = m.cache_bytes_per_token(config, itemsize=4)
-    assert cache.nbytes() == (3 * 401 * grow, 3 * once)                          # 401: one slot to put padding in
+    assert cache.nbytes() == (3 * 448 * grow, 3 * once)                          # 400, one to put padding in, and up to whole blocks of 64
     assert once == config.loop_window_size * grow
     unrolled = dataclasses.replace(config, num_hidden_layers=8, loop_num=1)
     assert grow / m.cache_bytes_per_token(unrolled, itemsize=4)[0] == 0.5
     assert m.cache_bytes_per_token(LoopCoderConfig.preset("40b-loop")) == (320 * 1024, 20 * 2**20)
-    storage = [x.data_ptr() for x in cache.first]
+    storage = [x.data_ptr() for x in cache.tensors()]
     model = LoopCoder(config)
     for _ in range(3):
         model.decode(cache, torch.zeros(3, dtype=torch.int64))
-    assert [x.data_ptr() for x in cache.first] == storage
+    assert [x.data_ptr() for x in cache.tensors()] == storage
 
 
 def test_a_full_cache_and_a_context_beyond_the_model_are_refused():
@@ -559,14 +571,15 @@ def test_rotation_keeps_lengths_depends_on_distances_alone_and_its_gradient_turn
     assert torch.autograd.gradcheck(lambda x: m.rotate(x, cos, sin), x)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("loop_input", ["hidden", "shift"])
-def test_in_bfloat16_prefill_a_second_prompt_and_steps_are_as_exact_as_the_full_forward(loop_input):
+def test_in_bfloat16_prefill_a_second_prompt_and_steps_are_as_exact_as_the_full_forward(loop_input, rows):
     model = small(dtype=torch.bfloat16, loop_input=loop_input)
-    ids = tokens(3, 60)
+    ids = tokens(rows, 60)
     with torch.no_grad():
-        full, cache = model(ids)[0], model.new_cache(3, 60)
-        model.prefill(cache, [ids[0, :40], ids[1, :20], ids[2, :40]])
-        model.prefill(cache, [ids[1, 20:40]], [1])
+        full, cache = model(ids)[0], model.new_cache(rows, 60)
+        model.prefill(cache, [ids[0, :20], *ids[1:, :40]])
+        model.prefill(cache, [ids[0, 20:40]], [0])
         steps = torch.stack([model.decode(cache, ids[:, t]) for t in range(40, 60)], 1)
         exact = model.double()(ids)[0][:, 40:]
     assert (steps - exact).norm() <= 1.5 * (full[:, 40:] - exact).norm() <= 0.2 * exact.norm()
