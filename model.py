@@ -509,7 +509,7 @@ class PackedWeights:
                 w = w * norm.weight * (1 if self.root is None else math.sqrt(C))
             if self.packs:
                 return torch.ops.mkldnn._reorder_linear_weight(w.to(dtype), cache.rows)
-            return w.to(dtype).T.contiguous() if self.alone else w.to(dtype).T
+            return row_pieces(w.to(dtype).T) if self.alone else w.to(dtype).T
 
         self.layers = []
         for i, layer in enumerate(model.model.layers):
@@ -523,8 +523,8 @@ class PackedWeights:
     def product(self, x, w, plus=None):
         """x W, or plus + x W, for packed weights: x (B, in), plus (B, out) -> (B, out)."""
         if self.alone:
-            pieces, rows, starts = row_pieces(*w.shape, torch.get_num_threads())
-            y = weighted_rows(w.view(-1, w.shape[1] // pieces), rows, starts, x.expand(pieces, -1)).view(1, -1)
+            table, rows, starts = w
+            y = weighted_rows(table, rows, starts, x.expand(len(starts), -1)).view(1, -1)
             return y if plus is None else plus + y
         if self.packs:
             linear = torch.ops.mkldnn._linear_pointwise
@@ -539,12 +539,12 @@ class PackedWeights:
         return (x / torch.hypot(length, self.root)).to(x.dtype)
 
 
-@lru_cache
-def row_pieces(n, width, threads):
-    """To add up the n rows of a matrix in pieces, some for each thread: (pieces, rows of the pieces, where each sum begins)."""
-    pieces = next(p for p in range(max(threads, width // 512), 0, -1) if width % p == 0)
+def row_pieces(w):
+    """W (in, out) for weighted_rows(), its rows cut in pieces, some for each thread: (pieces of rows, those of a sum, where each begins)."""
+    n, width = w.shape
+    pieces = next(p for p in range(max(torch.get_num_threads(), width // 512), 0, -1) if width % p == 0)
     rows = torch.arange(n, dtype=torch.int32) * pieces + torch.arange(pieces, dtype=torch.int32)[:, None]
-    return pieces, rows.flatten(), torch.arange(0, pieces * n, n, dtype=torch.int32)
+    return w.reshape(-1, width // pieces), rows.flatten(), torch.arange(0, pieces * n, n, dtype=torch.int32)
 
 
 class Step:
