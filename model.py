@@ -540,7 +540,7 @@ class PackedWeights:
 
 
 def row_pieces(w):
-    """W (in, out) for weighted_rows(), its rows cut in pieces, some for each thread: (pieces of rows, those of a sum, where each begins)."""
+    """W (in, out) for weighted_rows(), its rows cut in pieces, one or more a thread: (pieces, those of each sum, where it begins)."""
     n, width = w.shape
     pieces = next(p for p in range(max(torch.get_num_threads(), width // 512), 0, -1) if width % p == 0)
     rows = torch.arange(n, dtype=torch.int32) * pieces + torch.arange(pieces, dtype=torch.int32)[:, None]
