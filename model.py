@@ -408,7 +408,7 @@ class Cache:
 
     def nbytes(self):
         """Bytes held: (growing with every token of capacity, fixed for each row's window)."""
-        return tuple(sum(x.numel() * x.element_size() for kv in layers for x in kv) for layers in (self.first, sum(self.later, [])))
+        return tuple(sum(x.nbytes for kv in layers for x in kv) for layers in (self.first, sum(self.later, [])))
 
 
 def cache_bytes_per_token(config, itemsize=2):
@@ -419,13 +419,12 @@ def cache_bytes_per_token(config, itemsize=2):
 
 def attend_masked(q, k, v, keep):
     """q (n, H, T, D) on keys (n, KV, S, D); keep (n, T, S). Returns (n, H, T, D) in the dtype of q."""
-    n, H, T, D = q.shape
+    (n, H, T, D), dtype = q.shape, q.dtype
     groups = H // k.shape[1]
     keep = keep[:, None].expand(n, groups, T, -1).reshape(n, 1, groups * T, -1)
     wide = k.dtype if k.is_cuda else torch.promote_types(k.dtype, torch.float32)
-    q_, k, v = (x.to(wide) for x in (q.reshape(n, k.shape[1], groups * T, D), k, v))
-    o = F.scaled_dot_product_attention(q_, k, v, attn_mask=keep)
-    return o.to(q.dtype).view(n, H, T, D)
+    q, k, v = (x.to(wide) for x in (q.reshape(n, k.shape[1], groups * T, D), k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).to(dtype).view(n, H, T, D)
 
 
 class CachedAttention:
@@ -478,13 +477,6 @@ class CachedAttention:
         return mix(q, o_global, o_local, gate.weight, gate.bias)
 
 
-def packs(weight, dtype):
-    """Whether oneDNN multiplies by matrices of this dtype on this machine, and packs them once for all steps."""
-    if weight.is_cuda or not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 class PackedWeights:
     """
     The weights of a model for one-token steps: q, k, v in one matrix, gate and up in one, each times the gain of the norm before it.
@@ -499,7 +491,8 @@ class PackedWeights:
         dtype, loop = model.compute_dtype or weight.dtype, model.config.loop_num > 1
         self.eps, self.root = eps, None
         self.alone = cache.rows == 1 and not weight.is_cuda
-        self.packs = not self.alone and packs(weight, dtype)
+        self.packs = not self.alone and not weight.is_cuda and torch.backends.mkldnn.is_available() and (
+            dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         if not weight.is_cuda:
             self.root = torch.tensor(math.sqrt(C * eps), dtype=torch.promote_types(dtype, torch.float32))
 
