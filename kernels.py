@@ -344,15 +344,16 @@ def dkv_kernel(do, q, k, v, lse, delta, ends, dk, dv, shift, W, scale, H, T, S,
         h = kv * GROUP + i // tiles
         row = begin + i % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
         row_at = tl.minimum(row, T - 1)
-        stat = (b.to(tl.int64) * H + h) * T + row_at
+        stat = (b.to(tl.int64) * H + h) * T
         q_tile = load_rows(head_of(q, b, h), row_at, D)
         do_tile = load_rows(head_of(do, b, h), row_at, D).to(q_tile.dtype)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")                   # (N, M): everything here is transposed
-        p = tl.exp2(s * scale2 - tl.load(lse + stat)[None, :])
+        p = tl.exp2(s * scale2 - tl.load(lse + stat + row_at)[None, :])
         p = tl.where(is_seen(lo, hi, row), p, 0.0)
-        dv_tile = tl.dot(p.to(do_tile.dtype), do_tile, dv_tile, input_precision="ieee")
+        # dP before dV, though P is at hand: products end in order, and so exp2 runs beside the one and dS beside the other
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
-        ds = p * (dp - tl.load(delta + stat)[None, :])
+        dv_tile = tl.dot(p.to(do_tile.dtype), do_tile, dv_tile, input_precision="ieee")
+        ds = p * (dp - tl.load(delta + stat + row_at)[None, :])
         dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
     store_rows(head_of(dk, b, kv), key, dk_tile * scale, S, D)
     store_rows(head_of(dv, b, kv), key, dv_tile, S, D)
