@@ -248,14 +248,16 @@ REFUSED = numbers("""
     mq_open 240 180, memfd_create 319 279, memfd_secret 447 447, setpriority 141 140, ioprio_set 251 30, sched_setaffinity 203 122,
     sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274, mbind 237 235, set_mempolicy 238 237,
     migrate_pages 256 238, move_pages 279 239, lookup_dcookie 212 18, nfsservctl 180 42, vhangup 153 58, uselib 134 0,
-    process_madvise 440 440, process_mrelease 448 448
+    process_madvise 440 440, process_mrelease 448 448, sync 162 81, syncfs 306 267
 """)
 REFUSED_BARE = numbers("""
     socket 41 198, chmod 90 0, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 0, fchown 93 55, lchown 94 0, fchownat 260 54,
     setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, utimensat 280 88, utime 132 0, utimes 235 0, futimesat 261 0
 """)  # what only namespaces make harmless: sockets, and changing mode, owner or time of files outside
-CALLS = {**REFUSED, **numbers("clone 56 220, prctl 157 167, capset 126 91, landlock_create_ruleset 444 444, landlock_add_rule 445 445, "
-                              "landlock_restrict_self 446 446")}  # fmt: skip  those that we use ourselves are among these
+CALLS = {**REFUSED, **REFUSED_BARE, **numbers("""
+    clone 56 220, clone3 435 435, mmap 9 222, ioctl 16 29, socketpair 53 199, prlimit64 302 261, prctl 157 167, capset 126 91,
+    landlock_create_ruleset 444 444, landlock_add_rule 445 445, landlock_restrict_self 446 446
+""")}  # fmt: skip  and those that are refused by their arguments, or that we use ourselves
 
 
 def syscall(name, *args):
@@ -351,7 +353,7 @@ def become_nobody(namespaces, uid):
 
 BOX, DISK = "/box", "/box/run"  # /box carries the Landlock right to write; the private tmpfs of a run is mounted on /box/run
 TOOLS = "/tools"  # python and python3, first in PATH
-DEVICES = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"]
+DEVICES = ["/dev/null", "/dev/full", "/dev/random", "/dev/urandom"]
 SHOWN = ("/usr/bin /usr/sbin /usr/lib /usr/lib32 /usr/lib64 /usr/libexec /usr/include /usr/share/zoneinfo /usr/share/nodejs "
          "/usr/local/bin /usr/local/lib /usr/local/include /bin /sbin /lib /lib32 /lib64 /etc/alternatives /etc/ld.so.cache "
          "/etc/localtime").split()  # fmt: skip
@@ -380,7 +382,8 @@ def open_sources():
     """[(path, link target or descriptor)] of what will be shown, opened while it can still be reached."""
     is_link = lambda path: os.path.islink(path) and path != "/etc/localtime"  # that one points out of what is shown
     real = [(path, os.readlink(path) if is_link(path) else os.open(path, os.O_PATH)) for path in shown_paths() + DEVICES]
-    return real + [*LINKS.items(), *((f"{TOOLS}/{name}", os.path.realpath(sys.executable)) for name in ("python", "python3"))]
+    zero = ("/dev/zero", os.open("/dev/full", os.O_PATH))  # as endless; a shared mapping of the true one is memory that nothing counts
+    return real + [zero, *LINKS.items(), *((f"{TOOLS}/{name}", os.path.realpath(sys.executable)) for name in ("python", "python3"))]
 
 
 def build_view(sources):
@@ -462,22 +465,33 @@ def seccomp_program(refused, namespaces):
     equal, above, any_bit, mask = 0x15, 0x25, 0x45, 0x54
     load = lambda offset: op(0x20, offset)
     give = lambda answer: op(0x06, answer)
-    only = lambda number, steps: op(equal, number, 0, len(steps)) + steps  # these steps, all of which end in an answer, for one call
-    argument = lambda n: load(16 + 8 * n)  # the low half: flags and families fit in it
-    refuse = give(ERRNO | errno.EPERM)
-    map_memory, socket_call, ioctl = (222, 198, 29) if ARM else (9, 41, 16)
+    refuse = lambda number: give(ERRNO | number)
+    argument = lambda n: load(16 + 8 * n)  # the low half: flags, families and process ids fit in it
+
+    def only(name, steps):
+        """These steps, which end in an answer, for one call."""
+        steps = steps + give(ALLOW)
+        return op(equal, CALLS[name][ARM], 0, len(steps)) + steps
+
+    def one_of(values, n, number, bits=0xFFFFFFFF):
+        """Some bits of argument n are one of these values, or the call fails with this number."""
+        return argument(n) + op(mask, bits) + sum((op(equal, each, len(values) - i) for i, each in enumerate(values)), []) + refuse(number)
+
     program = load(4) + op(equal, 0xC00000B7 if ARM else 0xC000003E, 1) + give(KILL) + load(0)
-    program += op(above, NEWEST_SYSCALL, 0, 1) + give(ERRNO | errno.ENOSYS)  # also what carries the x32 bit
-    program += only(435, give(ERRNO | errno.ENOSYS))  # clone3 hides its flags behind a pointer: libraries fall back to clone
-    program += only(CALLS["clone"][ARM], argument(0) + op(any_bit, 0x7E020000, 0, 1) + refuse + give(ALLOW))
+    program += op(above, NEWEST_SYSCALL, 0, 1) + refuse(errno.ENOSYS)  # also what carries the x32 bit
+    program += only("clone3", refuse(errno.ENOSYS))  # it hides its flags behind a pointer: libraries fall back to clone
+    program += only("clone", argument(0) + op(any_bit, 0x7E020000, 0, 1) + refuse(errno.EPERM))
+    program += only("prlimit64", one_of([0], 0, errno.EPERM))  # its own limits, not those of the warden, who is the same user
     # anonymous shared memory can be in nobody's resident set: shared memory goes through files, which the disk limit counts
-    program += only(map_memory, argument(3) + op(mask, 0x21) + op(equal, 0x21, 0, 1) + refuse + give(ALLOW))
-    program += only(ioctl, argument(1) + op(equal, 0x5412, 1) + op(equal, 0x541C, 0, 1) + refuse + give(ALLOW))  # typing for others
-    if namespaces:  # sockets: unix, IPv4, IPv6, all of them inside
-        families = op(equal, 1, 3) + op(equal, 2, 2) + op(equal, 10, 1)
-        program += only(socket_call, argument(0) + families + give(ERRNO | errno.EAFNOSUPPORT) + give(ALLOW))
-    for numbers in refused.values():
-        program += only(numbers[ARM], refuse) if numbers[ARM] else []
+    program += only("mmap", one_of([0, 0x01, 0x20], 3, errno.EPERM, bits=0x21))
+    program += only("ioctl", argument(1) + op(equal, 0x5412, 1) + op(equal, 0x541C, 0, 1) + refuse(errno.EPERM))  # typing for others
+    # a pair of streams stays a pair: one of datagrams can be made to write to any socket that has a path
+    streams = [] if namespaces else one_of([1, 5], 1, errno.EPERM, bits=0xF)
+    program += only("socketpair", one_of([1], 0, errno.EAFNOSUPPORT) + streams)
+    if namespaces:  # sockets: unix, IPv4, IPv6, all of them inside; TCP and UDP
+        program += only("socket", one_of([1, 2, 10], 0, errno.EAFNOSUPPORT) + one_of([0, 6, 17], 2, errno.EPROTONOSUPPORT))
+    for name in refused:
+        program += only(name, refuse(errno.EPERM)) if CALLS[name][ARM] else []
     return b"".join(struct.pack("HBBI", *step) for step in program + give(ALLOW))
 
 
@@ -543,7 +557,7 @@ def confine(limits, walls):
         "FSIZE": limits.file_mb << 20,
         "DATA": walls["data"] + (limits.memory_mb << 20),
         "NPROC": limits.processes + walls["neighbours"],
-        "NOFILE": 256,
+        "NOFILE": 256 if walls["namespaces"] else 64,  # without a network of its own, nothing counts what its sockets hold
         "STACK": 8 << 20,
         "CORE": 1,  # with 0, a core handler of the host's would still run; 1 byte is too little for either
         "MSGQUEUE": 0,
@@ -656,13 +670,14 @@ def live(asker, ready, descriptors, limits, walls):
     for name in ("work", "tmp", "shm"):
         os.mkdir(f"{walls['disk']}/{name}")
     os.chdir(f"{walls['disk']}/work")
+    socket.send_fds(ready, [b"disk"], [os.open(".", os.O_RDONLY)])  # before the limits: those on their way count for all runs together
     job = marshal.loads(read_frame(asker))
     write_files(job["files"])
     Path("../stdin").write_bytes(job.get("stdin", b""))
     for number, descriptor in enumerate([os.open("../stdin", os.O_RDONLY), *descriptors]):
         os.dup2(descriptor, number)
     confine(limits, walls)
-    socket.send_fds(ready, [b"ready"], [os.open(".", os.O_RDONLY)])
+    ready.sendall(b"ready")
     os.closerange(1 + len(descriptors), 1 << 20)
     return PROGRAMS[job["kind"]](job)
 
@@ -774,7 +789,7 @@ class Tracer:
 # zygote: what a run was given is read by the run, and what comes out of it lies in buffers that are unmapped before the next begins.
 
 LOOK_EVERY_S = 0.02
-FREE_DESCRIPTORS, BUFFER_BYTES = 32, 1 << 18
+SOCKET_BYTES = 1 << 19  # what a socket's buffers may hold
 
 
 def below(pid, most=1 << 22):
@@ -790,14 +805,14 @@ def below(pid, most=1 << 22):
 
 
 def usage_of(pid):
-    """(CPU seconds, memory of its own in bytes) of a process; a descriptor beyond the first few counts as a socket with full buffers."""
+    """(CPU seconds, bytes of memory of its own) of a process; page tables, at the most that its address space can need, are among these."""
     try:
-        buffers = max(0, os.stat(f"/proc/{pid}/fd").st_size - FREE_DESCRIPTORS) * BUFFER_BYTES  # 0 before Linux 6.2
         numbers = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        resident, shared = map(int, Path(f"/proc/{pid}/statm").read_bytes().split()[1:3])
+        size, resident, shared = map(int, Path(f"/proc/{pid}/statm").read_bytes().split()[:3])
     except OSError:
         return 0.0, 0
-    return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK"), (resident - shared) * resource.getpagesize() + buffers
+    own = resident - shared + size // 512
+    return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK"), own * resource.getpagesize()
 
 
 class Tree:
@@ -825,6 +840,8 @@ class Tree:
             about = os.fstatvfs(work)
             disk = (about.f_blocks - about.f_bfree) * about.f_bsize
             memory += disk
+            with contextlib.suppress(OSError):  # it has ended; sockets that nobody holds any more, or not yet, count too
+                memory += SOCKET_BYTES * int(Path(f"/proc/{self.child}/net/sockstat").read_text().split()[2])
         else:  # a file counts as no less than 16 kB, so that empty ones have a limit too, as on the tmpfs
             disk = sum(max(1 << 14, about.st_blocks * 512) for _, _, about in below_folder(self.walls["disk"]))
         self.peak = max(self.peak, memory)
@@ -995,9 +1012,10 @@ def one_run(order, links, asker, wake, walls):
         os.close(descriptor)
     try:
         told.settimeout(60)
-        said, work = socket.recv_fds(told, 4096, 1)[:2]
+        work = socket.recv_fds(told, 4, 1)[1]
+        said = told.recv(4096)
         if said != b"ready":  # the walls do not stand: our own failure
-            raise OSError(f"the program could not be started: {text_of(said[4:]) or 'no word'}")
+            raise OSError(f"the program could not be started: {text_of(said) or 'no word'}")
         inboxes = list(map(Inbox, our_ends, sizes))
         if order["questions"]:
             inboxes.append(Inbox(near.fileno(), REPORT_BYTES, [fill(asker, buffer(4 + size)) for size in order["questions"]]))
@@ -1065,8 +1083,8 @@ def zygote(control, not_ours, keeper_, namespaces, uid):
     prctl(PR_DUMPABLE, int(namespaces))  # a run's id maps must be its own files
     prctl(PR_DEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
     warm_up()
-    pages = [0] * 6 if PORTABLE else list(map(int, Path("/proc/self/statm").read_text().split()))
-    walls["own"], walls["data"] = (pages[1] - pages[2]) * resource.getpagesize(), pages[5] * resource.getpagesize()
+    pages = 0 if PORTABLE else int(Path("/proc/self/statm").read_text().split()[5])
+    walls["own"], walls["data"] = usage_of(os.getpid())[1], pages * resource.getpagesize()
     walls["neighbours"] = 1 if namespaces else 4 * (os.cpu_count() or 1) * 64  # whom the count of a user's processes also counts
     layers = [facts.get(name, "").startswith("in force") for name in ("namespaces", "landlock", "seccomp")]
     facts["level"] = walls["level"] = "full" if all(layers) else "reduced" if layers[2] and any(layers[:2]) else "minimal"

@@ -5,6 +5,7 @@ Each attack is harmless where it succeeds. They run in batches, once for the who
     pytest tests/test_sandbox.py
 """
 # ruff: noqa: E501  an attack is one line of a table
+import errno
 import json
 import math
 import os
@@ -103,6 +104,9 @@ PROBES = {
     "userfaultfd": "c('syscall', 282 if arm else 323, 0)",
     "anonymous file in memory": "import os; os.memfd_create('m')",
     "shared anonymous memory": "import mmap; mmap.mmap(-1, 4096)",
+    "shared memory of a device": "import mmap, os; mmap.mmap(os.open('/dev/zero', os.O_RDWR), 4096)",
+    "the limits of pid 1": "import resource; resource.prlimit(1, resource.RLIMIT_CPU, (9999, 9999))",
+    "the disks of the host": "c('syscall', 81 if arm else 162)",
     "message queue of system V": "c('msgget', 0, 0o1600)",
     "semaphores of system V": "c('semget', 0, 1, 0o1600)",
     "posix message queue": "c('mq_open', b'/q', 0o102, 0o600, None)",
@@ -120,6 +124,7 @@ PROBES = {
     "UDP outside": "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('1.1.1.1', 53))",
     "names": "import socket; socket.getaddrinfo('example.com', 80)",
     "netlink": "import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
+    "another protocol": "import socket; socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)",
     "raw packets": "import socket; socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)",
     "network settings": "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sH14x', b'lo', 0))",
     "a locked file of its own": "import os; open('locked', 'w'); os.chmod('locked', 0); open('locked')",
@@ -152,6 +157,7 @@ def test_what_an_honest_program_needs_still_works():
 import asyncio, http.server, multiprocessing, os, socket, sqlite3, subprocess, sys, tempfile, threading, urllib.request
 open("a.txt", "w").write("x"); os.mkdir("d"); os.chmod("a.txt", 0o600); os.rename("a.txt", "d/a.txt")
 assert open("d/a.txt").read() == "x" and tempfile.TemporaryFile() and open("/dev/urandom", "rb").read(2)
+assert open("/dev/zero", "rb").read(3) == bytes(3)
 http.server.SimpleHTTPRequestHandler.log_message = lambda *_: None
 server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
 threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -207,6 +213,22 @@ there.close(); client.recv(1); client.close()  # who closes first keeps the port
     assert [run(program, limits=SMALL).stderr for _ in range(2)] == ["", ""] or sandbox.protection()["level"] != "full"
 
 
+@needs_full
+def test_descriptors_on_their_way_in_one_run_do_not_stop_another():
+    hog = "import socket, time\na, b = socket.socketpair()\ntry:\n    while True: socket.send_fds(a, [b'x'], [0])\nexcept OSError: print('full', flush=True)\ntime.sleep(2)"
+    with ThreadPoolExecutor(1) as pool:
+        hogging = pool.submit(run, hog, limits=replace(SMALL, wall_s=9))
+        time.sleep(1)
+        assert run("print(1)", limits=SMALL).stdout == "1\n"
+        assert hogging.result().stdout == "full\n"
+
+
+@needs_full
+def test_a_pair_of_sockets_of_another_family_is_none_before_the_kernel_looks_for_it():
+    done = run("import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint([(libc.socketpair(n, 3, 0, bytes(8)), ctypes.get_errno()) for n in (16, 30, 40)])", limits=SMALL)
+    assert done.stdout == f"{[(-1, errno.EAFNOSUPPORT)] * 3}\n"
+
+
 def test_two_runs_do_not_draw_the_same_random_numbers():
     assert run("import random; print(random.random())").stdout != run("import random; print(random.random())").stdout
 
@@ -214,8 +236,12 @@ def test_two_runs_do_not_draw_the_same_random_numbers():
 # ---- using the machine up ------------------------------------------------------------------------------------------------------
 
 BUFFERS = "import os, socket, time\nfor _ in range(20):\n    if os.fork() == 0:\n        keep = []\n        try:\n            while True:\n                PAIR\n                keep.append((a, b)); a.setblocking(False)\n                try:\n                    while True: a.send(bytes(99999))\n                except BlockingIOError: pass\n        except OSError: time.sleep(9)\ntime.sleep(9)"
+UNACCEPTED = "import socket\nkeep = []\nwhile True:\n    c = socket.socket(FAMILY)\n    if len(keep) == 0:\n        s = socket.socket(FAMILY); s.bind(NAME); s.listen(4096); keep.append(s)\n    c.connect(s.getsockname()); c.setblocking(False)\n    try:\n        while True: c.send(bytes(99999))\n    except BlockingIOError: c.close()"
 BOMBS = {
     **sandbox.BOMBS,
+    "memory in connections that nobody accepts": (UNACCEPTED.replace("FAMILY", "socket.AF_INET").replace("NAME", "('127.0.0.1', 0)"), "memory"),
+    "memory in unix connections that nobody accepts": (UNACCEPTED.replace("FAMILY", "socket.AF_UNIX").replace("NAME", "'s'"), "memory"),
+    "memory in page tables": ("import mmap, time\nm = mmap.mmap(-1, 1 << 37, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON | 0x4000, prot=mmap.PROT_READ)\nfor i in range(0, 1 << 36, 1 << 21): m[i]\ntime.sleep(9)", "memory"),
     "sleeping for ever, signals blocked": ("import signal, time\nsignal.pthread_sigmask(0, range(1, 64))\ntime.sleep(99)", "timeout"),
     "thread bomb": ("import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(99,)).start()\n    except RuntimeError: pass", "timeout"),
     "memory bomb": ("a = []\nwhile True: a.append(bytearray(1 << 20))", "memory"),
@@ -332,6 +358,7 @@ CHEATS = {
     "exec of true": "import os\ndef f(x): os.execv('/bin/true', ['true'])",
     "exec at the start": "import os\nos.execv('/bin/true', ['true'])",
     "killing itself": "import os, signal\ndef f(x): os.kill(os.getpid(), 9)",
+    "the warden's limits": "import resource\nfor n in range(16):\n    try: resource.prlimit(1, n, (3, 3))\n    except OSError: pass\ndef f(x): return 0",
     "killing everybody": "import os\ndef f(x): os.kill(-1, 9)",
     "closing descriptors": "import os\nos.closerange(0, 99)\ndef f(x): return 0",
     "closing the channel in the call": "import os\ndef f(x): os.close(3)",
@@ -921,6 +948,22 @@ def test_less_than_what_is_required_is_refused_in_one_line():
     done = under("namespaces", "sandbox.py", "--require", "full")
     assert done.returncode == 2 and done.stderr.startswith("sandbox.py: protection 'full' is required") and done.stderr.count("\n") == 1, done.stderr
     assert under("none", "sandbox.py", "--require", "full", "--require", "landlock").returncode == 0
+
+
+WITHOUT_A_NETWORK_OF_ITS_OWN = """
+import os, sandbox, socket, sys, tempfile
+with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as there:
+    there.bind(folder + "/there"), os.chmod(folder, 0o777), os.chmod(folder + "/there", 0o777), there.setblocking(False)
+    program = "import socket, sys\\nfor kind in (socket.SOCK_DGRAM, socket.SOCK_RAW):\\n    try: socket.socketpair(socket.AF_UNIX, kind)[0].sendto(b'x', sys.stdin.read())\\n    except OSError: print('held')"
+    print(sandbox.run(program, there.getsockname()).stdout, sandbox.run("import socket\\nsocket.socketpair()").stderr)
+    print("got", there.recv(9))
+"""
+
+
+@needs_full
+def test_without_a_network_of_its_own_a_program_sends_nothing_to_sockets_of_the_host():
+    done = under("namespaces", "-c", WITHOUT_A_NETWORK_OF_ITS_OWN)
+    assert done.stdout == "held\nheld\n \n" and "BlockingIOError" in done.stderr, done
 
 
 PORTABLE = "import sandbox\nsandbox.PORTABLE = True\nprint(sandbox.protection()['end'])\nsandbox.require('user', 'limits')\nsandbox.require(LAYER)"
