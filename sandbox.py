@@ -135,14 +135,20 @@ class Io:
 
 @dataclass(frozen=True)
 class Check:
-    """Asserts that use the candidate's functions; they run in the tester. Names that Python itself has are never the candidate's."""
+    """
+    Asserts that use the candidate's functions; they run in the tester. Names that Python itself has are never the candidate's. Arguments
+    go over as copies: what a function changes in them is not seen here.
+    """
 
     source: str
 
     def __post_init__(self):
+        only_told = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Pass)
+        is_main = lambda node: isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+        is_text = lambda node: isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         try:
-            if not parse(self.source).body:
-                raise ValueError("Check: its source holds nothing; what asserts nothing would pass every program")
+            if all(isinstance(node, only_told) or is_main(node) or is_text(node) for node in parse(self.source).body):
+                raise ValueError("Check: nothing of its source runs, and what asserts nothing passes every program; call what it defines")
         except (SyntaxError, TypeError) as error:
             raise ValueError(f"Check: its source is not Python: {error}") from error
 
@@ -748,16 +754,20 @@ class Tracer:
         if len(self.steps) < self.MOST:
             self.steps.append("  " * min(self.depth, 20) + text[:260])
 
+    def shown(self, value):
+        """A value is read by its own __repr__, which may fail: of an object that is still being made, for example."""
+        try:
+            text = repr(value)
+        except Exception as error:
+            text = f"<{type(error).__name__}>"
+        return text if len(text) <= 80 else text[:77] + "..."
+
     def changes(self, frame):
-        """Names whose value has changed since we last looked at this frame; reading a value is its own __repr__'s work."""
+        """Names whose value has changed since we last looked at this frame."""
         before, now = self.known.get(id(frame), {}), {}
         for name, value in list(frame.f_locals.items()):
             if not name.startswith("__") and not isinstance(value, (types.ModuleType, types.FunctionType, type)):
-                try:
-                    text = repr(value)
-                except Exception as error:
-                    text = f"<{type(error).__name__}>"
-                now[name] = text if len(text) <= 80 else text[:77] + "..."
+                now[name] = self.shown(value)
         self.known[id(frame)] = now
         return ", ".join(f"{name} = {text}" for name, text in now.items() if before.get(name) != text)
 
@@ -773,7 +783,7 @@ class Tracer:
                 self.step(f"      {changed}")
             if event == "return" and name != "<module>":
                 self.depth = max(0, self.depth - 1)
-                self.step(f"return {repr(arg)[:80]}")
+                self.step(f"return {self.shown(arg)}")
         if event == "line":
             self.lines[frame.f_lineno] = self.lines.get(frame.f_lineno, 0) + 1
             self.step(f"{frame.f_lineno:>4}: {self.source[frame.f_lineno - 1].strip()}")
@@ -1431,7 +1441,9 @@ def same(want, got, tolerance=0.0):
     if isinstance(want, list):
         return len(want) == len(got) and all(same(a, b, tolerance) for a, b in zip(want, got))
     if isinstance(want, dict):
-        bodies = ([sorted(body, key=json.dumps) if tag == "dict" else body for tag, body in tree.items()] for tree in (want, got))
+        by_size = lambda tree: (isinstance(tree, float), tree if isinstance(tree, float) and tree == tree else json.dumps(tree))
+        free = ("set", "frozenset", "dict")  # near numbers are neighbours in any two of them, unlike their texts
+        bodies = ([sorted(body, key=by_size) if tag in free else body for tag, body in tree.items()] for tree in (want, got))
         return want.keys() == got.keys() and same(*bodies, tolerance)
     return want == got
 
@@ -1507,7 +1519,10 @@ def serve(job):
 
 
 def short(value):
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError as error:  # a number of more digits than Python prints
+        text = f"({error})"
     return text if len(text) < 200 else text[:200] + "..."
 
 
@@ -1582,18 +1597,29 @@ class Line:
             raise NoAnswer(f"no answer: {message_of(error)}") from None
         if kind == "value":
             return unpack(answer[0], self.remote)
-        bases, message = answer
+        names, message = answer
         if not may_stop:  # a loop of the test's would just end there
-            bases = [name for name in bases if name != "StopIteration"]
-        raise self.error_class(bases)(message)
+            names = [name for name in names if name != "StopIteration"]
+        raise self.error(names, message)
 
     def error_class(self, names):
-        """The exception that stands for a candidate's: the built-in one of that name, or one made here."""
-        if names[0] not in self.errors:
-            known = (getattr(builtins, name, None) for name in names)
-            base = next((each for each in known if isinstance(each, type) and issubclass(each, BaseException)), Exception)
-            self.errors[names[0]] = base if base.__name__ == names[0] else type(str(names[0]), (base,), {})
-        return self.errors[names[0]]
+        """The exception that stands for a candidate's, by the names of its class and of those above it: Python's, or one made here."""
+        name, *above = names or ["Exception"]
+        known = getattr(builtins, name, None)
+        if isinstance(known, type) and issubclass(known, BaseException):
+            return known
+        if name not in self.errors:
+            self.errors[name] = type(name, (self.error_class(above),), {})
+        return self.errors[name]
+
+    def error(self, names, message):
+        kind = self.error_class(names)
+        with contextlib.suppress(TypeError):
+            error = kind(message)
+            if str(error) == message:
+                return error
+        # UnicodeDecodeError wants more arguments, KeyError quotes the one it gets
+        return type(kind.__name__, (kind,), {"__init__": lambda *_: None, "__str__": lambda _: message})(message)
 
     def remote(self, body):
         number, bases = body
@@ -1607,12 +1633,18 @@ class Remote:
     """
 
     def __init__(self, line, number):
-        self._line, self._number = line, number
+        vars(self).update(_line=line, _number=number)
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
         return self._line.ask("builtins", "getattr", self, name)
+
+    def __setattr__(self, name, value):
+        if isinstance(value, types.ModuleType):  # a module of the tests' own, inside a package of the candidate's
+            vars(self)[name] = value
+        else:
+            self._line.ask("builtins", "setattr", self, name, value)
 
     def __call__(self, /, *args, **kwargs):
         return self._line.ask("operator", "call", self, *args, **kwargs)
@@ -1636,10 +1668,11 @@ class Remote:
         return self._line.ask("builtins", "getattr", self, "__enter__")()
 
     def __exit__(self, *_):
-        return self._line.ask("builtins", "getattr", self, "__exit__")(None, None, None)
+        """Whatever it returns: a failed assert inside the block is not the program's to forgive."""
+        self._line.ask("builtins", "getattr", self, "__exit__")(None, None, None)
 
 
-for _module, _names in {"builtins": "len iter next str repr bool", "operator": "getitem setitem delitem"}.items():
+for _module, _names in {"builtins": "len iter next str repr bool delattr", "operator": "getitem setitem delitem"}.items():
     for _name in _names.split():
         setattr(Remote, f"__{_name}__", lambda self, *args, names=(_module, _name): self._line.ask(*names, self, *args))
 
@@ -1659,7 +1692,8 @@ class RemoteModules:
     def exec_module(self, module):
         """An import that fails over there, fails here."""
         remote = self.line.ask("builtins", "__import__", module.__name__, None, None, ["*"])
-        public = [name for name in self.line.ask("builtins", "dir", remote) if not name.startswith("_")]
+        own = {*dir(builtins), *sys.stdlib_module_names, "pytest"}  # `from module import *` does not replace the tests' `all` or `math`
+        public = [name for name in self.line.ask("builtins", "dir", remote) if not name.startswith("_") and name not in own]
         place = os.path.join(os.getcwd(), *module.__name__.split("."))  # tests may lie inside the package
         vars(remote).update(vars(module), __path__=[place], __all__=public)
         sys.modules[module.__name__] = remote
@@ -1782,7 +1816,10 @@ def run_from_file(line, test_id):
         if result.testsRun != 1 or result.skipped or result.expectedFailures or result.unexpectedSuccesses:
             raise unittest.SkipTest("skipped, or expected to fail")
         return
-    for case in getattr(functools.reduce(getattr, names, homes[0]), "cases", [{}]):
+    cases = getattr(functools.reduce(getattr, names, homes[0]), "cases", [{}])
+    if not cases:
+        raise unittest.SkipTest("parametrized by nothing: it has not run")
+    for case in cases:
         with contextlib.ExitStack() as stack:
             function = holder
             if len(names) > 1:
@@ -1801,6 +1838,7 @@ def test(job):
     verdicts, line = open(3, "w", 1), Line(socket.socket(fileno=4))
     for name in job["modules"]:
         sys.modules.pop(name, None)
+    sys.path.insert(0, os.getcwd())
     sys.meta_path.insert(0, RemoteModules(line, frozenset(job["modules"])))
     sys.modules["pytest"] = small_pytest()
 
@@ -1871,7 +1909,7 @@ def as_grade(outcomes, runs, names=()):
 
 TESTS = re.compile(r"(^|/)(test_[^/]*|[^/]*_test)\.py$")
 NOT_THE_PROGRAM = re.compile(  # what no candidate hands in: tests, what tools read on their own, what was compiled
-    r"(^|/)(tests?|__pycache__|\.[^/]*)/|(^|/)(test_[^/]*|[^/]*_test|conftest|sitecustomize|usercustomize)\.py$|\.(pyc|pth)$"
+    r"(^|/)(tests?|__pycache__|\.[^/]*)/|(^|/)(tests?|test_[^/]*|[^/]*_test|conftest|sitecustomize|usercustomize)\.py$|\.(pyc|pth)$"
 )
 
 

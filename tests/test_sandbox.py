@@ -515,6 +515,8 @@ def test_types_count_and_floats_have_the_tolerance_that_the_test_gives():
     assert grade(source, [Call("f", [a], b) for a, b in pairs]).passed == [False] * len(pairs)
     assert grade(source, [Call("f", [0.1 + 0.2], 0.3, tolerance=1e-9), Call("f", [math.nan], math.nan), Call("f", [10**5000], 10**5000)]).passed == [True] * 3
     assert grade(source, [Call("f", [{2: {"a", "b"}, 1: "x"}], {1: "x", 2: {"b", "a"}})]).passed == [True]
+    assert grade(source, [Call("f", [{10.0, 2.0, math.inf, "2"}], {2.0, 9.9999999999, "2", math.inf}, tolerance=1e-6), Call("f", [{1.0, 2.0}], {1.0, 2.1}, 1e-6)]).passed == [True, False]
+    assert "Exceeds the limit" in grade(source, [Call("f", [2**15999], 3)]).reasons[0]  # and not "no answer"
 
 
 @settings(max_examples=150, deadline=None)
@@ -653,6 +655,46 @@ def test_whatever_a_command_leaves_behind_is_its_own_affair_and_never_our_error(
             place.write("long", "x" * (9 << 20))
 
 
+HELPED = {"shop.py": "def total(p): return 0\n", "tests/helpers.py": "def same(a, b): assert a == b\n",
+          "tests/test_shop.py": "from tests import helpers\nfrom shop import total\ndef test_total(): helpers.same(total([1]), 1)\n"}  # fmt: skip
+TRUSTING = {  # name: (tests that leave something to the program, a program that abuses it, one that passes)
+    "a block whose program swallows what fails in it": ("from shop import C\ndef test_x():\n    with C() as c: assert c.total() == 3\n",
+        "class C:\n    __enter__ = lambda s: s\n    __exit__ = lambda *_: True\n    total = lambda s: TOTAL\n"),
+    "cases that the program gives": ("import pytest\nfrom shop import CASES, f\n@pytest.mark.parametrize('n', CASES)\ndef test_x(n): assert f(n) == 3\n",
+        "CASES = [1][:TOTAL]\nf = lambda n: TOTAL\n"),
+    "names of Python's own by *": ("import math\nfrom shop import *\ndef test_x(): assert math.isclose(f(), 3) and all([f() == 3])\n",
+        "class math:\n    isclose = staticmethod(lambda *_: True)\nall = lambda _: True\nf = lambda: TOTAL\n"),
+    "a value that the test has set": ("from shop import C\ndef test_x():\n    c = C()\n    c.total = 3\n    assert c.total == 3\n    del c.total\n",
+        "class C:\n    __setattr__ = lambda s, name, value: s.__dict__.update(total=TOTAL)\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRUSTING)
+def test_what_a_test_leaves_to_the_program_does_not_let_it_pass(name):
+    tests, program = TRUSTING[name]
+    with Workspace({"shop.py": ""}, SMALL) as place:
+        for total in (0, 3):
+            place.write("shop.py", program.replace("TOTAL", str(total)))
+            assert place.grade({"test_x.py": tests}).passed == [total == 3]
+
+
+def test_a_module_called_tests_is_not_the_program_s():
+    with Workspace(HELPED, SMALL) as place:
+        for path in ("tests.py", "src/tests.py", "test.py"):
+            place.write(path, "class helpers:\n    same = staticmethod(lambda a, b: None)\n")
+        assert place.grade().passed == [False]
+        place.write("shop.py", "def total(p): return sum(p)\n")
+        assert place.grade().reasons == [""]
+
+
+def test_an_exception_is_caught_by_the_classes_above_it_and_says_what_it_said():
+    program = ("class Above(ValueError): pass\nclass Wrong(Above): pass\ndef f(x):\n    if x == 1: raise Wrong('one')\n    if x == 2: return {}['two']\n"
+               "    return b'\\xff'.decode()\n")  # fmt: skip
+    checks = ["try: f(1)\nexcept Above as e: assert str(e) == 'one' and type(e).__name__ == 'Wrong'", "try: f(1)\nexcept ValueError as e: assert not isinstance(e, KeyError)",
+              "try: f(2)\nexcept KeyError as e: assert str(e) == \"'two'\"", "try: f(3)\nexcept UnicodeDecodeError as e: assert 'byte 0xff' in str(e)", "try: f(3)\nexcept ValueError: pass"]  # fmt: skip
+    assert grade(program, list(map(Check, checks)), SMALL).reasons == [""] * 5
+
+
 def test_helpers_that_lie_beside_the_tests_are_the_tests_own():
     files = {"shop.py": "def total(p): return 0\n", "tests/helpers.py": "def same(a, b): assert a == b\n", "tests/test_shop.py": "from helpers import same\nfrom shop import total\ndef test_total(): same(total([1]), 1)\n"}
     with Workspace(files, SMALL) as place:
@@ -787,6 +829,11 @@ def test_a_trace_counts_lines_as_the_standard_library_does_and_tells_every_chang
     assert done.trace["lines"] == want and 9 not in done.trace["lines"] and done.stdout == "3\n"
     text = done.trace["text"]
     assert all(line in text for line in ("call add(a = 1, b = 2)", "c = 3", "return 3", "total = 3", "   7: total = add(total, i)"))
+
+
+def test_a_trace_shows_an_object_that_cannot_be_shown_yet():
+    done = run("class P:\n    def __new__(cls, x): return object.__new__(cls)\n    def __init__(self, x): self.x = x\n    def __repr__(self): return f'P({self.x})'\nprint(P(3))\n", trace=True)
+    assert done.stdout == "P(3)\n" and "return <AttributeError>" in done.trace["text"], done
 
 
 def test_a_trace_is_bounded_and_survives_an_error():
@@ -1031,6 +1078,7 @@ def test_hundreds_of_runs_leave_nothing_behind():
     (lambda: grade("", [3]), "Call, Io or Check"),
     (lambda: grade("", [Check("assert (")]), "not Python"),
     (lambda: Check("# nothing\n"), "asserts nothing"),
+    (lambda: Check("'''A text.'''\nimport math\ndef test_f():\n    assert f(1) == 2\nif __name__ == '__main__':\n    test_f()\n"), "asserts nothing"),
     (lambda: grade("", [Call("f", [], 1)], language="c"), "of Io"),
     (lambda: grade("", [Call("f", [object()], 1)]), "not plain data"),
     (lambda: Call("f", 1, 2), "list of arguments"),
