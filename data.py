@@ -27,6 +27,7 @@ import bisect
 import contextlib
 import copy
 import errno
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -121,12 +122,15 @@ def wanted(path):
         return BY_EXTENSION.get(os.path.splitext(name)[1].lower())
 
 
+shown = lambda path: os.fsencode(path).decode("utf-8", "replace")  # the name of a file can be any bytes
+
+
 def walk(root, project_of, skip=()):
     """Entries of a folder; project_of(parts of the relative path) names the project."""
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if not SKIP_DIRECTORIES.fullmatch(f) and f not in skip]
         for place in (os.path.join(folder, name) for name in names):
-            path = os.path.relpath(place, root).replace(os.sep, "/")
+            path = shown(os.path.relpath(place, root)).replace(os.sep, "/")
             if (language := wanted(path)) and os.path.isfile(place) and not os.path.islink(place):
                 yield Entry(project_of(path.split("/")), path, language, os.path.getsize(place), place)
 
@@ -136,7 +140,7 @@ def running_python():
     paths = sysconfig.get_paths()
     named = lambda group: lambda parts: f"{group}/{parts[0].split('.')[0]}"
     yield from walk(paths["stdlib"], named("stdlib"), skip=("site-packages", "dist-packages"))
-    for packages in sorted({paths["purelib"], paths["platlib"]}):
+    for packages in sorted({os.path.realpath(paths[kind]) for kind in ("purelib", "platlib")}):  # lib64 may be a link to lib
         yield from walk(packages, named("packages"))
 
 
@@ -156,7 +160,8 @@ def git_files(repo, project_of):
     if listing.returncode:
         raise ValueError(f"{repo}: git cannot list HEAD ({' '.join(listing.stderr.decode(errors='replace').split())}); is there a commit?")
     for row in listing.stdout.decode("utf-8", "replace").split("\0")[:-1]:
-        (mode, kind, oid, size), path = row.split("\t", 1)[0].split(), row.split("\t", 1)[1]
+        about, path = row.split("\t", 1)
+        mode, kind, oid, size = about.split()
         if kind == "blob" and mode != "120000" and (language := wanted(path)):  # 120000: a symbolic link
             yield Entry(project_of(path.split("/")), path, language, int(size), f"git\0{os.path.abspath(repo)}\0{oid}")
 
@@ -165,11 +170,11 @@ def find(sources, folder, counts):
     """{entry: its source}, sorted. One source alone is split into projects by its folders; of several, a repository is one."""
     found = {}
     for source in sources:
-        root, name = Path(source), Path(source).resolve().name
+        root, name = Path(source), shown(Path(source).resolve().name)
         inside = lambda parts, name=name: f"{name}/{parts[0] if len(parts) > 1 else '.'}"
         if source == "python":
             entries = running_python()
-        elif source.startswith("cc:") or re.search(r"\.(jsonl|warc|wet)(\.gz)?(\?|$)", source):
+        elif source.startswith("cc:") or STREAM.search(source):
             entries = spooled(source, Path(folder), counts)
         elif not root.is_dir():
             raise ValueError(f"source {source}: there is no such folder; give `python`, a folder, a git repository, a .jsonl, .warc or "
@@ -183,7 +188,7 @@ def find(sources, folder, counts):
 
 
 def read_all(entries):
-    """The bytes of each entry, in order; one `git cat-file` a repository, plain reads for the rest."""
+    """The bytes of each entry, in order; None for a file that cannot be read. One `git cat-file` a repository, plain reads for the rest."""
     with contextlib.ExitStack() as stack:
         git = functools.cache(lambda repo: stack.enter_context(subprocess.Popen(
             ["git", "-C", repo, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
@@ -198,9 +203,13 @@ def read_all(entries):
                     raise ValueError(f"{where[0]}: git cannot read {entry.path} (object {where[1]}); `git fsck` there says what is broken")
                 yield reader.stdout.read(int(header[2]) + 1)[:-1]  # the object is followed by a newline
             else:
-                with open(place, "rb") as file:
-                    file.seek(int(where[0]) if where else 0)
-                    yield file.read(entry.size if where else -1)
+                try:
+                    with open(place, "rb") as file:
+                        file.seek(int(where[0]) if where else 0)
+                        raw = file.read(entry.size if where else -1)
+                except OSError:  # it has gone since it was found, or is another user's
+                    raw = None
+                yield raw
 
 
 def fair_cap(sizes, budget, weights=None):
@@ -218,7 +227,7 @@ def draw_sample(entries, max_bytes):
     """At most max_bytes: 8 % text, 25 % markup and languages without a law, the rest by language_mixture(); projects to a fair cap."""
     if not max_bytes:
         return entries
-    groups, chosen = defaultdict(list), []
+    groups, chosen, by_chance = defaultdict(list), [], lambda entry: digest(entry.project, entry.path)
     for entry in entries:
         groups["text" if entry.language in TEXT else entry.language if entry.language in LAW["languages"] else "other"].append(entry)
     size = {name: sum(e.size for e in group) for name, group in groups.items()}
@@ -229,10 +238,16 @@ def draw_sample(entries, max_bytes):
         for entry in group:
             of_project[entry.project] += entry.size
         cap = fair_cap(of_project.values(), budget[name])
-        for entry in sorted(group, key=lambda e: digest(e.project, e.path)):
+        for entry in sorted(group, key=by_chance):
             if used[entry.project] + entry.size <= cap:
                 used[entry.project] += entry.size
                 chosen.append(entry)
+    rest = max_bytes - sum(entry.size for entry in chosen)
+    if rest > max_bytes / 2:  # the parts of the projects are smaller than their files, or the sources are text or C alone: chance decides
+        for entry in sorted(set(entries) - set(chosen), key=by_chance):
+            if entry.size <= rest:
+                chosen.append(entry)
+                rest -= entry.size
     return sorted(chosen)
 
 
@@ -241,15 +256,15 @@ def held_out_projects(entries, share):
     size = defaultdict(Counter)
     for entry in entries:
         size[entry.project][entry.language] += entry.size
+    if len(size) < 2:
+        raise ValueError(f"only one project ({''.join(size)}) in the sources: nothing can be held out; give more sources, or a folder "
+                         f"with several folders in it: each is a project")
     total, held, chosen = sum(size.values(), Counter()), Counter(), set()
     for project in sorted(size, key=lambda project: digest("held out", project)):
         row = size[project]
         if any(held[x] < share * total[x] for x in row) and all(held[x] + row[x] <= 2 * share * total[x] for x in row):
             chosen.add(project)
             held.update(row)
-    if len(size) < 2:
-        raise ValueError(f"only one project ({''.join(size)}) in the sources: nothing can be held out; give more sources, or a folder "
-                         f"with several folders in it: each is a project")
     return chosen or {min(size, key=lambda project: (sum(size[project].values()), project))}  # of a handful, the smallest
 
 
@@ -261,7 +276,7 @@ TRIES, PASSING = 6, (408, 429, 500, 502, 503, 504)  # what may be otherwise at t
 
 
 def request(url, method="GET", headers=(), **options):
-    """One request, patiently: what may pass is tried again after 2, 4, 8, ... seconds or as long as the server says."""
+    """One request, patiently: what may pass is tried again at once, then after 2, 4, 8, ... seconds or as long as the server says."""
     again = urllib3.Retry(TRIES - 1, backoff_factor=1, status_forcelist=PASSING, allowed_methods=None, raise_on_status=False)
     session = requests.Session()
     session.adapters = dict.fromkeys(session.adapters, requests.adapters.HTTPAdapter(max_retries=again))
@@ -278,8 +293,10 @@ def request(url, method="GET", headers=(), **options):
 
 def download(url, path, first=0, size=None):
     """Stream a URL, or `size` bytes of it from `first` on, into a file; PATH.part is what a cut connection or a killed run has left."""
-    part, stalled = Path(f"{path}.part"), 0
-    while not Path(path).exists():
+    path, part, stalled = Path(path), Path(f"{path}.part"), 0
+    if part.exists() and part.stat().st_size == size:  # a run was killed before it could give its range the name
+        os.replace(part, path)
+    while not path.exists():
         have = part.stat().st_size if part.exists() else 0
         reply = request(url, headers={"Range": f"bytes={first + have}-{first + size - 1 if size else ''}"} if have or size else {})
         start = have if reply.status_code == 206 else 0  # a server without ranges begins again
@@ -292,13 +309,15 @@ def download(url, path, first=0, size=None):
                 shutil.copyfileobj(reply.raw, file)
                 whole = True
         stalled = 0 if part.stat().st_size > have else stalled + 1
+        if whole and size and part.stat().st_size != size:
+            raise ValueError(f"{url}: the server does not give the {size} bytes from {first} on")
         if whole:
             os.replace(part, path)
         elif stalled == TRIES:
             raise OSError(f"{url}: the connection ends after {have} of {declared} bytes; run the same command again")
         else:
             time.sleep(1)
-    return Path(path)
+    return path
 
 
 def crawl(query, folder, counts):
@@ -341,32 +360,49 @@ def warc_pages(path, counts):
                 if line.startswith(b"WARC/"):
                     try:
                         yield page(stream)
-                    except ValueError as error:
+                    except Unreadable as error:
                         counts[str(error)] += 1
-                    except http.client.HTTPException:
-                        counts["headers not understood"] += 1
+                    except (ValueError, http.client.HTTPException):  # a length, an address or headers that are none
+                        counts["record not understood"] += 1
+
+
+class Unreadable(Exception):
+    """Why a record gives no document."""
+
+
+def dechunked(body):
+    """A chunked HTTP body without the lengths between its parts."""
+    parts, stream = [], io.BytesIO(body)
+    while size := int(stream.readline().split(b";")[0], 16):
+        parts.append(stream.read(size))
+        stream.readline()
+    return b"".join(parts)
 
 
 def page(stream):
     """The document of a WARC record behind its first line: a `conversion` (WET) is text, a `response` has HTTP headers."""
     head = http.client.parse_headers(stream)
-    size = int(head["Content-Length"]) if str(head["Content-Length"]).isdigit() else -1
+    size = int(head["Content-Length"] or -1)
     if not 0 <= size <= LARGEST_RECORD:
-        raise ValueError("record without a length" if size < 0 else "record too large")
+        raise Unreadable("record without a length" if size < 0 else "record too large")
     block = stream.read(size)
     if len(block) < size:
-        raise ValueError("record cut short")
-    inside, content, good = io.BytesIO(block), "text/plain", head["WARC-Type"] == "conversion"
+        raise Unreadable("record cut short")
+    inside, good, about = io.BytesIO(block), head["WARC-Type"] == "conversion", {"Content-Type": "text/plain; charset=utf-8"}
     if head["WARC-Type"] == "response":
-        good, content = inside.readline().split()[1:2] == [b"200"], http.client.parse_headers(inside).get("Content-Type", "")
+        good, about = inside.readline().split()[1:2] == [b"200"], http.client.parse_headers(inside)
+    content = about.get("Content-Type", "")
     if not good or not re.match("text/(html|plain)", content):
-        raise ValueError("record is no page")
+        raise Unreadable("record is no page")
     body = inside.read()
     for name, data in (("WARC-Payload-Digest", body), ("WARC-Block-Digest", block)):
         if (head[name] or "").startswith("sha1:") and head[name][5:] != base64.b32encode(hashlib.sha1(data).digest()).decode():
-            raise ValueError("record with a wrong digest")
-    if (text := decode(body)) is None:
-        raise ValueError("record is binary")
+            raise Unreadable("record with a wrong digest")
+    if "chunked" in about.get("Transfer-Encoding", "").lower() and re.match(rb"[0-9a-fA-F]+\s*(;[^\n]*)?\r\n", body):
+        body = dechunked(body)  # as wget stores it; Common Crawl stores it joined
+    declared = re.search(rb"charset\s*=\s*[\"']?([-\w.]+)", content.encode() + b"\n" + body[:1024], re.I)
+    if (text := decode(body, declared and declared[1].decode())) is None:
+        raise Unreadable("record is binary")
     text = html_text(text) if content.startswith("text/html") else text
     url = head["WARC-Target-URI"] or ""
     return Document(text, "text", urllib.parse.urlsplit(url).hostname or "unknown site", url)
@@ -392,6 +428,9 @@ def json_lines(path, counts):
         counts["gzip file cut short"] += 1
 
 
+STREAM = re.compile(r"\.(jsonl|warc|wet)(\.gz)?(?=\?|$)")  # how the names of what is no folder end
+
+
 def spooled(source, folder, counts):
     """Entries of a stream. Its texts first go to a local file, end to end; several processes can sample and read it."""
     local, remote = Path(source), source.startswith("cc:") or re.match("https?://", source)
@@ -399,32 +438,32 @@ def spooled(source, folder, counts):
         raise ValueError(f"source {source}: there is no such file")
     version = () if remote else (str(local.stat().st_size), str(local.stat().st_mtime_ns))  # a file that has changed is read anew
     raw = folder / f"{digest(source, *version):016x}"
-    spool, index, skipped, entries = raw.with_suffix(".spool"), raw.with_suffix(".index"), Counter(), []
+    spool, index, skipped, entries = raw.with_suffix(".spool"), raw.with_suffix(".json"), Counter(), []
     if not index.exists():
         raw.mkdir(parents=True, exist_ok=True)
-        one = lambda: download(source, raw / os.path.basename(urllib.parse.urlsplit(source).path)) if remote else local
+        one = lambda: download(source, raw / f"whole{STREAM.search(source)[0]}") if remote else local
         with open(spool, "wb") as out:
             for path in crawl(source[3:], raw, skipped) if source.startswith("cc:") else [one()]:
                 for doc in json_lines(path, skipped) if ".jsonl" in path.name else warc_pages(path, skipped):
-                    place = f"{spool.resolve()}\0{out.tell()}"
-                    entries.append(Entry(doc.project, doc.path, doc.language, out.write(doc.text.encode("utf-8", "replace")), place))
+                    at = out.tell()
+                    entries.append((doc.project, doc.path, doc.language, out.write(doc.text.encode("utf-8", "replace")), at))
         write_json(index, [entries, skipped])
-    entries, skipped = json.loads(index.read_text())
+    entries, skipped = json.loads(index.read_bytes())
     counts.update(skipped)
-    return [Entry(*row) for row in entries]
+    return [Entry(*row, f"{spool.resolve()}\0{at}") for *row, at in entries]
 
 
 # ------------------------------------------------------------------------------------------------ bytes and pages to text
 
-def decode(raw):
+def decode(raw, declared=None):
     """Bytes to text, or None for what is not text. UTF-8, else the declared coding, else Latin-1; line ends become \\n."""
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         text = raw.decode("utf-16", "replace")
     elif b"\0" in raw:
         return None
     else:
-        declared = re.search(rb"coding[:=]\s*([-\w.]+)", raw[:200])
-        for encoding in ("utf-8-sig", declared[1].decode() if declared else "latin-1", "latin-1"):
+        found = re.search(rb"coding[:=]\s*([-\w.]+)", raw[:200])
+        for encoding in ("utf-8-sig", declared or found and found[1].decode() or "latin-1", "latin-1"):
             with contextlib.suppress(ValueError, LookupError):
                 text = raw.decode(encoding)
                 break
@@ -434,8 +473,8 @@ def decode(raw):
 
 class Page(HTMLParser):
     """HTML to text: blocks become lines, what is no content disappears, and <pre> becomes a fenced block, byte for byte."""
-    SILENT = set("script style nav footer aside form noscript template svg button select iframe head".split())
-    BLOCK = set("p div section article main header h1 h2 h3 h4 h5 h6 ul ol li dl dt dd table tr blockquote br hr title".split())
+    SILENT = set("script style nav footer aside form noscript template svg button select iframe title".split())
+    BLOCK = set("p div section article main header h1 h2 h3 h4 h5 h6 ul ol li dl dt dd table tr blockquote br hr".split())
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
@@ -449,7 +488,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         if tag in self.SILENT:
             self.silent.append(tag)
-        elif tag == "pre" and not self.silent:
+        elif tag == "pre" and self.pre is None and not self.silent:
             self.end_line()
             self.pre = []
         elif tag == "br" and self.pre is not None:
@@ -479,7 +518,7 @@ class Page(HTMLParser):
 
 def html_text(html):
     parser = Page()
-    parser.feed(html)
+    parser.feed(html + "\n")  # without it an & near the end would wait for more
     parser.handle_endtag("pre")
     parser.end_line()
     return "\n".join(parser.out) + "\n"
@@ -499,13 +538,13 @@ EDITS = {  # name: (languages, a quick look without which the pattern cannot mat
     "address redacted": (EVERY, DOTTED.search, re.compile(  # an IPv4 address of the open Internet; no version number
         r"(?<![\w.-])(?!(?:0|10|127|169\.254|172\.(?:1[6-9]|2\d|3[01])|192\.(?:168|0\.2)|198\.51\.100|203\.0\.113|22[4-9]|2[3-5]\d)\.)"
         r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?![\w.-]|\.\d)"), "<IP>"),
-    "cookie line": (WEB, lambda text: "ookie" in text, re.compile(
+    "cookie line": (WEB, lambda text: "cookie" in text.lower(), re.compile(
         r"^.*\b(?:accept (?:all )?cookies|(?:use[sd]?|about|these|our) cookies|cookie (?:policy|settings|consent))\b.*\n?",
         re.I | re.M), ""),
     "boilerplate line": (WEB, bool, re.compile(
         r"^.{0,80}\b(?:all rights reserved|terms of (?:service|use)|privacy policy|powered by|subscribe to our|sign (?:in|up)|log ?in|"
         r"javascript is (?:disabled|required)|skip to (?:main )?content|share (?:this|on)|follow us|back to top|read more|"
-        r"click here)\b.{0,80}\n?", re.I | re.M), ""),
+        r"click here)\b.{0,80}(?:\n|\Z)", re.I | re.M), ""),
     "navigation line": (WEB, bool, re.compile(r"^(?:[- ]*[\w' ]{1,24}(?: [|»›>·•/] )){2,}[\w' ]{1,24}\n?", re.M), ""),
     "encoded blob": (TEXT, bool, re.compile(
         r"(?:data:[\w/+.-]+;base64,)?(?<![A-Za-z0-9+/=])(?=\S{0,200}\d)(?:[A-Za-z0-9+/]{120,}={0,2}|[0-9a-fA-F]{96,})"), "<BLOB>"),
@@ -774,7 +813,8 @@ def near_pairs(signatures, read, threshold):
 def near_duplicates(docs, threshold=0.7):
     """Texts whose 5-grams of tokens are that alike. Groups are transitive; the longest text of each stays, whatever their order."""
     sets, rank = list(map(shingles, docs)), [(-len(text), text) for text in docs]
-    return survivors(near_pairs(np.array(list(map(signature, sets)), U32).reshape(len(docs), -1), sets.__getitem__, threshold), rank)
+    signatures = np.array(list(map(signature, sets)), U32).reshape(len(docs), len(PERMUTATIONS))
+    return survivors(near_pairs(signatures, sets.__getitem__, threshold), rank)
 
 
 EMBEDDING, SHAPE_SHARE = 256, 0.7
@@ -796,7 +836,7 @@ def embed(texts, model=None, tokenizer=None, teacher=None, length=512):
     renaming, and 30 % words, which keep two import lists apart. With one: its mean hidden state. With a teacher: its /v1/embeddings.
     """
     if teacher:
-        reply = request(f"{teacher.url}/embeddings", "POST", json={"model": teacher.model, "input": list(texts)})
+        reply = request(f"{teacher.url}/embeddings", "POST", teacher.session.headers, json={"model": teacher.model, "input": list(texts)})
         rows = np.array([row["embedding"] for row in sorted(reply.json()["data"], key=lambda row: row["index"])], np.float32)
     elif model is not None:
         with torch.no_grad():
@@ -817,14 +857,14 @@ def embedding_duplicates(vectors, threshold=0.8, block=1024):
     """Of unit vectors each goes that has a cosine of `threshold` to one that stays: no chains, which in this space lead anywhere."""
     vectors = np.ascontiguousarray(vectors, np.float32)  # they are judged in the order of their bytes, not of the input
     order = np.array(sorted(range(len(vectors)), key=lambda i: vectors[i].tobytes()), int)
-    vectors, kept = vectors[order], np.arange(len(vectors))
+    vectors, kept, stays = vectors[order], np.arange(len(vectors)), np.ones(len(vectors), bool)
     for start in range(0, len(vectors), block):            # block by block: memory stays bounded
-        close = defaultdict(list)
         for other in range(0, start + 1, block):
-            for i, j in np.argwhere(vectors[start:start + block] @ vectors[other:other + block].T >= threshold).tolist():
-                close[start + i] += [other + j] * (other + j < start + i)
-        for i in sorted(close):
-            kept[i] = next((j for j in close[i] if kept[j] == j), i)
+            close = vectors[start:start + block] @ vectors[other:other + block].T >= threshold
+            for i in (start + np.flatnonzero(close.any(1) & stays[start:start + block])).tolist():
+                first = other + np.argmax(close[i - start] & stays[other:other + block])  # it stays, if there is one that does
+                if stays[first] and close[i - start, first - other] and first < i:
+                    kept[i], stays[i] = first, False
     found = np.empty(len(order), int)
     found[order] = order[kept]
     return found.tolist()
@@ -870,7 +910,8 @@ class Decontaminator:
 def code_rubric(text):
     """Readability, modularity, clarity, reusability of Python as ten shares, from the syntax tree; None where the text does not parse."""
     try:
-        tree = ast.parse(text)
+        with warnings.catch_warnings(action="ignore"):  # of the corpus' own oddities
+            tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     nodes, lines = list(ast.walk(tree)), text.count("\n") + 1
@@ -904,7 +945,7 @@ def maths_rubric(text):
     """Mathematics that can be followed, as shares: its equations hold where they can be computed, steps are linked, terms are defined."""
     held = []
     for left, right in re.findall(r"([-+*/^() \d.]{3,60})=\s*(-?\d+(?:\.\d+)?)(?![\d*/^+-])", text):
-        with contextlib.suppress(ValueError, ArithmeticError):
+        with contextlib.suppress(ValueError, ArithmeticError, TypeError):  # TypeError: 1/0 has a value there, which is no float
             held.append(abs(float(tasks.formula(left.strip().replace("^", "**"))) - float(right)) < 1e-6)
     words = max(len(text.split()), 1)
     linked = re.findall(r"\b(?:let|then|hence|since|thus|where|if|suppose|returns?|given|equals?)\b", text, re.I)
@@ -917,7 +958,7 @@ def maths_rubric(text):
 RUBRICS = {"code": code_rubric, "text": text_rubric, "maths": maths_rubric}
 MATHS = re.compile(r"\b(?:matri|polynom|equation|theorem|integral|derivative|algebra|prime|eigen|vector|coefficient|"
                    r"probabilit|distribution)", re.I)
-DOCSTRING = re.compile(r'"""((?:[^"\\]|\\.|"(?!""))*)"""')
+DOCSTRING = re.compile(r'"""((?:[^"\\]|\\.|"(?!""))*)"""', re.S)
 
 
 def samples_of(doc):
@@ -1451,11 +1492,11 @@ class Tokenizer:
         if not path.is_file():
             raise ValueError(f"{path}: there is no tokenizer; build one with `python data.py`, or name a checkpoint's folder")
         try:
-            stored, byte_of = json.loads(path.read_text(encoding="utf-8")), {name: b for b, name in BYTE_NAMES.items()}
+            stored, byte_of = json.loads(path.read_bytes()), {name: b for b, name in BYTE_NAMES.items()}
             vocabulary = stored["model"]["vocab"]
             tokens = [bytes(byte_of[c] for c in token) for token in sorted(vocabulary, key=vocabulary.get)]
             special = {row["content"]: row["id"] for row in stored["added_tokens"]}
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: not a byte-level BPE tokenizer ({type(error).__name__} {error}); build it again") from error
         tokenizer = cls(tokens)
         if tokenizer.special != special:
@@ -1508,7 +1549,7 @@ class TokenFile:
         path = Path(folder) / name
         if not Path(f"{path}.json").is_file():
             raise ValueError(f"{path}.json: there is no such token file; build it with `python data.py`")
-        about = json.loads(Path(f"{path}.json").read_text())
+        about = json.loads(Path(f"{path}.json").read_bytes())
         expected = {"tokens": about["tokens"] * np.dtype(about["dtype"]).itemsize, "index": about["documents"] * INDEX.itemsize}
         for kind, size in (expected | ({"loss": about["tokens"]} if about["masked"] else {})).items():
             found = os.path.getsize(f"{path}.{kind}") if os.path.exists(f"{path}.{kind}") else 0
@@ -1714,19 +1755,22 @@ def repo_samples(docs, tokenizer, context, rng):
 
 def split_of(repository, default, paths, held_out):
     """A change that touches a held-out project belongs to the held-out split, under any name by which the sources may know the project."""
-    known = {name := Path(repository).resolve().name}
-    for parts in ([name, *path.split("/")] for path in paths):
+    known = {name := shown(Path(repository).resolve().name)}
+    for parts in ([name, *shown(path).split("/")] for path in paths):
         known |= {f"{parts[-2]}/.", *map("/".join, itertools.pairwise(parts))}
     return default if known.isdisjoint(held_out) else "heldout"
 
 
-def commit_samples(repository, default, held_out, tokenizer, context, log):
-    """Triplets of a git history: message and patch whole, the context around them cut to fit. Patches too long for it are left out."""
+def commit_samples(repository, default, held_out, tokenizer, context, log, decontaminator=None):
+    """Triplets of a git history: message and patch whole, the context around them cut to fit. What touches a benchmark is left out."""
     try:
         for i, triplet in enumerate(commits.triplets(repository)):
             parts = commits.triplet_parts(triplet, budget=context // (4 if i % 2 else 1), length=tokenizer.length)
+            if touched := decontaminator and decontaminator.overlaps("".join(text for text, _, _ in parts)):
+                log(f"left out commit {triplet.new_commit[:12]} of {repository}: benchmark {', '.join(touched)}")
+                continue
             split = split_of(repository, default, {*triplet.old_files, *triplet.new_files}, held_out)
-            yield split, "commit", "diff", Path(repository).resolve().name, parts
+            yield split, "commit", "diff", shown(Path(repository).resolve().name), parts
     except ValueError as error:  # a shallow clone, a history that is too short: the files of such a repository are good all the same
         log(f"absent  commit    {error}")
 
@@ -1762,16 +1806,29 @@ FINGERPRINT = np.dtype([("exact", U64), ("size", int), ("shingles", int), ("offs
                         ("vector", np.float16, 2 * EMBEDDING)])
 
 
+def strings(value):
+    """All strings inside a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
+
+
 def read_benchmarks(paths):
-    """{name: texts} of benchmark files: every longer string in JSON lines (.gz or not), any other file as one text."""
+    """{name: texts} of benchmark files: every longer string in JSON lines or JSON (.gz or not), any other file as one text."""
     texts = defaultdict(list)
     for path in map(Path, paths):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", errors="replace") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as file:
             try:
-                rows = [json.loads(line).values() for line in file if line.strip()] if ".jsonl" in path.name else [[file.read()]]
-            except (ValueError, AttributeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ValueError(f"{path}: not JSON lines of objects ({error}); mend it, what is not read would not be kept out") from error
-        texts[path.name.split(".")[0]] += [text for row in rows for text in row if isinstance(text, str) and len(text) > 40]
+                rows = map(json.loads, filter(str.strip, file)) if ".jsonl" in path.name else [file.read()]
+                rows = map(json.loads, rows) if path.name.removesuffix(".gz").endswith(".json") else rows
+                found = [text for row in rows for text in strings(row) if len(text) > 40]
+            except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(f"{path}: cannot be read ({error}); mend it, what is not read would not be kept out") from error
+        if not found:
+            raise ValueError(f"{path}: there is no text of more than 40 characters in it to keep out")
+        texts[path.name.split(".")[0]] += found
     return texts
 
 
@@ -1780,10 +1837,10 @@ def clean_shard(job):
     entries, path, decontaminator = job
     if Path(path).exists():
         return
-    found, drops, prints, sets, offset = [], defaultdict(list), [], [np.empty(0, U32)], 0
+    kept, drops, prints, sets, offset = [], defaultdict(list), [], [np.empty(0, U32)], 0
     for entry, raw in zip(entries, read_all(entries)):
-        language, shown = entry.language, decode(raw)
-        text, fired = (None, ["binary"]) if shown is None else clean(shown, language)
+        language, found = entry.language, None if raw is None else decode(raw)
+        text, fired = (None, ["unreadable" if raw is None else "binary"]) if found is None else clean(found, language)
         if text is not None:
             languages = ("c", "c++") if language == "c" else (language,)  # a header of either language ends in .h
             language = next((name for name in languages if parses(text, name)), None)
@@ -1791,22 +1848,22 @@ def clean_shard(job):
             vetoes += [] if language else ["does not parse"]
             text, fired = None if vetoes else text, fired + vetoes
         for rule in fired:
-            drops[rule].append((entry.project, entry.path, len(raw), (shown or "")[:300] if len(drops[rule]) < 3 else ""))
+            drops[rule].append((entry.project, entry.path, entry.size, (found or "")[:300] if len(drops[rule]) < 3 else ""))
         if text is not None:
-            found.append((text, language, entry.project, entry.path))
+            kept.append((text, language, entry.project, entry.path))
             sets.append(shingles(text))
             prints.append((digest(normal(text)), len(text), len(sets[-1]), offset, signature(sets[-1]), embed([text])[0]))
             offset += sets[-1].nbytes
     Path(f"{path}.prints").write_bytes(np.array(prints, FINGERPRINT).tobytes())
     Path(f"{path}.shingles").write_bytes(np.concatenate(sets).tobytes())
-    write_json(f"{path}.documents", found)
-    write_json(path, {"about": [(project, name, len(fim.to_bytes(text))) for text, _, project, name in found], "drops": drops})
+    write_json(f"{path}.documents", kept)
+    write_json(path, {"about": [(project, name, len(fim.to_bytes(text))) for text, _, project, name in kept], "drops": drops})
 
 
 def documents(fates, split):
     """The documents of a split, one shard in memory at a time. fates: {path of a shard: the split of each document, None for a copy}."""
     for path, where in fates.items():
-        rows = json.loads(Path(f"{path}.documents").read_text())
+        rows = json.loads(Path(f"{path}.documents").read_bytes())
         yield from (Document(*row) for row, fate in zip(rows, where) if fate == split)
 
 
@@ -1858,7 +1915,8 @@ def deduplicate(paths, near=0.7, alike=0.8):
 
 def clean_all(work, sample, held_out, benchmarks, workers):
     """Clean all shards -> their paths. Shards that an earlier, interrupted build of the same recipe left are kept, any others go."""
-    recipe = hashlib.sha256(json.dumps([sample, sorted(held_out), benchmarks, Path(__file__).read_text()]).encode()).hexdigest()
+    code = [Path(path).read_text("utf-8") for path in (__file__, fim.__file__)]
+    recipe = hashlib.sha256(json.dumps([sample, sorted(held_out), benchmarks, code]).encode()).hexdigest()
     if work.exists() and not (work / recipe).exists():
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
@@ -1877,7 +1935,7 @@ def drop_table(paths, counts):
     """{edit or rule: how many documents it touched, their bytes, three examples}, over all shards; and what the sources skipped."""
     drops = defaultdict(list)
     for path in paths:
-        for rule, rows in json.loads(Path(path).read_text())["drops"].items():
+        for rule, rows in json.loads(Path(path).read_bytes())["drops"].items():
             drops[rule] += rows
     table = {reason: {"documents": number, "bytes": 0, "examples": []} for reason, number in counts.items()}
     for rule, rows in drops.items():
@@ -1888,7 +1946,7 @@ def drop_table(paths, counts):
 
 def decide(paths, held_out, drops):
     """{shard: the split of each of its documents}; None for copies, which are entered into the drop table. And the bytes to train on."""
-    about = [json.loads(Path(path).read_text())["about"] for path in paths]
+    about = [json.loads(Path(path).read_bytes())["about"] for path in paths]
     rows = list(itertools.chain(*about))
     if not rows:
         raise ValueError(f"no document of the sources passed the rules ({', '.join(drops)}); give other sources")
@@ -1908,7 +1966,7 @@ def decide(paths, held_out, drops):
 
 def histories(sources, git):
     """{repository: split}: those that the sources lie in, and of the others one in five is held out."""
-    others = sorted(git, key=digest)
+    others = sorted({str(Path(place).resolve()) for place in git}, key=digest)
     held = max(len(others) // 5, len(others) > 1)
     rows = {repository: "heldout" if i < held else "train" for i, repository in enumerate(others)}
     return rows | dict.fromkeys(filter(None, map(repository_of, sources)), "train")
@@ -1921,14 +1979,15 @@ MOST = dict.fromkeys(FAMILIES, 1_000_000)  # tokens of a category of generated t
 BEST = 0.25             # of each language, the share of code that the scorer puts first: the set to anneal on
 
 
-def write_splits(out, fates, scorer, tokenizer, repositories, held_out, context, workers, log):
+def write_splits(out, fates, scorer, tokenizer, repositories, held_out, benchmarks, context, workers, log):
     """All categories of both splits -> {split: {category: summary}}. Processes make the samples, this one writes, in the jobs' order."""
     writers = {(split, name): TokenWriter(out / split, name, tokenizer.vocab_size, cut=name in ("code", "text", "quality"))
                for split in ("train", "heldout") for name in CATEGORIES}
     makers = [functools.partial(shard_samples, path, where, tokenizer, context) for path, where in fates.items()]
     makers.append(lambda: (("train", "text", "facts", "", plain_parts(f"Question: {fact.question}\nAnswer: {fact.answer}\n"))
                            for fact in code_facts()))
-    makers += [functools.partial(commit_samples, *row, held_out, tokenizer, context, log) for row in repositories.items()]
+    guard = Decontaminator(benchmarks) if benchmarks else None
+    makers += [functools.partial(commit_samples, *row, held_out, tokenizer, context, log, guard) for row in repositories.items()]
 
     def make(samples):
         rows, code = [], []
@@ -1994,6 +2053,12 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
         if not is_repository(Path(place)):
             raise ValueError(f"{place}: there is no such git repository")
     texts = read_benchmarks(benchmarks)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")  # the system takes it away with the process
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(f"{out}: another process is building there; let it end, or name another folder with --out") from error
 
     offered = {e: source for e, source in find(sources, out / "fetched", counts).items() if 0 < e.size <= LARGEST_FILE}
     sample = draw_sample(list(offered), max_bytes)
@@ -2017,7 +2082,7 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
     lessons = heapq.nsmallest(1200, python, key=lambda doc: digest(doc.path))
     scorer = quality_table(lessons, tokenizer, teacher, ("code",), log=log).get("code")  # None: too few, and no category `quality`
     stamp("quality", "of code learned")
-    splits = write_splits(work, fates, scorer, tokenizer, histories(sources, git), held_out, context, workers, log)
+    splits = write_splits(work, fates, scorer, tokenizer, histories(sources, git), held_out, texts, context, workers, log)
 
     used = {source: Counter() for source in sources}
     for entry in sample:
@@ -2151,7 +2216,7 @@ def own_modules():
     """What the running Python can import, in the order of a hash."""
     entries = sorted((e for e in running_python() if e.language == "python" and 200 < e.size < LARGEST_FILE), key=lambda e: digest(e.path))
     for entry, raw in zip(entries, read_all(entries)):
-        if text := decode(raw):
+        if raw and (text := decode(raw)):
             yield Document(text, entry.language, entry.project, entry.path)
 
 
@@ -2162,7 +2227,7 @@ def explain(rule, out):
     path = Path(out) / "drops.json"
     if not path.exists():
         raise ValueError(f"{path}: there is no such file; name the folder of a finished build with --out")
-    drops = json.loads(path.read_text())
+    drops = json.loads(path.read_bytes())
     if rule not in drops:
         raise ValueError(f"--explain {rule}: the last build in {out} dropped nothing by that name; it has {', '.join(drops)}")
     if rule in RULES:
@@ -2203,7 +2268,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     url, _, model = args.teacher.partition("#")
     teacher = tasks.Teacher(url, model or "default", Path(args.out) / "teacher") if url else None
-    if args.explain:
+    if args.explain is not None:
         explain(args.explain, args.out)
     elif args.bench:  # on the running Python's own files: our figure and the peer's in one run
         texts = [doc.text for doc in own_modules() if len(doc.text) < 200_000]

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -244,9 +245,10 @@ def test_our_merges_compress_held_out_files_as_well_as_those_of_the_tokenizers_p
 def test_a_saved_tokenizer_is_the_same_and_a_broken_file_is_refused(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     assert Tokenizer.load(tmp_path).tokens == tokenizer.tokens
-    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
-    with pytest.raises(ValueError, match="not a byte-level BPE"):
-        Tokenizer.load(tmp_path)
+    for broken in (b'{"model": {}}', b'{"model": {"vocab": []}}', b"[]", b"\xff\xfe{"):
+        (tmp_path / "tokenizer.json").write_bytes(broken)
+        with pytest.raises(ValueError, match="not a byte-level BPE"):
+            Tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match="more than the corpus can fill"):
         Tokenizer.train(["aaa"], 4000)
 
@@ -346,6 +348,23 @@ def test_html_becomes_text_and_its_code_blocks_stay_byte_for_byte():
     assert f"```\n{CODE}\n```" in text and "Blog" not in text and "var a" not in text and "rights" not in text
     cleaned, fired = data.clean(text, "text")
     assert f"```\n{CODE}\n```" in cleaned and "cookies" not in cleaned and "cookie line" in fired and "# Sorting & more" in cleaned
+
+
+def test_a_page_keeps_its_text_where_an_end_tag_is_left_out_a_block_stands_in_a_block_or_the_end_has_an_ampersand():
+    assert data.html_text("<html><head><title>T</title><meta charset=utf-8><body><p>all of it") == "all of it\n"
+    assert data.html_text("<pre>a\n<pre>b\n</pre></pre>c") == "```\na\nb\n```\nc\n"
+    assert data.html_text("<p>telephones of AT&T") == "telephones of AT&T\n"
+
+
+def test_an_edit_never_leaves_half_of_a_long_line_and_no_quick_look_hides_what_its_pattern_finds(library):
+    long = "You can sign in with a token that is made for this purpose, and from then on the server answers whatever you may ask it.\n"
+    other = "Another sentence stands here, and it says a number of different things about life to you and me.\n"
+    assert data.clean(long + other, "text") == (long + other, []) and data.clean("Sign in to your account\n" + other, "text")[0] == other
+    texts = ["ACCEPT ALL COOKIES", "8.8.4.4", "a@b.org", "ghs_" + "a" * 36]
+    texts += [part for _, text in library[:50] for part in (text, text.upper())]
+    for name, (_, possible, pattern, _) in data.EDITS.items():
+        assert any(map(pattern.search, texts)) or name == "encoded blob"
+        assert all(possible(text) for text in texts if pattern.search(text)), name
 
 
 VALID = {
@@ -465,6 +484,18 @@ def test_embeddings_find_renamed_copies_that_minhash_misses_and_take_no_hard_neg
     assert missed > 0.9 * copies and found >= 0.95 * missed and wrong == 0
 
 
+def test_no_documents_have_no_duplicates():
+    assert data.exact_duplicates([]) == data.near_duplicates([]) == data.embedding_duplicates(data.embed([])) == []
+
+
+def test_a_crowd_of_equal_vectors_takes_no_more_memory_than_its_blocks():
+    tracemalloc.start()
+    kept = data.embedding_duplicates(np.ones((3000, 4)) / 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(kept)) == 1 and peak < 20e6
+
+
 def test_embedding_groups_do_not_depend_on_block_size_or_order():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(200, 16)).astype(np.float32)
@@ -534,6 +565,30 @@ def test_a_renamed_solution_is_seen_from_70_percent_of_its_shapes_on_and_not_bel
     assert inside >= 20 and below >= 20
 
 
+def test_every_longer_string_of_a_benchmark_is_kept_out_however_deep_it_stands_and_a_file_without_one_is_refused(tmp_path):
+    texts = [f"the solution number {i}, which is longer than forty characters" for i in range(3)]
+    row = {"task": 1, "prompt": texts[0], "solutions": [{"code": texts[1]}, [texts[2], "short"]]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n\n")
+    (tmp_path / "b.json").write_text(json.dumps([row], indent=1))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress("\n".join(texts).encode()))
+    found = data.read_benchmarks([tmp_path / "a.jsonl", tmp_path / "b.json", tmp_path / "c.txt.gz"])
+    assert found == {"a": texts, "b": texts, "c": ["\n".join(texts)]}
+    for name, text in (("d.jsonl", ""), ("d.jsonl", "{broken"), ("d.json", "[" * 200_000), ("d.jsonl.gz", "plain")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{name}: "):
+            data.read_benchmarks([tmp_path / name])
+
+
+def test_a_commit_that_touches_a_benchmark_is_no_sample_and_is_said_so(tmp_path, tokenizer, monkeypatch):
+    texts, said = {"a.py": SOLUTION, "b.py": GOOD}, []
+    changes = [data.commits.Triplet("lib", "0" * 40, f"{i}" * 40, ["Add a function to it"], {}, b"", {name: text.encode()}, 1.0,
+                                    data.commits.Context("", [], [(name, text)])) for i, (name, text) in enumerate(texts.items())]
+    monkeypatch.setattr(data.commits, "triplets", lambda repository: changes)
+    guard = data.Decontaminator({"bench": [SOLUTION]})
+    found = list(data.commit_samples(str(tmp_path / "lib"), "train", set(), tokenizer, 1024, said.append, guard))
+    assert len(found) == 1 and "radius" in str(found[0]) and len(said) == 1 and "000000000000" in said[0] and "bench" in said[0]
+
+
 # ------------------------------------------------------------------------------------------------ the web
 
 def warc(records):
@@ -578,6 +633,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.log.append((self.path, self.headers.get("Authorization")))
         if self.path.endswith("/embeddings"):
             answer = {"data": [{"index": i, "embedding": [len(text), 1.0]} for i, text in reversed(list(enumerate(asked["input"])))]}
         else:
@@ -625,16 +681,46 @@ def test_a_common_crawl_query_fetches_only_the_ranges_it_is_told_of_and_none_twi
     monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
     body, offsets = warc([(f"http://site{i}.org/", PAGE, None) for i in range(4)])
     rows = [json.dumps({"filename": f"crawl/{name}.warc.gz", "offset": str(start), "length": str(size)})
-            for name, start, size in [("gone", 0, 9), *(("x", *row) for row in offsets[1:3]), ("x", 0, 10**9)]]
+            for name, start, size in [("gone", 0, 9), *(("x", *row) for row in offsets[1:3]), ("x", 0, 10**9), ("x", offsets[3][0], 10**6)]]
     Server.files |= {"/crawl/x.warc.gz": body, "/index": "\n".join(rows + ["not json"]).encode()}
     Server.trouble |= {"/crawl/gone.warc.gz": [404], "/crawl/x.warc.gz": ["cut"]}
     counts = Counter()
     entries = list(data.spooled(f"cc:{web}/index?url=site*", tmp_path, counts))
     assert [entry.project for entry in entries] == ["site1.org", "site2.org"]
-    assert counts == {"index line not understood": 1, "range not given": 2}
+    assert counts == {"index line not understood": 1, "range not given": 3}
     (first, size), (second, next_size) = offsets[1:3]
-    assert [wanted for path, wanted in Server.log if path.startswith("/crawl/x")] == [
+    assert [wanted for path, wanted in Server.log if path.startswith("/crawl/x")][:3] == [
         f"bytes={first}-{first + size - 1}", f"bytes={first + size // 2}-{first + size - 1}", f"bytes={second}-{second + next_size - 1}"]
+
+
+def test_a_range_whose_run_was_killed_before_it_had_its_name_is_not_fetched_again(web, tmp_path):
+    (tmp_path / "a.part").write_bytes(b"12345")
+    assert data.download(f"{web}/a", tmp_path / "a", 7, 5).read_bytes() == b"12345" and Server.log == []
+
+
+def test_what_a_stream_is_may_stand_anywhere_in_its_address_and_its_folder_may_be_moved(web, tmp_path):
+    Server.files["/get"] = json.dumps({"text": GOOD}).encode()
+    data.spooled(f"{web}/get?name=a.jsonl", tmp_path / "one", Counter())
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert [raw.decode() for raw in data.read_all(data.spooled(f"{web}/get?name=a.jsonl", tmp_path / "two", Counter()))] == [GOOD]
+    assert len(Server.log) == 1
+
+
+def test_a_stored_page_is_read_in_its_coding_and_without_the_lengths_of_its_chunks_and_one_of_no_sense_is_counted(tmp_path):
+    """As wget stores what a server sends; the coding stands in a header, or in the page."""
+    said = "<p>Каждая страница говорит, в какой она кодировке.</p>"
+    half = len(said) // 2
+    parts = "".join(f"{len(part):x}\r\n{part}\r\n" for part in (said[:half], said[half:], ""))
+    out = b""
+    for headers, body, address in (
+            ("; charset=windows-1251", said, "http://a.org/"), ("", "<meta charset='windows-1251'>" + said, "http://b.org/"),
+            ("; charset=windows-1251\r\nTransfer-Encoding: chunked", parts, "http://c.org/"), ("", said, "http://[d/")):
+        block = f"HTTP/1.1 200 OK\r\nContent-Type: text/html{headers}\r\n\r\n{body}".encode("cp1251")
+        out += f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {address}\r\nContent-Length: {len(block)}\r\n\r\n".encode() + block
+    (tmp_path / "a.warc").write_bytes(out + b"WARC/1.0\r\nContent-Length: many\r\n\r\n")
+    counts = Counter()
+    found = [(doc.project, doc.text) for doc in data.warc_pages(tmp_path / "a.warc", counts)]
+    assert found == [(f"{name}.org", said[3:-4] + "\n") for name in "abc"] and counts == {"record not understood": 2}
 
 
 def test_a_server_that_promises_too_much_or_never_recovers_is_an_error_and_leaves_no_file(web, tmp_path, monkeypatch):
@@ -677,9 +763,11 @@ def test_a_plain_wet_file_is_text_by_site(tmp_path):
     assert counts == {"record cut short": 1}
 
 
-def test_a_teachers_embeddings_are_put_in_order_and_to_unit_length(web, tmp_path):
+def test_a_teachers_embeddings_are_put_in_order_and_to_unit_length(web, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
     vectors = data.embed(["aaa", "b"], teacher=data.tasks.Teacher(f"{web}/v1", "model", tmp_path))
     np.testing.assert_allclose(vectors, np.array([[3, 1], [1, 1]]) / np.sqrt([[10], [2]]), rtol=1e-6)
+    assert Server.log == [("/v1/embeddings", "Bearer secret")]
 
 
 def test_a_teachers_score_is_its_number_and_its_wording_is_taken_only_where_it_leads_to_the_same_answer(web, tmp_path):
@@ -726,6 +814,17 @@ def test_the_rubric_prefers_documented_code_and_both_scorers_learn_a_visible_mar
     texts, goals = ["\n".join(lines) for lines in texts], np.array([[i % 2, 0.5] for i in range(240)])
     for scorer in (data.NgramScorer(texts[:200], goals[:200], tokenizer), data.Proxy(texts[:200], goals[:200], epochs=6)):
         assert data.auc(scorer(texts[200:]), goals[200:, 0] > 0.5) > 0.95
+
+
+def test_a_docstring_with_a_continued_line_is_read_as_one_and_an_equation_without_a_value_is_no_error():
+    text = "First, a line that goes on\\\nhere. " + "Then the words of a long description. " * 10
+    code = f'def f():\n    """{text}"""\n    x = 1\n\n\ndef g():\n    """Short."""\n'
+    assert [sample for kind, sample in data.samples_of(data.Document(code, "python", "p", "a.py")) if kind == "text"] == [text]
+    assert data.maths_rubric("1 / 0 = 3, and 2 * 3 = 6")[0] == 1.0
+
+
+def test_odd_code_of_a_corpus_is_rated_without_a_word_about_it(recwarn):
+    assert data.code_rubric('pattern = "\\d"\n') and not recwarn.list
 
 
 def test_a_proxy_reads_layout_signs_and_keywords_and_of_a_name_its_length():
@@ -852,6 +951,22 @@ def test_a_sample_keeps_to_its_size_and_no_project_takes_more_than_its_fair_part
     size = Counter(entry.project for entry in sample)
     assert sum(size.values()) * 1000 <= 50_000 and len(size) == 30 and size["p0"] == 21
     assert data.draw_sample(entries[::-1], 50_000) == sample
+
+
+def test_of_small_projects_and_of_one_kind_alone_a_sample_is_as_large_as_asked():
+    for language, size in (("c", 1000), ("text", 1000), ("python", 1000)):
+        entries = [data.Entry(f"p{i}", f"f.{language}", language, size, str(i)) for i in range(300)]
+        assert 99_000 < sum(entry.size for entry in data.draw_sample(entries, 100_000)) <= 100_000
+
+
+def test_a_name_that_is_no_utf_8_is_the_same_before_and_after_its_shard(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    (folder / "x.py").write_text(GOOD)
+    entries = list(data.find([str(tmp_path)], tmp_path / "fetched", Counter()))
+    data.clean_shard((entries, tmp_path / "shard", None))
+    assert [entry.project for entry in entries] == [row[0] for row in json.loads((tmp_path / "shard").read_bytes())["about"]]
+    assert data.split_of(tmp_path, "train", [os.fsdecode(b"caf\xe9/x.py")], {entry.project for entry in entries}) == "heldout"
 
 
 def test_the_manifest_names_held_out_projects_and_no_document_of_theirs_is_trained_on(corpus, built):
@@ -988,6 +1103,24 @@ def test_a_change_that_touches_a_held_out_project_is_held_out_with_it(tmp_path):
     assert data.split_of(repo, "heldout", ["html/a.py"], held) == "heldout"
 
 
+def test_a_repository_is_in_one_split_however_it_is_spelled(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        subprocess.run(["git", "init", "-q", tmp_path / name], check=True)
+    monkeypatch.chdir(tmp_path)
+    rows = data.histories([str(tmp_path / "one")], ["one", "two/../one", "two", str(tmp_path / "two")])
+    assert rows == {str(tmp_path / "one"): "train", str(tmp_path / "two"): rows[str(tmp_path / "two")]}
+
+
+def test_a_second_build_in_the_same_folder_is_refused_while_the_first_one_runs(corpus, tmp_path):
+    holds = "import fcntl, sys; lock = open(sys.argv[1], 'w'); fcntl.lockf(lock, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", holds, tmp_path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        with pytest.raises(ValueError, match="another process is building there"):
+            data.build(tmp_path, [str(corpus)], 800, 0, workers=1, log=lambda line: None)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        first.stdin.close()
+
+
 def test_a_source_inside_a_repository_gives_the_repositorys_history(tmp_path):
     subprocess.run(["git", "init", "-q", tmp_path / "repo"], check=True)
     (tmp_path / "repo" / "src").mkdir()
@@ -997,9 +1130,10 @@ def test_a_source_inside_a_repository_gives_the_repositorys_history(tmp_path):
 
 def test_a_shard_that_loses_all_its_documents_does_not_stop_the_others(tmp_path):
     entries = []
-    for name, text in (("junk", "x\n"), ("good", GOOD), ("copy", GOOD + "\n")):
+    for name, text in (("junk", "x\n"), ("good", GOOD), ("copy", GOOD + "\n"), ("gone", "")):
         (tmp_path / f"{name}.py").write_text(text)
         entries.append(data.Entry("p", f"{name}.py", "python", len(text), str(tmp_path / f"{name}.py")))
+    (tmp_path / "gone.py").unlink()
     paths = [tmp_path / "0", tmp_path / "1"]
     data.clean_shard((entries[:1], paths[0], None))
     data.clean_shard((entries[1:], paths[1], None))
@@ -1008,7 +1142,7 @@ def test_a_shard_that_loses_all_its_documents_does_not_stop_the_others(tmp_path)
     data.clean_shard((entries, tmp_path / "2", data.Decontaminator({"bench": [GOOD]})))
     drops = data.drop_table([tmp_path / "2"], {"index line not understood": 7})
     assert {rule: row["documents"] for rule, row in drops.items()} == {
-        "benchmark bench": 2, "index line not understood": 7, "mean line": 1, "too few words": 1, "too short": 1}
+        "benchmark bench": 2, "index line not understood": 7, "mean line": 1, "too few words": 1, "too short": 1, "unreadable": 1}
 
 
 def test_each_of_several_processes_keeps_benchmarks_out(tmp_path, monkeypatch):
@@ -1048,14 +1182,14 @@ def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_pat
 
 @pytest.mark.parametrize("arguments, words", [
     (["--source", "/nowhere/at/all"], "no such folder"), (["--source", "EMPTY"], "nothing to train on"),
-    (["--explain", "no rule", "--out", "EMPTY"], "finished build"),
+    (["--explain", "no rule", "--out", "EMPTY"], "finished build"), (["--explain", "", "--out", "EMPTY"], "finished build"),
     (["--max-mb", "-1"], "max_bytes=-1000000"), (["--max-mb", "nan"], "max_bytes=nan"),
     (["--workers", "0"], "workers=0"), (["--context", "3"], "context=3"),
     (["--git", "/nowhere"], "no such git repository"), (["--heldout", "2"], "heldout=2.0"),
     (["--source", "CORPUS", "--vocab-size", "100"], "vocab_size=100"),
     (["--source", "CORPUS", "--vocab-size", "60000", "--max-mb", "0.3"], "more than the corpus"),
     (["--source", "missing.jsonl"], "no such file"), (["--facts", "-3"], "-3 facts"), (["--benchmark", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["--benchmark", "BROKEN"], "not JSON lines of objects"), (["--refit", "--out", "EMPTY"], "no such token file"),
+    (["--benchmark", "BROKEN"], "no text of more than 40 characters"), (["--refit", "--out", "EMPTY"], "no such token file"),
     (["--nope"], "unrecognized arguments: --nope"), (["--max-mb", "many"], "invalid float value"), (["--bench", "no"], "invalid choice"),
     (["--source", "BROKEN"], "JSON line not understood 1"), (["--source", "CUT"], "gzip file cut short 1"),
 ])
