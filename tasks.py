@@ -43,7 +43,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sandbox import Call, Io, Limits, Workspace, grade, parse, run
+from sandbox import Call, Grade, Io, Limits, Workspace, grade, parse, run
 
 LEVELS = range(1, 6)
 LIMITS = Limits(wall_s=10.0, cpu_s=4.0)
@@ -126,18 +126,18 @@ def behaviour(code, name: str, inputs) -> list[str]:
     return seen
 
 
-def graded(source: str, tests) -> list[bool]:
-    """One bool a test, from the sandbox; SyntaxError where it need not even go there."""
+def graded(source: str, tests) -> Grade:
+    """The sandbox's grade; SyntaxError where the source need not even go there."""
     parse(source)
     result = grade(source, tests, LIMITS)
     if result.status == "sandbox error":
         raise RuntimeError("the sandbox broke while it graded an answer")
-    return list(result.passed)
+    return result
 
 
 def code_of(answer: str) -> str:
     """The last fenced block of the answer, or all of it where there is none."""
-    return (re.findall(r"```[a-z]*\n(.*?)```", answer, re.S) or [answer])[-1]
+    return (re.findall(r"```[^\n`]*\n(.*?)```", answer, re.S) or [answer])[-1]
 
 
 def pairs(names, alone: str) -> list[str]:
@@ -299,23 +299,22 @@ def competitive(family: str):
 
 PRINTED = """
 import contextlib, io, sys
-def printed(inputs):
-    texts = []
-    for sys.stdin in map(io.StringIO, inputs):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(program, "main.py", "exec"), {"__name__": "__main__"})
-        texts.append(out.getvalue().rstrip())
-    return texts
+def printed(stdin):
+    sys.stdin = io.StringIO(stdin)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(program, "main.py", "exec"), {"__name__": "__main__"})
+    return out.getvalue().rstrip()
 """
 
 
 def verify_tests(task, answer):
     """The share of calls that return, or of inputs for which the program prints (in a process for each), exactly what they should."""
     code, calls, io = code_of(answer), task.tests.get("calls", ()), task.tests.get("io", ())
-    together = Call("printed", [[stdin for stdin, _ in io]], [stdout.rstrip() for _, stdout in io])
-    if io and all(graded(f"program = {code!r}" + PRINTED, [together])):
-        return 1.0  # a right program is known in a tenth of the time: one process runs it on all inputs
-    return np.mean(graded(code, [Call(*call) for call in calls] + [Io(*each) for each in io]))
+    if io:  # one process runs the program on all inputs: a right one is known in a tenth of the time, one that never ends is ended once
+        together = graded(f"program = {code!r}" + PRINTED, [Call("printed", [stdin], stdout.rstrip()) for stdin, stdout in io])
+        if together.status in ("passed", "timeout"):
+            return together.pass_rate
+    return graded(code, [Call(*call) for call in calls] + [Io(*each) for each in io]).pass_rate
 
 
 # ---- crux_output, crux_input: what does this program answer, and what was it asked? ----------------------------------
@@ -407,8 +406,10 @@ def formula(text: str):
                 return ARITHMETIC[type(op)](read(a), read(b))
         raise ValueError(f"{type(node).__name__} is not allowed in a formula")
 
+    if len(text) > 300:
+        raise ValueError(f"{len(text)} characters are too many for a formula; 300 at most")
     try:
-        return read(parse(text.strip().replace("^", "**")[:300], "eval").body)
+        return read(parse(text.strip().replace("^", "**"), "eval").body)
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"not a formula: {error}") from None
 
@@ -542,6 +543,8 @@ def database(table: str, seed: int, name: str) -> sqlite3.Connection:
 
 def rows_of(query: str, databases, ordered: bool) -> list:
     """What a query that nobody trusts gives on each database: rows in order, or sorted where the order is free."""
+    if len(query) > 1000 or query.lower().count("select") > 3:  # tables that name each other twice grow without end while it is compiled
+        raise ValueError("a query has at most 1000 characters and three SELECTs; ours have two")
     found = []
     for db in databases:
         db.set_progress_handler(lambda: 1, 200_000)  # steps, then it is stopped; a query of ours takes a few hundred
@@ -583,6 +586,11 @@ def verify_sql(task, answer):
 # ---- edit: search/replace blocks and unified diffs -------------------------------------------------------------------
 
 
+def text_lines(text: str) -> list[str]:
+    """The lines of a text as git counts them: a form feed ends none, as it would for splitlines()."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def hunks(diff: str) -> list[tuple]:
     """[(lines before, lines after, the index of the first one or None)] of a unified diff."""
     found, parts = [], re.split(r"^(@@.*)$", diff, flags=re.M)[1:]
@@ -595,9 +603,9 @@ def hunks(diff: str) -> list[tuple]:
 
 def apply_edit(text: str, answer: str) -> str:
     """The text after the answer's search/replace blocks or unified diff; ValueError where one does not fit."""
-    now, answer = text.splitlines(), "\n".join(line for line in answer.splitlines() if not line.startswith("```"))
+    now, answer = text_lines(text), answer.replace("\r\n", "\n")
     blocks = re.findall(r"^<<<<<<< SEARCH\n(.*?)^=======\n(.*?)^>>>>>>> REPLACE$", answer, re.S | re.M)
-    edits, shift = [(search.splitlines(), new.splitlines(), None) for search, new in blocks] or hunks(answer), 0
+    edits, shift = [(text_lines(search), text_lines(new), None) for search, new in blocks] or hunks(answer), 0
     if not edits:
         raise ValueError("the answer holds neither a search/replace block nor a diff hunk")
     for old, new, hint in edits:
@@ -608,13 +616,14 @@ def apply_edit(text: str, answer: str) -> str:
             raise ValueError(f"{len(places)} places match the lines to replace; there must be exactly one")
         now[places[0]:places[0] + len(old)] = new
         shift += len(new) - len(old)
-    return "\n".join(now) + "\n" * text.endswith("\n")
+    new = "".join(line + "\n" for line in now)
+    return new if text.endswith("\n") or not text else new.removesuffix("\n")
 
 
 def make_edit(old: str, new: str, form: str) -> str:
     """The shortest edit in this form ("search" or "diff") that turns old into new: context grows until it fits in one place."""
     for context in range(old.count("\n") + 2):
-        answer = "\n".join([*difflib.unified_diff(old.splitlines(), new.splitlines(), n=context, lineterm="")][2:])  # without file names
+        answer = "\n".join([*difflib.unified_diff(text_lines(old), text_lines(new), n=context, lineterm="")][2:])  # without file names
         if form == "search":
             blocks = [["<<<<<<< SEARCH", *before, "=======", *after, ">>>>>>> REPLACE"] for before, after, _ in hunks(answer)]
             answer = "\n".join("\n".join(block) for block in blocks)
@@ -623,7 +632,7 @@ def make_edit(old: str, new: str, form: str) -> str:
                 return answer
         except ValueError:
             continue
-    raise ValueError("no edit in this form leads from the old text to the new one; is only the last newline different?")
+    raise ValueError("no edit in this form leads from the old text to the new one; do lines end in CR LF, or is only the last newline new?")
 
 
 SPOTS = {  # small functions with one spot: arguments, expression, what may stand in the spot, an input that tells all of them apart
@@ -701,15 +710,19 @@ def edit_from_commit(message: str, path: str, old: str, new: str, form: str = "s
     """An edit task from real history: the file before, the commit's message, and the file after as the only right result."""
     key = "commit " + hashlib.sha256((path + message + old).encode()).hexdigest()[:12]
     prompt, right = f"{path}\n{old}\n{WANTED[form]}: {message.strip()}", make_edit(old, new, form)
-    wrong = make_edit(old, old + "\n" * (not old.endswith("\n")) + "# done\n", form)
+    wrong = make_edit(old, old.removesuffix("\n") + "\n# done" + "\n" * old.endswith("\n"), form)
     return Task("edit", 5, 0, split_of([key]), (key,), prompt, right, wrong, message.strip(), {"text": new}, {path: old})
 
 
 def verify_edit(task, answer):
-    """The edit applies, and then every call passes (a commit's edit: the text is exactly the new one)."""
+    """The edit applies, every call then passes, and no other function has changed (a commit's edit: the text is exactly the new one)."""
     (old,) = task.files.values()
     new = apply_edit(old, answer)
-    return new == task.tests["text"] if "text" in task.tests else all(graded(new, [Call(*call) for call in task.tests["calls"]]))
+    if "text" in task.tests:
+        return new == task.tests["text"]
+    called = {name for name, *_ in task.tests["calls"]}
+    others = lambda text: {f.name: ast.dump(f) for f in parse(text).body if isinstance(f, ast.FunctionDef) and f.name not in called}
+    return others(old).items() <= others(new).items() and all(graded(new, [Call(*call) for call in task.tests["calls"]]).passed)
 
 
 # ---- swe: a repository with a planted bug, worked on with tools ------------------------------------------------------
@@ -740,7 +753,7 @@ def use_tool(files: dict, call: str) -> tuple[dict, str]:
     now = files[path].splitlines()
     if tool == "view":
         return files, "\n".join(f"{n} {line}" for n, line in enumerate(now, 1))
-    if not number.isdecimal() or not 1 <= int(number) <= len(now):
+    if not re.fullmatch(r"\d{1,6}", number) or not 1 <= int(number) <= len(now):
         return files, "no such line"
     old = now[int(number) - 1]
     now[int(number) - 1] = old[:len(old) - len(old.lstrip())] + text.strip()
@@ -755,7 +768,7 @@ def failure_line(name: str, args, got: str, want) -> str:
 def outcomes(files: dict, calls) -> list[bool]:
     """Whether each call (path, function, arguments, value) passes; the files travel as one program, main.py, which imports, the last."""
     files = dict(sorted(files.items(), key=lambda file: file[0] == "main.py"))
-    return graded(BUNDLE.format(files=files), [Call("call", [path, name, list(args)], want) for path, name, args, want in calls])
+    return graded(BUNDLE.format(files=files), [Call("call", [path, name, list(args)], want) for path, name, args, want in calls]).passed
 
 
 def swe(rng, level):
@@ -868,7 +881,8 @@ def verify_terminal(task, answer):
     with Workspace(task.files, LIMITS) as place:
         if place.exec(code_of(answer)).status == "sandbox error":
             raise RuntimeError("the sandbox broke while it ran commands")
-        found = {path + "/" * stat.S_ISDIR(mode): data.decode("utf-8", "replace") for path, (mode, data) in place.tree.items()}
+        kind = lambda mode: "/" * stat.S_ISDIR(mode) + "@" * stat.S_ISLNK(mode)  # a link's data would be the path that it names
+        found = {path + kind(mode): data.decode("utf-8", "replace") for path, (mode, data) in place.tree.items()}
     empty = lambda path: not any(other.startswith(path) and other != path for other in found)
     return {path: text for path, text in found.items() if path[-1] != "/" or empty(path)} == task.tests["state"]
 
@@ -960,16 +974,18 @@ def document(html):
     return seen
 def visit(create, insert, rows, requests):
     global db
-    db = sqlite3.connect(":memory:")
-    db.execute(create)
-    db.executemany(insert, rows)
     pages = []
-    for path, form in requests:
-        sent, status = urlencode(form).encode(), []
-        environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/" + path, "CONTENT_LENGTH": str(len(sent)), "wsgi.input": io.BytesIO(sent)}
-        setup_testing_defaults(environ)
-        body = b"".join(app(environ, lambda line, headers: status.append(line)))
-        pages.append([status[0], document(body.decode())])
+    for some in (rows, rows[:1]):  # two tables, so that no constant is right
+        db = sqlite3.connect(":memory:")
+        db.execute(create)
+        db.executemany(insert, some)
+        for path, form in requests:
+            sent, status = urlencode(form).encode(), []
+            environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/" + path, "CONTENT_LENGTH": str(len(sent)), "wsgi.input": io.BytesIO(sent)}
+            setup_testing_defaults(environ)
+            body = b"".join(app(environ, lambda line, headers: status.append(line)))
+            pages.append([status[0], document(body.decode())])
+        pages.append(list(db.iterdump()))
     return pages
 '''
 HANDLERS = {  # function: (what it returns, its body)
@@ -1008,8 +1024,8 @@ def web(rng, level):
 
 
 def verify_web(task, answer):
-    """Every request gets the right status and the right document."""
-    return all(graded(WEB + code_of(answer), [Call("visit", task.tests["visit"], task.tests["pages"])]))
+    """Every request gets the right status and the right document, and the tables are left as they should be."""
+    return graded(WEB + code_of(answer), [Call("visit", task.tests["visit"], task.tests["pages"])]).pass_rate
 
 
 # ---- gui: choose an element and an action; a state machine read from the pages ---------------------------------------
@@ -1192,42 +1208,44 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def beyond(cost: float | None, references) -> float:
-    """Mercury's Beyond: from 0, as dear as the dearest reference, to 1, as cheap as the cheapest; 0 for a wrong answer (cost None)."""
+def beyond(cost: float, references) -> float:
+    """Mercury's Beyond: from 0, as dear as the dearest reference, to 1, as cheap as the cheapest; a wrong answer costs inf."""
     low, high = min(references), max(references)
-    if cost is None or high == low:
-        return float(cost is not None)
+    if high == low:
+        return float(cost < math.inf)
     return (high - min(max(cost, low), high)) / (high - low)
 
 
 COUNTER = """
-import sys
-count = [0]
+import io, sys
+count, program = [0], dict(__name__="program")
 def step(frame, event, arg):
     frame.f_trace_opcodes = True
     count[0] += event == "opcode"
     return step
+out, sys.stdout = sys.stdout, io.StringIO()
+exec({source!r}, program)
 sys.settrace(step)
-for args in {inputs!r}: {name}(*args)
+for args in {inputs!r}: program[{name!r}](*args)
 sys.settrace(None)
-print(*count)
+print(*count, file=out, flush=True)
 """
 
 
-def instructions(source: str, name: str, inputs) -> int:
-    """How many bytecode instructions the function takes on these inputs: a cost that a busy machine does not change."""
-    done = run(source + COUNTER.format(inputs=inputs, name=name), limits=LIMITS)
-    if done.status != "ok":
-        raise RuntimeError(f"counting instructions: {done.status} {done.reason} {done.stderr[-200:]}")
-    return int(done.stdout.split()[-1])
+def instructions(source: str, name: str, inputs) -> float:
+    """How many bytecode instructions the function takes on these inputs: a cost that a busy machine does not change; inf: too many."""
+    done = run(COUNTER.format(source=source, inputs=inputs, name=name), limits=LIMITS)
+    if done.status == "sandbox error":
+        raise RuntimeError("the sandbox broke while it counted instructions")
+    count = re.fullmatch(r"(\d{1,15})\n", done.stdout)
+    return int(count[1]) if done.status == "ok" and count else math.inf
 
 
 def efficiency(task: Task, answer: str) -> float:
     """Beyond of an answer to a compose task, against the same chain step by step and written out in loops."""
     name, inputs = task.tests["calls"][0][0], [args for _, args, _ in task.tests["calls"]]
-    right = verify(task, answer) == 1.0
-    return beyond(instructions(code_of(final_answer(answer)), name, inputs) if right else None,
-                  [instructions(source, name, inputs) for source in task.tests["references"]])
+    cost = instructions(code_of(final_answer(answer)), name, inputs) if verify(task, answer) == 1.0 else math.inf
+    return beyond(cost, [instructions(source, name, inputs) for source in task.tests["references"]])
 
 
 # ---- the gate: only samples with zero errors, and nothing that an evaluation asks ------------------------------------
@@ -1391,10 +1409,11 @@ class Teacher:
             reply = self.session.post(f"{self.url}/chat/completions", json=request, timeout=120)
             if not reply.ok:
                 raise OSError(f"HTTP {reply.status_code}: {reply.text[:200]}")
-        except OSError as error:
-            raise OSError(f"the teacher at {self.url} does not answer ({error}); check --teacher, --model and OPENAI_API_KEY") from None
-        texts = [choice["message"]["content"] or "" for choice in reply.json()["choices"]]
-        tokens = reply.json().get("usage", {}).get("total_tokens") or sum(map(len, [prompt, *texts])) // 3
+            told = reply.json()
+            texts = [choice["message"]["content"] or "" for choice in told["choices"]]
+            tokens = int((told.get("usage") or {}).get("total_tokens") or sum(map(len, [prompt, *texts])) // 3)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # it refuses, or what comes are no chat completions
+            raise OSError(f"the teacher at {self.url} gives no answers ({error!r}); check --teacher, --model and OPENAI_API_KEY") from None
         self.spent += tokens
         draft = path.with_suffix(".part")
         draft.write_text(json.dumps({"texts": texts, "tokens": tokens}))
@@ -1428,16 +1447,21 @@ def write_samples(tasks, author, path, n: int = 1) -> Counter:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as out:
         out.seek(0)
-        whole = out.read().rpartition(b"\n")[0]
-        out.truncate(len(whole) + bool(whole))  # a line cut by a crash is gone, its task is asked again
-        done = {tuple(json.loads(line)["id"]) for line in whole.splitlines()}
+        *whole, cut = out.read().split(b"\n")
+        try:
+            done = {tuple(json.loads(line)["id"]) for line in whole}
+            if cut[:6] != b'{"id":'[:len(cut)]:
+                raise ValueError("not the beginning of a line of ours")
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"{path} holds something else than the lines of an earlier --write; name another file") from None
+        out.truncate(out.tell() - len(cut))  # a line cut by a crash is gone, its task is asked again
         for task in tasks:
             identity = (task.family, task.difficulty, task.seed, task.split)
             if identity not in done:
                 kept, verdicts = admit([(task, answer) for answer in author(task, n)])
                 table += verdicts
                 line = json.dumps({"id": identity, "answers": [answer for _, answer in kept], "verdicts": verdicts})
-                out.write(line.encode() + b"\n")
+                out.write(b"" if verdicts["machinery broke"] else line.encode() + b"\n")  # what nobody knows is asked again
                 out.flush()
     return table
 

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import tasks
 from data import Tokenizer
 from model import LoopCoder, LoopCoderConfig
+from sandbox import Grade, Limits
 from tasks import generate, verify
 
 ROOT = Path(tasks.__file__).parent
@@ -174,6 +175,21 @@ def test_an_output_must_have_the_right_type_and_any_input_that_works_is_right():
     assert [verify(task, text) for text in ("3", "-7", "4", "'3'", "f(3)")] == [1, 1, 0, 0, 0]
 
 
+def test_a_program_that_never_ends_is_ended_once_and_not_for_every_input(monkeypatch):
+    monkeypatch.setattr(tasks, "LIMITS", Limits(cpu_s=0.4))
+    task = dataclasses.replace(generate("stdin", 1, 0), tests={"io": [("1\n", "1\n")] + [("2\n", "3\n")] * 19})
+    start = time.perf_counter()
+    assert verify(task, "n = int(input())\nwhile n > 1:\n    pass\nprint(n)") == 1 / 20
+    assert time.perf_counter() - start < 3.0  # in fresh processes it would take 19 times 0.4 s
+
+
+def test_the_last_fenced_block_is_the_answer_whatever_its_label():
+    task = generate("compose", 1, 0)
+    code = tasks.code_of(task.solution)
+    for label in ("", "python", "Python", "python3", "py title=f.py", "python\r"):
+        assert verify(task, f"First ```{label}\nx\n``` and then\n```{label}\n{code}\n```\nDone.") == 1.0, label
+
+
 def math_task(answer):
     return dataclasses.replace(generate("math", 1, 0), tests={"answer": answer})
 
@@ -187,6 +203,7 @@ def test_formulas_are_compared_as_formulas_and_must_be_worked_out():
 def test_formulas_that_are_no_formulas_or_would_never_end_are_wrong():
     for text in ("9**9**9", "(9**9)**9", "__import__('os').system('true')", "x" * 999, "(" * 999, "x.real", "f(x)", "1/0", "7 if x else 7"):
         assert verify(math_task("9*x**9"), text) == 0.0
+    assert verify(math_task("7"), "7" + " " * 300 + "or 8") == 0.0  # what stands behind the first 300 characters counts as well
     with pytest.raises(ValueError, match="not allowed"):
         tasks.formula("((9**9)**9)**9")
 
@@ -201,6 +218,10 @@ def test_sql_is_judged_by_its_rows_and_can_only_read():
                  "SELECT load_extension('x')", "no sql at all"):
         assert verify(task, text) == 0.0
     assert not Path("/tmp/x.db").exists()
+    doubled = ", ".join(f"a{i} AS (SELECT 1 FROM a{i - 1}, a{i - 1})" for i in range(1, 20))
+    with pytest.raises(ValueError, match="three SELECTs"):  # sqlite would write a19 out as 2**19 tables before the first step
+        tasks.rows_of(f"WITH a0 AS (SELECT 1), {doubled} SELECT 1 FROM a19", [], True)
+    assert verify(task, f"WITH a AS ({query}) SELECT * FROM a") == 1.0
 
 
 @pytest.mark.parametrize("level", tasks.LEVELS)
@@ -229,6 +250,16 @@ def test_an_edit_made_from_two_texts_leads_from_one_to_the_other(a, b, form):
             assert form == "search"  # an empty search block cannot say where
         else:
             assert tasks.apply_edit(old, answer) == new and tasks.apply_edit(old, f"```\n{answer}\n```") == new
+
+
+def test_an_edit_that_changes_another_function_is_wrong():
+    task = generate("edit", 3, 0)
+    (old,), (fixed,) = task.files.values(), {call[0] for call in task.tests["calls"]}
+    new = tasks.apply_edit(old, task.solution)
+    other = next(name for name in re.findall(r"def (\w+)", new) if name != fixed)
+    for changed in (re.sub(rf"def {other}\(.*\n(    .*\n)+", "", new), re.sub(rf"(def {other}\(.*\n)", r"\1    return 3\n", new)):
+        assert changed != new and verify(task, tasks.make_edit(old, changed, "diff")) == 0.0
+    assert verify(task, tasks.make_edit(old, "import math\n" + new + "\ndef helper():\n    pass\n", "diff")) == 1.0
 
 
 def git_apply(folder, text, answer):
@@ -267,6 +298,16 @@ def test_an_edit_from_a_commit_is_right_only_with_the_exact_new_text():
         assert verify(task, task.solution) == 1.0 and verify(task, task.wrong) == 0.0 and old in task.prompt
 
 
+@pytest.mark.parametrize("old, new", [("x = 1\n\f\ny = 1\n", "x = 1\n\f\ny = 2\n"), ("```py\nx = 1\n```\n", "```python\nx = 1\n```\n"),
+                                      ("x = 1", "x = 2"), ("x = '\u2028'\n", "y = '\u2028'\n"), ("x = 1\n", "")])
+def test_a_commits_text_may_hold_form_feeds_and_fences_and_lack_its_last_newline(old, new):
+    for form in ("search", "diff"):
+        task = tasks.edit_from_commit("Change x", "m.md", old, new, form)
+        assert verify(task, task.solution) == 1.0 and verify(task, f"```\n{task.solution}\n```") == 1.0 and verify(task, task.wrong) == 0.0
+    with pytest.raises(ValueError, match="CR LF"):
+        tasks.edit_from_commit("Change x", "m.md", old + "\r\n", new + "\r\n")
+
+
 def test_the_terminal_state_must_be_exactly_the_wanted_one():
     task = next(t for seed in range(60) if (t := generate("terminal", 2, seed)).keys[0].startswith("copy>"))
     assert verify(task, "true") == 0.0
@@ -274,6 +315,11 @@ def test_the_terminal_state_must_be_exactly_the_wanted_one():
     assert verify(task, task.solution + "\nmkdir extra") == 0.0
     assert verify(task, "\n".join(task.solution.splitlines()[:1])) == 0.0
     assert verify(task, task.solution.replace("\n", " && ") + " # in one line") == 1.0
+
+
+def test_a_link_whose_target_reads_like_the_wanted_text_is_no_file():
+    task = dataclasses.replace(generate("terminal", 1, 0), files={}, tests={"state": {"a.txt": "one"}})
+    assert verify(task, "printf one > a.txt") == 1.0 and verify(task, "ln -s one a.txt") == 0.0
 
 
 def test_tool_calls_are_judged_by_type_and_by_the_state_they_leave():
@@ -297,6 +343,10 @@ def test_a_web_page_that_does_not_escape_or_bind_is_wrong():
     unbound = task.solution.replace('= ?", cat)', "= '%s'\" % cat[0])")
     assert unbound != task.solution and verify(task, unbound) == 0.0
     assert verify(task, task.solution.replace('f"<i>{r[0]}</i>"', '"<i>" + str(r[0]) + "</i>"')) == 1.0
+    task = next(t for seed in range(80) if "def add(" in (t := generate("web", 1, seed)).solution)
+    assert verify(task, re.sub(r" +db.execute.*\n", "", task.solution)) == 0.0  # it says ok and inserts nothing
+    counts = [t for seed in range(99) if "def count(" in (t := generate("web", 1, seed)).solution]
+    assert sum(verify(t, "def count(db, form):\n    return '<p>2</p>'") for t in counts) == 0.0
     assert tasks.faults("web", [150, 160]) == []  # no form asks for a category without rows: that sum is empty, right or wrong
 
 
@@ -366,7 +416,8 @@ def test_tool_calls_that_cannot_be_obeyed_change_nothing():
     files = {"a.py": "def f(x):\n    return x\n"}
     assert tasks.use_tool(files, "edit a.py 2 return x + 1") == ({"a.py": "def f(x):\n    return x + 1\n"}, "ok")
     assert tasks.use_tool(files, "search return")[1] == "a.py:2 return x"
-    for call in ("edit a.py 3 x", "edit a.py 0 x", "edit a.py two x", "edit b.py 1 x", "view ../a.py", "rm a.py", "", "edit", "search"):
+    for call in ("edit a.py 3 x", "edit a.py 0 x", "edit a.py two x", f"edit a.py {'9' * 5000} x", "edit b.py 1 x",
+                 "view ../a.py", "rm a.py", "", "edit", "search"):
         after, said = tasks.use_tool(files, call)
         assert after == files and said in ("no such file", "no such line", "unknown tool")
 
@@ -409,7 +460,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
 
 
 def test_beyond_places_a_cost_between_the_references():
-    assert [tasks.beyond(cost, [10, 30, 20]) for cost in (10, 15, 30, 99, 1, None)] == [1.0, 0.75, 0.0, 0.0, 1.0, 0.0]
+    assert [tasks.beyond(cost, [10, 30, 20]) for cost in (10, 15, 30, 99, 1, np.inf)] == [1.0, 0.75, 0.0, 0.0, 1.0, 0.0]
+    assert [tasks.beyond(cost, [10, 10]) for cost in (10, 99, np.inf)] == [1.0, 1.0, 0.0]
 
 
 def test_efficiency_counts_instructions_and_a_wrong_answer_has_none():
@@ -417,6 +469,15 @@ def test_efficiency_counts_instructions_and_a_wrong_answer_has_none():
     fast, slow = task.tests["references"]
     assert tasks.instructions(fast, "f", [[[1, 2, 3]]]) == tasks.instructions(fast, "f", [[[4, 5, 6]]]) > 0
     assert tasks.efficiency(task, fast) == 1.0 and tasks.efficiency(task, slow) == 0.0 and tasks.efficiency(task, task.wrong) == 0.0
+
+
+def test_a_right_answer_with_a_main_part_or_much_output_or_an_endless_trace_has_a_cost_all_the_same():
+    task = next(t for seed in range(40) if (t := generate("compose", 2, seed)).keys[0].startswith("square"))
+    fast, slow = task.tests["references"]
+    assert tasks.efficiency(task, fast + "\nif __name__ == '__main__':\n    print(f(input()))") == 1.0
+    assert 0 < tasks.efficiency(task, fast.replace("def f(v):", "def f(v):\n    print('x' * 9000)")) < 1
+    assert tasks.efficiency(task, "import atexit\natexit.register(print, 1)\n" + slow) == 0.0  # the last word is not the program's
+    assert tasks.efficiency(task, fast.replace("def f(v):", "def f(v):\n    if __name__ == 'program':\n        raise SystemExit")) == 0.0
 
 
 @pytest.mark.parametrize("family, level, low, high", [("swe", 1, 1.0, 1.0), ("swe", 2, 0.3, 0.7), ("gui", 1, 0.0, 0.35),
@@ -527,7 +588,7 @@ def endpoint():
             data = b"busy"
             if status == 200:
                 choices = [{"message": {"content": server.reply(body, i)}} for i in range(body["n"])]
-                data = json.dumps({"choices": choices, "usage": {"total_tokens": 100}}).encode()
+                data = server.raw or json.dumps({"choices": choices, "usage": {"total_tokens": 100}}).encode()
             self.send_response(status)
             if status == 429:
                 self.send_header("Retry-After", "0")
@@ -539,7 +600,7 @@ def endpoint():
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.plan, server.reply = [], [], lambda body, i: f"answer {i}"
+    server.asked, server.plan, server.raw, server.reply = [], [], b"", lambda body, i: f"answer {i}"
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -574,6 +635,16 @@ def test_the_teacher_stops_at_its_budget_and_at_a_request_that_is_wrong(endpoint
     assert len(list(tmp_path.glob("*.json"))) == 2 and not list(tmp_path.glob("*.part"))
 
 
+def test_a_reply_that_holds_no_completions_is_an_error_and_costs_nothing(endpoint, tmp_path):
+    teacher = tasks.Teacher(endpoint.url, "big", tmp_path)
+    for endpoint.raw in (b"<html>", b"[]", b'{"error": "no model"}', b'{"choices": [{"text": "a"}]}', b'{"choices": [3]}', b"\xff"):
+        with pytest.raises(OSError, match="gives no answers"):
+            teacher.ask("one?")
+    assert teacher.spent == 0 and not list(tmp_path.iterdir())
+    endpoint.raw = b'{"choices": [{"message": {"content": null}}], "usage": null}'
+    assert teacher.ask("one?") == [""]
+
+
 def test_rejection_keeps_the_right_answers_and_resumes_after_a_crash(endpoint, tmp_path):
     todo = some("sql", 4)
     by_prompt = {t.prompt: t for t in todo}
@@ -587,6 +658,23 @@ def test_rejection_keeps_the_right_answers_and_resumes_after_a_crash(endpoint, t
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [tuple(r["id"]) for r in records] == [(t.family, t.difficulty, t.seed, t.split) for t in todo] and len(endpoint.asked) == 4
     assert [r["answers"] for r in records] == [[t.solution] for t in todo] and table == {"admitted": 2, "does not verify": 2}
+
+
+def test_a_file_that_is_not_of_ours_is_left_as_it_is(tmp_path):
+    path = tmp_path / "notes"
+    for content in ("my notes\nno newline at the end", "no line", '{"a": 1}\n', "[1]\n", "\n", '{"id": 3}\n'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="notes holds something else"):
+            tasks.write_samples(some("sql", 1), lambda task, n: [task.solution], path)
+        assert path.read_text() == content
+
+
+def test_a_task_whose_check_broke_is_asked_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(tasks, "grade", lambda *_: Grade([], 0.0, "sandbox error", [], [], []))
+        table = tasks.write_samples(some("web", 1), lambda task, n: [task.solution], tmp_path / "samples.jsonl")
+    assert table == {"machinery broke": 1} and (tmp_path / "samples.jsonl").read_text() == ""
+    assert tasks.write_samples(some("web", 1), lambda task, n: [task.solution], tmp_path / "samples.jsonl") == {"admitted": 1}
 
 
 def test_a_checkpoint_trains_itself_on_what_it_got_right(tmp_path):
