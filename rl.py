@@ -22,7 +22,6 @@ overlong shaping; Dr.GRPO for the missing division by the spread. Ours, since no
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -36,7 +35,8 @@ import threading
 import time
 import warnings
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -178,15 +178,30 @@ class Trajectory:
     outcome: dict | None  # what the judge said: "reward", "primary", "solved", ...; None where the sandbox broke
 
 
-def prompt_ids(tokenizer, task):
-    """The chat up to where the assistant begins. The user's text never becomes a special token."""
-    return tokenizer.encode_parts(tasks.prompt_parts(task))[0]
+def prompt_ids(tokenizer, task, turns=()):
+    """The chat with these turns, up to where the assistant goes on. The user's text never becomes a special token."""
+    return tokenizer.encode_parts(tasks.chat_parts(task, turns) + tasks.OPENING)[0]
 
 
 def observation_ids(tokenizer, text):
     """What a tool says, from behind the assistant's end token to where the assistant goes on."""
-    start = [("<|im_start|>", True, False), ("assistant\n", False, False)]
-    return tokenizer.encode_parts([("\n", False, False)] + tasks.turn_parts("tool", text, False) + start)[0]
+    return tokenizer.encode_parts([("\n", False, False)] + tasks.turn_parts("tool", text, False) + tasks.OPENING)[0]
+
+
+def room_behind(n, ask, context):
+    """How many tokens an answer may have behind n tokens and what it is asked; none where an observation fills the context."""
+    room = min(ask.room, context - n - len(ask.ids))
+    if room <= 0 and n == 0:
+        raise ValueError(f"a prompt of {len(ask.ids)} tokens does not fit a context of {context}; raise --context")
+    return max(0, room)
+
+
+def unless_broken(work):
+    """What work() in the sandbox gives; None where the sandbox broke, which says nothing about the episode."""
+    try:
+        return work()
+    except (RuntimeError, OSError):
+        return None
 
 
 class Verdicts:
@@ -223,6 +238,7 @@ def single_turn(task, tokenizer, verdicts, room, thinking, buffer=0):
     One question, one answer. primary = what verify() says; a thinking answer earns nothing when its form is broken, an instruct
     answer is paid 0.9 for being right and 0.1 for its form; on top comes the soft punishment for the last `buffer` tokens of room.
     """
+    buffer = min(buffer, room)
     ids, ended = yield Ask(prompt_ids(tokenizer, task), room)
 
     def judge():
@@ -262,7 +278,7 @@ def parses(files):
     """Does every Python file of {path: text} parse?"""
     try:
         return all(sandbox.parse(text) for path, text in files.items() if path.endswith(".py"))
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of too many operators in a row
         return False
 
 
@@ -275,18 +291,6 @@ def foreign_feedback(task):
 def up_to_failure(task):
     """The turns of the demonstration with a mistake, as far as the test that failed."""
     return task.detour[: next(i for i, (_, text) in enumerate(task.detour) if text.startswith("FAIL")) + 1]
-
-
-def planted_start(task, tokenizer, shuffled):
-    """(ids, files) after the demonstration's wrong edit and the test that failed: what recovery can be measured from, on every task."""
-    ids, files = prompt_ids(tokenizer, task), dict(task.files)
-    for role, text in up_to_failure(task):
-        if role == "tool":
-            ids += observation_ids(tokenizer, foreign_feedback(task) if shuffled and text.startswith("FAIL") else text)
-        else:
-            ids += tokenizer.encode(text) + [tokenizer.special["<|im_end|>"]]
-            files = tasks.use_tool(files, text)[0] if text.startswith("edit") else files
-    return ids, files
 
 
 class SweState:
@@ -321,15 +325,18 @@ def swe_episode(task, tokenizer, verdicts, room, budget, shuffled=False, planted
     An episode may make as many calls as the demonstration with one mistake and its repair: there is time for one second try, not
     for trying everything. The agent never sees the tests that pay it: they run in another interpreter, on a copy, at the end.
     """
-    ids, files = planted_start(task, tokenizer, shuffled) if planted else (prompt_ids(tokenizer, task), task.files)
-    state, used = SweState(files), len(ids)
+    begun, files = up_to_failure(task) if planted else (), task.files
+    allowed = sum(role != "tool" for role, _ in task.detour[len(begun) :])
     if planted:
-        state.edits, state.first_failed = 1, True
-    allowed = sum(role != "tool" for role, _ in task.detour) - planted * sum(role != "tool" for role, _ in task.turns[:-1])
+        files = tasks.use_tool(files, next(text for role, text in begun if role == "mistake"))[0]
+        begun = (*begun[:-1], ("tool", foreign_feedback(task))) if shuffled else begun
+    ids, state = prompt_ids(tokenizer, task, begun), SweState(files)
+    state.edits, state.first_failed = int(planted), True if planted else None
+    used = len(ids)
     key, shown = ("swe", task.difficulty, task.seed, task.split), task.tests["shown"]
     while True:
         answer, ended = yield Ask(ids, room)
-        used += len(answer) + 1
+        used += len(answer) + ended
         call = tokenizer.decode(answer).strip()
         if not ended or call == "submit" or state.calls == allowed - 1:
             stop = "length" if not ended else "submit" if call == "submit" else "calls"
@@ -389,12 +396,11 @@ class Rollout:
     def __init__(self, model, end_id, context, slots=256, temperature=1.0, every=4, workers=4):
         self.model, self.end_id, self.context, self.slots = model, end_id, context, slots
         self.temperature, self.every, self.workers = temperature, every, workers
-        self.tokens, self.seconds, self.waited_s = 0, 0.0, 0.0
+        self.waited_s = 0.0  # for the sandbox
 
     @torch.no_grad()
     def run(self, episodes, seed):
         """episodes: generators; returns their Trajectories in the same order. seed: a list of ints; with the index it makes the noise."""
-        start = time.perf_counter()
         rows, V, device = min(self.slots, len(episodes)), self.model.config.vocab_size, self.model.lm_head.weight.device
         self.waiting, self.done, self.seed = deque(enumerate(episodes)), [None] * len(episodes), list(seed)
         self.cache = self.model.new_cache(rows, self.context + 1)  # one to spare: rows that wait take part in a step and leave no trace
@@ -404,6 +410,7 @@ class Rollout:
         self.action = torch.zeros(rows, self.context, dtype=torch.bool, device=device)
         self.logp, self.uniform = (torch.zeros(rows, self.context, device=device) for _ in range(2))
         self.length, self.room, self.spoken = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3))
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)  # did the last answer come to its end token?
         self.asks, self.pending, self.stop = {}, [], 0  # what rows want to read: {row: Ask}; what the sandbox does: [(stop, row, future)]
         with ThreadPoolExecutor(self.workers) as self.pool:
             while self.waiting or any(self.episode):
@@ -412,22 +419,16 @@ class Rollout:
                     if not self.decode():
                         break
                 self.stop += 1
-            finished = [self.judged(*parts) for parts in self.done]
-        self.seconds += time.perf_counter() - start
-        return finished
+            for one in self.done:
+                one.outcome = one.outcome and self.answer_of(one.outcome)
+        return self.done
 
     def answer_of(self, future):
-        """Wait for the sandbox; None where it broke, which says nothing about the episode."""
+        """Wait for the sandbox."""
         start = time.perf_counter()
-        try:
-            return future.result()
-        except (RuntimeError, OSError):
-            return None
-        finally:
-            self.waited_s += time.perf_counter() - start
-
-    def judged(self, ids, action, logp, ended, future):
-        return Trajectory(ids, action, logp, ended, future and self.answer_of(future))
+        answer = unless_broken(future.result)
+        self.waited_s += time.perf_counter() - start
+        return answer
 
     def serve(self):
         """A stop: take up what the sandbox answered, fill free rows, drop rows that nobody needs any more, read in."""
@@ -451,7 +452,7 @@ class Rollout:
     def shrink(self, rows):
         """The end of a batch: go on with these rows only."""
         self.cache.keep(rows)
-        for name in ("logits", "ids", "action", "logp", "uniform", "length", "room", "spoken"):
+        for name in ("logits", "ids", "action", "logp", "uniform", "length", "room", "spoken", "ended"):
             setattr(self, name, getattr(self, name)[rows])
         new = {old: row for row, old in enumerate(rows)}
         self.episode = [self.episode[row] for row in rows]
@@ -471,9 +472,9 @@ class Rollout:
 
     def finish(self, row, judge):
         """The episode is over: keep what it was, and free its row. judge None: the sandbox broke."""
-        n, end = int(self.length[row]), bool(self.ids[row, self.length[row] - 1] == self.end_id)
-        parts = (x[row, :n].clone() for x in (self.ids, self.action, self.logp))
-        self.done[self.episode[row][0]] = (*parts, end, judge and self.pool.submit(judge))
+        n, (index, _) = int(self.length[row]), self.episode[row]
+        lived = (x[row, :n].clone() for x in (self.ids, self.action, self.logp))
+        self.done[index] = Trajectory(*lived, bool(self.ended[row]), judge and self.pool.submit(judge))  # the outcome: soon
         self.episode[row], self.room[row] = None, 0
 
     def read(self):
@@ -482,10 +483,9 @@ class Rollout:
         asks, self.asks = self.asks, {}
         for row, ask in asks.items():
             n = int(self.length[row])
-            room = min(ask.room, self.context - n - len(ask.ids))
-            if room <= 0 and n == 0:
-                raise ValueError(f"a prompt of {len(ask.ids)} tokens does not fit a context of {self.context}; raise --context")
-            if room <= 0:
+            room = room_behind(n, ask, self.context)
+            if not room:
+                self.ended[row] = False
                 self.advance(row, ([], False))
                 continue
             if n == 0:
@@ -514,9 +514,8 @@ class Rollout:
         self.ids[rows, at], self.logp[rows, at], self.action[rows, at] = token, logp, True
         self.length[rows] += 1
         self.room[rows] -= 1
-        ended = token == self.end_id
+        self.ended[rows] = ended = token == self.end_id
         self.room[rows[ended]] = 0
-        self.tokens += len(rows)
         for row, end in zip(*(x[self.room[rows] == 0].tolist() for x in (rows, ended))):
             answer = self.ids[row, self.spoken[row] : int(self.length[row]) - end].tolist()
             self.advance(row, (answer, end))
@@ -538,7 +537,7 @@ class RemoteRollout:
     def __init__(self, url, model, tokenizer, context, temperature=1.0, workers=32):
         self.url, self.model, self.tokenizer, self.context = url.rstrip("/") + "/v1/completions", model, tokenizer, context
         self.temperature, self.workers, self.end_id = temperature, workers, tokenizer.special["<|im_end|>"]
-        self.tokens, self.seconds, self.waited_s = 0, 0.0, 0.0
+        self.waited_s = 0.0  # for the sandbox: nothing here, threads wait beside each other
 
     def complete(self, ids, room, seed):
         """(ids of the answer, whether it came to its end). A server that returns no token ids has its text encoded again."""
@@ -555,40 +554,37 @@ class RemoteRollout:
         return [i for i in answer if i != self.end_id], ended
 
     def converse(self, index, episode, seed):
-        """One episode from its first prompt to its judge: (ids, action, ended, outcome)."""
-        ids, action, wish, ended, outcome = [], [], next(episode), False, None
+        """The Trajectory of one episode, without its log-probabilities."""
+        ids, action, ended, value, outcome = [], [], False, None, None
         try:
             while True:
+                wish = episode.send(value)
                 if not isinstance(wish, Ask):
-                    wish = episode.send(wish())
+                    value = unless_broken(wish)
+                    if value is None:
+                        break
                     continue
-                ids, action = ids + wish.ids, action + [False] * len(wish.ids)
-                room = min(wish.room, self.context - len(ids))
-                answer, ended = self.complete(ids, room, hash((*seed, index, len(ids))) % 2**31) if room > 0 else ([], False)
-                said = answer + [self.end_id] * ended
-                ids, action = ids + said, action + [True] * len(said)
-                wish = episode.send((answer, ended))
+                room, answer, ended = room_behind(len(ids), wish, self.context), [], False
+                if room:
+                    ids, action = ids + wish.ids, action + [False] * len(wish.ids)
+                    answer, ended = self.complete(ids, room, hash((*seed, index, len(ids))) % 2**31)
+                    said = answer + [self.end_id] * ended
+                    ids, action = ids + said, action + [True] * len(said)
+                value = answer, ended
         except StopIteration as end:
-            with contextlib.suppress(RuntimeError):
-                outcome = end.value()
-        except RuntimeError:  # the sandbox broke: no verdict
-            pass
-        return ids, action, ended, outcome
+            outcome = unless_broken(end.value)
+        return Trajectory(torch.tensor(ids), torch.tensor(action), torch.zeros(len(ids)), ended, outcome)
 
+    @torch.no_grad()
     def run(self, episodes, seed):
-        start = time.perf_counter()
+        """episodes: generators; returns their Trajectories in the same order. seed: a list of ints, from which the server's are made."""
         with ThreadPoolExecutor(self.workers) as pool:
-            lived = list(pool.map(lambda pair: self.converse(*pair, seed), enumerate(episodes)))
-        found = []
-        for ids, action, ended, outcome in lived:
-            ids, action = torch.tensor(ids), torch.tensor(action)
-            found.append(Trajectory(ids, action, torch.zeros(len(ids)), ended, outcome))
-        with torch.no_grad():
-            for one in found:
-                ids, targets, _, mask = pad([one])
-                one.logp[1:] = token_logp(self.model, ids, targets, mask, self.temperature)[0].cpu()
-        self.tokens += sum(int(one.action.sum()) for one in found)
-        self.seconds += time.perf_counter() - start
+            found = list(pool.map(lambda pair: self.converse(*pair, seed), enumerate(episodes)))
+        for one in found:
+            if not one.action.any():  # a server may answer with nothing
+                continue
+            ids, targets, _, mask = pad([one])
+            one.logp[1:] = token_logp(self.model, ids, targets, mask, self.temperature)[0].cpu()
         return found
 
 
@@ -682,12 +678,17 @@ def micro_batches(samples, most):
         yield batch
 
 
-def all_sum(values, world):
-    """The sum over all processes of a list of numbers."""
-    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+def gathered(items, world):
+    """The lists of all processes, one behind the other: the same on each of them."""
+    parts = [items] * world.size
     if world.size > 1:
-        dist.all_reduce(total)
-    return total.tolist()
+        dist.all_gather_object(parts, items)
+    return sum(parts, [])
+
+
+def all_sum(values, world):
+    """The sum over all processes of each number in a list."""
+    return [sum(column) for column in zip(*gathered([values], world))]
 
 
 def update(model, optimizer, samples, cfg, lr, world):
@@ -737,38 +738,38 @@ PATHS = {  # path: (starts from, stage it makes, families)
 class RLConfig:
     """Every knob of a run; the command line is made from these fields."""
 
-    path: str = flag("thinking", "thinking, instruct (both: one answer to one question) or swe (a repository, many turns)")
+    path: str = flag("thinking", "thinking, instruct (both: one answer to one question) or swe (a repository, many turns)", PATHS)
     ckpt: str = flag("", "checkpoint to start from; empty: the path's own stage under --out")
     out: str = flag("out", "folder of the chain; the result goes to its rl_<path>")
     name: str = flag("", "folder of the result under --out; empty: the path's own")
     families: str = flag("", "comma-separated task families; empty: the path's own")
     levels: str = flag("1,2,3", "difficulties that are trained, the first at once, each next one when the last is solved well enough")
-    steps: int = flag(60, "rollouts, each followed by --updates optimizer steps")
-    prompts: int = flag(16, "prompts a step, over all processes")
-    samples: int = flag(12, "answers to each prompt: the group")
-    updates: int = flag(3, "optimizer steps a rollout, each on its share of the samples; with 1 the clip is dead")
+    steps: int = flag(60, "rollouts, each followed by --updates optimizer steps", least=1)
+    prompts: int = flag(16, "prompts a step, over all processes", least=1)
+    samples: int = flag(12, "answers to each prompt: the group", least=2)
+    updates: int = flag(3, "optimizer steps a rollout, each on its share of the samples; with 1 the clip is dead", least=1)
     lr: float = flag(1e-4, "learning rate after 3 steps of warm-up (1e-6 is for billions of parameters)")
     clip_low: float = flag(0.2, "the ratio is clipped below 1 - this")
     clip_high: float = flag(0.28, "and above 1 + this: clip-higher leaves rare good tokens room to grow")
     clip_grad: float = flag(1.0, "largest gradient norm")
     std: bool = flag(False, "divide advantages by the standard deviation of their group")
-    average: str = flag("token", "token: every token of a step weighs the same; sequence: every answer does")
+    average: str = flag("token", "token: every token of a step weighs the same; sequence: every answer does", ("token", "sequence"))
     terse: bool = flag(False, "keep the first line of each prompt only, without examples or tools: as much as a very small model can use")
     band_low: float = flag(0.0, "groups with a lower mean of the primary reward are dropped")
     band_high: float = flag(1.0, "groups with a higher one too (0.875 in Seed-Coder)")
-    rounds: int = flag(2, "dynamic sampling: rollouts a step at most, until enough groups carry signal")
+    rounds: int = flag(2, "dynamic sampling: rollouts a step at most, until enough groups carry signal", least=1)
     temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained")
-    room: int = flag(192, "longest answer, or call of a tool, in tokens")
-    context: int = flag(768, "longest episode, in tokens")
+    room: int = flag(192, "longest answer, or call of a tool, in tokens", least=1)
+    context: int = flag(768, "longest episode, in tokens", least=1)
     overlong: int = flag(32, "soft punishment over the last tokens of the room; 0: none")
     mask_cut: bool = flag(False, "learn nothing from episodes that were cut at a limit")
     planted: float = flag(0.0, "swe: share of groups that start behind a wrong edit and its failure, to learn from what follows")
     shuffle_rewards: bool = flag(False, "control: permute the rewards inside each group")
     shuffle_feedback: bool = flag(False, "control: failing tests show another task's failure")
-    slots: int = flag(96, "rows that are decoded at a time")
-    micro_tokens: int = flag(8192, "padded tokens of one forward and backward")
+    slots: int = flag(96, "rows that are decoded at a time", least=1)
+    micro_tokens: int = flag(8192, "padded tokens of one forward and backward", least=1)
     eval_tasks: int = flag(40, "held-out tasks a family for the evaluation at the end; 0: none")
-    eval_samples: int = flag(4, "answers to each of them, at --temperature")
+    eval_samples: int = flag(4, "answers to each of them, at --temperature", least=1)
     minutes: float = flag(8.0, "stop after this many minutes, at the end of a step; 0: never. The evaluation comes on top")
     seed: int = flag(1337, "of tasks and sampling")
     resume: bool = flag(False, "go on where a killed run stopped")
@@ -778,21 +779,21 @@ class RLConfig:
     threads: int = flag(0, "CPU threads; 0: torch's choice")
 
     def __post_init__(self):
-        if self.path not in PATHS:
-            raise ValueError(f"--path {self.path}: must be one of {', '.join(PATHS)}")
-        if self.average not in ("token", "sequence"):
-            raise ValueError(f"--average {self.average}: must be token or sequence")
+        for f in dataclasses.fields(self):
+            name, value, choices, least = "--" + f.name.replace("_", "-"), getattr(self, f.name), f.metadata["choices"], f.metadata["least"]
+            if choices and value not in choices:
+                raise ValueError(f"{name} {value}: must be one of {', '.join(choices)}")
+            if not isinstance(value, str) and not least <= value < math.inf:
+                raise ValueError(f"{name} {value}: must be a number from {least} up")
         self.families = self.families or PATHS[self.path][2]
         unknown = [f for f in self.families.split(",") if f not in tasks.FAMILIES]
         if unknown:
             raise ValueError(f"--families: no family {unknown[0]!r}; there are {', '.join(tasks.FAMILIES)}")
-        if not all(level.isdigit() and int(level) in tasks.LEVELS for level in self.levels.split(",")):
+        if not all(level in map(str, tasks.LEVELS) for level in self.levels.split(",")):
             raise ValueError(f"--levels {self.levels}: comma-separated numbers from {tasks.LEVELS[0]} to {tasks.LEVELS[-1]}")
-        for name in ("steps", "prompts", "samples", "updates", "room", "context", "slots", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.samples < 2:
-            raise ValueError("--samples 1: a group of one has no advantage; take at least 2")
+
+    def level_list(self):
+        return [int(level) for level in self.levels.split(",")]
 
 
 class Curriculum:
@@ -807,12 +808,16 @@ class Curriculum:
     def __init__(self, levels):
         self.levels, self.open, self.recent = levels, 1, []
 
+    @property
+    def newest(self):
+        return self.levels[self.open - 1]
+
     def draw(self, rng):
         return rng.choice(self.levels[: self.open])
 
     def record(self, results):
         """results: [(level, share of samples that solved it)] of one step's groups."""
-        self.recent += [share for level, share in results if level == self.levels[self.open - 1]]
+        self.recent += [share for level, share in results if level == self.newest]
         self.recent = self.recent[-self.WINDOW :]
         if len(self.recent) == self.WINDOW and sum(self.recent) > self.THRESHOLD * self.WINDOW and self.open < len(self.levels):
             self.open, self.recent = self.open + 1, []
@@ -892,7 +897,8 @@ def rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world)
     model.train()
     lr = cfg.lr * min(1.0, (step + 1) / 3)
     done = [update(model, optimizer, part, cfg, lr, world) for part in split_evenly(samples, cfg.updates, rng)]
-    curriculum.record([(task.difficulty, solved_share(lived)) for task, lived in groups])
+    judged_groups = [(task.difficulty, solved_share(lived)) for task, lived in groups if any(t.outcome for t in lived)]
+    curriculum.record(gathered(judged_groups, world))
     mine = counts_of(groups) | {"informative": informed, "trained": sum(len(t.ids) for t, _ in samples)}
     mine |= {"sandbox_runs": verdicts.runs - runs, "sandbox_s": verdicts.seconds - busy, "sandbox_wait_s": roller.waited_s / world.size}
     sums = dict(zip(mine, all_sum(list(mine.values()), world)))
@@ -902,7 +908,7 @@ def rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world)
         "step": step + 1, "seconds": time.perf_counter() - start, "rollout_s": rolled, "tokens_per_s": tokens / rolled,
         "reward": sums["reward"] / judged, "pass": sums["solved"] / judged, "entropy": sums["surprise"] / tokens,
         "length": tokens / samples, "loss": done[0]["loss"], "clip": float(np.mean([d["cut"] for d in done])),
-        "grad": float(np.mean([d["grad"] for d in done])), "level": curriculum.open, "sandbox_s": sums["sandbox_s"],
+        "grad": float(np.mean([d["grad"] for d in done])), "level": curriculum.newest, "sandbox_s": sums["sandbox_s"],
         "sandbox_wait_s": sums["sandbox_wait_s"], **whole,
     }  # fmt: skip
 
@@ -946,44 +952,53 @@ def load(folder, cfg, world):
 
 
 def train(cfg: RLConfig, world) -> Path:
-    """Run RL from cfg's start to its stage; a killed run loses at most the step it was in. Returns the folder of the new checkpoint."""
+    """
+    Run RL from cfg's start to its stage; returns the folder of the new checkpoint. A killed run loses at most the step it was in.
+
+    After each step the snapshot is written, and then the log from it; the checkpoint comes last. So whatever stops a run, the folder holds
+    either what a former run left or a snapshot to go on from, and without a snapshot the checkpoint is complete.
+    """
     folder, start = result_folder(cfg), start_folder(cfg)
-    log, snapshot, first, spent = folder / "log.jsonl", folder / "state.pt", 0, 0.0
+    snapshot, records = folder / "state.pt", []
     if cfg.resume and (folder / "model.safetensors").exists() and not snapshot.exists():
         return folder  # complete
+    if start.resolve() == folder.resolve():
+        raise ValueError(f"{start}: the run would write over the checkpoint it starts from; give the result another folder with --name")
+    if cfg.prompts < world.size:
+        raise ValueError(f"--prompts {cfg.prompts}: must be at least one for each of the {world.size} processes")
+    if cfg.temperature == 0:
+        raise ValueError("--temperature 0: all answers to a prompt would be the same, and teach nothing; 0 is for --eval")
     model, tokenizer = load(start, cfg, world)
     optimizer = pipeline.Optimizer(model, kind="adamw", weight_decay=0.0)
-    curriculum, verdicts = Curriculum([int(level) for level in cfg.levels.split(",")]), Verdicts()
+    curriculum, verdicts = Curriculum(cfg.level_list()), Verdicts()
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.resume and snapshot.exists():
         state = torch.load(snapshot, map_location=world.device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         curriculum.load_state(state["curriculum"])
-        first, spent = state["step"], state["seconds"]
-    if world.main:
-        text = "".join(json.dumps(r) + "\n" for r in read_log(folder)[:first])
-        pipeline.write_atomically(log, lambda path: path.write_text(text))
-    for step in range(first, cfg.steps):
+        records = state["records"]
+    for step in range(len(records), cfg.steps):
         verdicts.known.clear()  # tasks are new in every step
-        record = rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world)
-        spent += record["seconds"]
+        records.append(rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world))
+        if not math.isfinite(norm := records[-1]["grad"]):
+            raise FloatingPointError(f"{folder.name}, step {step + 1}: the gradient's norm is {norm}; go on with --resume and a lower --lr")
         if world.main:
-            with open(log, "a") as file:
-                file.write(json.dumps(record) + "\n")
-            state = {"step": step + 1, "seconds": spent, "curriculum": curriculum.state()}
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            pipeline.write_atomically(snapshot, lambda path, state=state: torch.save(state, path))
-            print(f"{folder.name}: {line_of(record, cfg.steps)}", flush=True)
-            if step + 1 in (3, cfg.steps) and not any(r["informative"] for r in read_log(folder)):
+            state = {"records": records, "curriculum": curriculum.state(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            pipeline.write_atomically(snapshot, partial(torch.save, state))
+            pipeline.write_atomically(folder / "log.jsonl", lambda path: path.write_text("".join(json.dumps(r) + "\n" for r in records)))
+            print(f"{folder.name}: {line_of(records[-1], cfg.steps)}", flush=True)
+            if step + 1 in (3, cfg.steps) and not any(r["informative"] for r in records):
                 print(f"{folder.name}: nothing was learned so far: no group held answers that earn differently. The start solves all or "
                       f"none of {cfg.families}, or never answers in the form that the path pays", flush=True)  # fmt: skip
-        if cfg.minutes and all_sum([spent], world)[0] > 60 * cfg.minutes * world.size:
+        (spent,) = all_sum([sum(r["seconds"] for r in records)], world)
+        if cfg.minutes and spent > 60 * cfg.minutes * world.size:
             break
     if world.main:
+        for evaluation in ("eval.json", "table.json"):  # of the checkpoint that this one takes the place of
+            (folder / evaluation).unlink(missing_ok=True)
         tokenizer.save(folder)
         model.save_pretrained(folder)
-        (folder / "eval.json").unlink(missing_ok=True)  # it would speak of other weights
         snapshot.unlink(missing_ok=True)
     return folder
 
@@ -1009,24 +1024,24 @@ def result_folder(cfg):
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model, tokenizer, cfg, split="test", seed=0):
+def evaluate(model, tokenizer, cfg):
     """
-    Every metric of a checkpoint on cfg.eval_tasks tasks a family, cfg.eval_samples episodes each: {name: (numerators, denominators)}.
+    Every metric of a checkpoint on cfg.eval_tasks held-out tasks a family, cfg.eval_samples episodes each: {name: (above, below)}.
 
-    Both are arrays with an entry a task, and the metric is sum / sum: so one bootstrap over tasks serves means and conditional shares.
+    Both are tuples with an entry a task, the metric is sum / sum: so one bootstrap over tasks serves means and conditional shares.
         pass@1, pass@k      solved, without bias (tasks.pass_at_k); for swe this is "resolved": every fail-to-pass and pass-to-pass test
         recovery            solved, given that the first test after the first edit failed
         planted recovery    solved from behind the demonstration's wrong edit and its failure: the same question to every checkpoint
     """
     found, verdicts, k = {}, Verdicts(), cfg.eval_samples
-    levels = [int(level) for level in cfg.levels.split(",")]
+    levels = cfg.level_list()
     model.eval()
     roller = rollout(model, tokenizer, cfg)
     for family in cfg.families.split(","):
-        chosen = [draw_task(cfg, family, levels[i % len(levels)], seed + i, split) for i in range(cfg.eval_tasks)]
+        chosen = [draw_task(cfg, family, levels[i % len(levels)], i, "test") for i in range(cfg.eval_tasks)]
         for planted in (False, True) if family == "swe" else (False,):
             episodes = [episode_of(t, tokenizer, verdicts, cfg, planted) for t in chosen for _ in range(k)]
-            lived = verdicts_came(roller.run(episodes, [seed, int(planted)]))
+            lived = verdicts_came(roller.run(episodes, [0, int(planted)]))
             outcomes = [[t.outcome for t in lived[i * k : (i + 1) * k] if t.outcome] for i in range(len(chosen))]
             solved = [(sum(o["solved"] for o in os), len(os)) for os in outcomes]
             if planted:
@@ -1039,24 +1054,21 @@ def evaluate(model, tokenizer, cfg, split="test", seed=0):
                 failed = [[o for o in os if o["first_failed"]] for os in outcomes]
                 found["swe recovery"] = tuple(zip(*[(sum(o["solved"] for o in os), len(os)) for os in failed]))
                 found["swe calls"] = tuple(zip(*[(sum(o["calls"] for o in os), len(os)) for os in outcomes]))
-    return {name: (np.array(a, dtype=float), np.array(b, dtype=float)) for name, (a, b) in found.items()}
-
-
-def evaluate_checkpoint(folder, cfg, world):
-    """Load, evaluate, and leave the result beside the weights as eval.json: the intervals, and the counts by task they are made of."""
-    folder = Path(folder)
-    found = evaluate(*load(folder, cfg, world), cfg)
-    known = json.loads((folder / "eval.json").read_text()) if (folder / "eval.json").exists() else {}
-    for name, pair in found.items():
-        known[name] = dict(zip(("value", "low", "high"), pipeline.interval(pair))) | {"counts": [x.tolist() for x in pair]}
-    pipeline.write_atomically(folder / "eval.json", lambda at: at.write_text(json.dumps(known) + "\n"))
     return found
 
 
-def evaluated(folder):
-    """What evaluate_checkpoint() left in this folder: {metric: (numerators, denominators)}; {} where it was not there."""
-    path = folder / "eval.json"
-    return {name: tuple(map(np.array, e["counts"])) for name, e in json.loads(path.read_text()).items()} if path.exists() else {}
+def evaluate_checkpoint(folder, cfg, world):
+    """Load, evaluate, and leave the result beside the weights as eval.json, with what was left there of other metrics."""
+    found = evaluate(*load(folder, cfg, world), cfg)
+    known = evaluated(Path(folder)) | found
+    pipeline.write_atomically(Path(folder) / "eval.json", lambda at: at.write_text(json.dumps(known) + "\n"))
+    return found
+
+
+def evaluated(folder, file="eval.json"):
+    """What an evaluation left in this folder: {metric: [above, below]}; table.json is that of `train.py --eval`."""
+    found = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    return {name: pair for name, pair in found.items() if isinstance(pair, list)}  # a few of train.py's metrics are one number
 
 
 def comparison(found, against=None):
@@ -1199,41 +1211,42 @@ def study_seed(out, name, seed):
 
 def one_thread():
     """The world of a study's process."""
-    warnings.filterwarnings("ignore", category=SyntaxWarning)  # what a model writes may look odd and parse: no one's news
     return pipeline.start_world(pipeline.TrainConfig(device="cpu", dtype="float32", threads=1))
 
 
 def study_worker():
-    """One thread for each process of a study; Ctrl-C is for the parent, which ends its workers."""
-    torch.set_num_threads(1)
+    """How each process of a study begins. Ctrl-C is for the parent, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # as in main()
+    one_thread()
 
 
 def study(out, names, seeds, jobs):
     """Every arm of these tasks for so many seeds, `jobs` single-threaded processes side by side; a killed study goes on arm by arm."""
-    with multiprocessing.get_context("spawn").Pool(jobs, study_worker) as pool:
-        starts, cells = [(name, pool.apply_async(study_start, (out, name))) for name in names], []
-        for name, start in starts:
-            start.get()  # one start serves all seeds
-            cells += [pool.apply_async(study_seed, (out, name, seed)) for seed in range(seeds)]
-        for cell in cells:
-            cell.get()
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), study_worker) as pool:
+        try:
+            cells = []
+            for name, start in [(name, pool.submit(study_start, out, name)) for name in names]:
+                start.result()  # one start serves all seeds
+                cells += [pool.submit(study_seed, out, name, seed) for seed in range(seeds)]
+            for cell in cells:
+                cell.result()
+        except BaseException as error:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise OSError("a process of the study was killed; the same command goes on from the arms that are finished") from error
+            raise
 
 
 # ---------------------------------------------------------------------------------------------- the report
-
-
-def tabled(folder):
-    """What `train.py --eval` left in this folder, by task: {metric: (numerators, denominators)}; {} where it was not there."""
-    path = folder / "table.json"
-    return {name: tuple(e) for name, e in json.loads(path.read_text()).items() if isinstance(e, list)} if path.exists() else {}
 
 
 def chain_table(out) -> list[list[str]]:
     """A row a finished stage of the chain, from its log and its evaluations (train.py's tables and ours)."""
     names = [*pipeline.STAGES, *(stage for _, stage, _ in PATHS.values())]
     folders = [out / name for name in names if (out / name / "config.json").exists()]
-    evals = {folder: tabled(folder) | evaluated(folder) for folder in folders}
+    evals = {folder: evaluated(folder, "table.json") | evaluated(folder) for folder in folders}
     metrics = list(dict.fromkeys(name for found in evals.values() for name in found if "@1" in name or "recovery" in name))
     rows = [["stage", "steps", "tokens", "minutes", "bits per byte", "reward", *metrics]]
     for folder in folders:
@@ -1260,7 +1273,7 @@ def study_table(out) -> list[list[str]]:
             logs = [read_log(folder) for folder in folders]
             for metric in plan["metrics"] if folders else ():
                 start, seeds = evaluated(home / "start")[metric], [evaluated(folder)[metric] for folder in folders]
-                after = tuple(map(sum, zip(*seeds)))  # the tasks are the same under every seed
+                after = tuple(np.sum(seeds, axis=0))  # the tasks are the same under every seed
                 value, low, high = pipeline.interval(after, start)
                 by_seed = ", ".join(f"{pipeline.interval(one, start)[0]:+.3f}" for one in seeds)
                 rows.append([name, arm.replace("_", " "), metric, in_words(start), in_words(after),
@@ -1456,7 +1469,8 @@ def arguments(argv):
             parser.add_argument(name, action="store_true", default=f.default, help=help)
         else:
             parser.add_argument(name, type=type(f.default), default=f.default, help=help)
-    parser.add_argument("--eval", metavar="CKPT", help="print the held-out metrics of this checkpoint and leave")
+    parser.add_argument("--eval", metavar="CKPT", help="print the held-out metrics of this checkpoint (without --families: of the path's "
+                        "and of the agent) and leave")  # fmt: skip
     parser.add_argument("--against", metavar="CKPT", help="with --eval: paired differences to this checkpoint")
     parser.add_argument("--report", action="store_true", help="write OUT/report.md from the logs of the chain and the study, and leave")
     parser.add_argument("--plot", action="store_true", help="draw OUT/rl.png and OUT/study.png and leave (needs matplotlib)")
@@ -1469,7 +1483,15 @@ def arguments(argv):
     extra = {name: given.pop(name) for name in ("eval", "against", "report", "plot", "study", "seeds", "jobs", "bench")}
     if extra["against"] and not extra["eval"]:
         raise ValueError("--against CKPT compares with --eval CKPT; give both")
-    return RLConfig(**given), extra
+    for name in ("seeds", "jobs"):
+        if extra[name] < 1:
+            raise ValueError(f"--{name} {extra[name]}: must be at least 1")
+    cfg = RLConfig(**given)
+    if extra["eval"] and not cfg.eval_tasks:
+        raise ValueError("--eval-tasks 0: an evaluation needs at least one task a family")
+    if extra["eval"] and not given["families"]:  # the agent is evaluated too: nothing else measures it
+        cfg.families = ",".join(dict.fromkeys([*cfg.families.split(","), "swe"]))
+    return cfg, extra
 
 
 def draw_and_report(out):
@@ -1509,18 +1531,20 @@ def main(argv=None):
     start = start_folder(cfg)
     if world.main:
         print(f"rl.py: {json.dumps(dataclasses.asdict(cfg))}\n{start} -> {result_folder(cfg)} on {world.device}, {world.size} process(es)")
-    folder = train(cfg, world)
+    with pipeline.watch(world):
+        folder = train(cfg, world)
     if world.main and cfg.eval_tasks:
         print("\n".join(comparison(evaluate_checkpoint(folder, cfg, world), evaluate_checkpoint(start, cfg, world))))
-        draw_and_report(cfg.out)
+        if not cfg.name:  # else it is no stage of the chain, which the report is of
+            draw_and_report(cfg.out)
     pipeline.end_world()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, pipeline.LostRank) as error:
         print(f"rl.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(4 if isinstance(error, pipeline.LostRank) else 2)  # as train.py
     except KeyboardInterrupt:
         sys.exit(130)

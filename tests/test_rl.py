@@ -305,14 +305,14 @@ def converse(model, tokenizer, temperature=1.0, n=23, **options):
     notes = [[] for _ in range(n)]
     roller = rl.Rollout(model, tokenizer.special["<|im_end|>"], context=200, temperature=temperature, **options)
     lived = roller.run([chatter(tokenizer, 1 + i % 4, 5 + i % 7, notes[i]) for i in range(n)], seed=[7])
-    return lived, notes, roller
+    return lived, notes
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("changes", [{"loop_num": 1}, {}, {"loop_num": 3}, {"loop_input": "shift"}], ids=["1", "2", "3", "shift"])
 def test_log_probs_stored_while_sampling_are_those_of_the_training_forward(tokenizer, changes, temperature):
     model = small_model(tokenizer, **changes)
-    lived, *_ = converse(model, tokenizer, temperature, slots=6)
+    lived, _ = converse(model, tokenizer, temperature, slots=6)
     ids, targets, old_logp, mask = rl.pad(lived)
     with torch.no_grad():
         logp = rl.token_logp(model, ids, targets, mask, temperature)
@@ -353,11 +353,10 @@ def test_each_distinct_beginning_of_a_row_goes_through_the_matrix_products_once(
 
 
 def test_what_is_trained_is_what_was_seen_and_said_id_for_id(tokenizer):
-    lived, notes, roller = converse(small_model(tokenizer), tokenizer, slots=5)
+    lived, notes = converse(small_model(tokenizer), tokenizer, slots=5)
     for trajectory, seen in zip(lived, notes):
         assert trajectory.ids.tolist() == seen
         assert trajectory.outcome["reward"] == len(seen)
-    assert roller.tokens == sum(int(t.action.sum()) for t in lived)
     # Sampled ids are not what encoding their text would give: a round trip through text would have changed what is trained.
     said = [t.ids[t.action].tolist() for t in lived]
     assert any(tokenizer.encode(tokenizer.decode(ids)) != ids for ids in said)
@@ -365,15 +364,15 @@ def test_what_is_trained_is_what_was_seen_and_said_id_for_id(tokenizer):
 
 def test_an_episode_does_not_depend_on_slots_neighbours_or_the_speed_of_the_sandbox(tokenizer):
     model = small_model(tokenizer)
-    one, *_ = converse(model, tokenizer, slots=23, workers=8)
+    one, _ = converse(model, tokenizer, slots=23, workers=8)
     for options in ({"slots": 4}, {"slots": 1, "workers": 1}, {"slots": 9, "every": 1}, {"slots": 23, "every": 7}):
-        other, *_ = converse(model, tokenizer, **options)
+        other, _ = converse(model, tokenizer, **options)
         assert all(torch.equal(a.ids, b.ids) for a, b in zip(one, other))
         assert all(torch.allclose(a.logp, b.logp, atol=1e-5) for a, b in zip(one, other))
 
 
 def test_the_end_token_is_an_action_and_prompt_and_observations_are_not(tokenizer):
-    lived, notes, _ = converse(small_model(tokenizer), tokenizer, n=60, slots=30)
+    lived, notes = converse(small_model(tokenizer), tokenizer, n=60, slots=30)
     end = tokenizer.special["<|im_end|>"]
     ends = [t for t in lived if t.ended]
     assert ends and len(ends) < len(lived)
@@ -419,17 +418,30 @@ def test_a_sandbox_that_breaks_costs_its_episode_the_reward_and_no_other(tokeniz
     assert all(t.action.sum() == 3 for t in lived)
 
 
-def test_a_prompt_that_does_not_fit_is_an_error_and_an_observation_that_does_not_ends_the_episode(tokenizer):
+@pytest.mark.parametrize("where", ["here", "on a server"])
+def test_a_prompt_that_does_not_fit_is_an_error_and_an_observation_that_does_not_cuts_the_episode(tokenizer, where):
     def long(first, second, answers):
         answers.append((yield rl.Ask([65] * first, 4)))
         answers.append((yield rl.Ask([66] * second, 4)))
         return lambda: {"reward": 0.0}
 
-    roller, answers = rl.Rollout(small_model(tokenizer), 0, context=40, slots=2), []
-    (t,) = roller.run([long(10, 30, answers)], [1])
-    assert answers[1] == ([], False) and len(t.ids) == 14 and t.outcome is not None
+    model, end, answers = small_model(tokenizer), tokenizer.special["<|im_end|>"], []
+    with torch.no_grad():
+        model.lm_head.weight[end] *= 100  # some first answers come to their end, so it is the context that cuts those episodes
+    if where == "here":
+        roller = rl.Rollout(model, end, context=40, slots=2)
+    else:
+        roller = rl.RemoteRollout("http://nowhere", model, tokenizer, context=40)
+        roller.complete = lambda ids, room, seed: ([70, 71], True)
+    for t in roller.run([long(10, 30, answers) for _ in range(8)], [1]):
+        assert not t.ended and 10 < len(t.ids) <= 14 and t.outcome is not None
+    assert answers.count(([], False)) == 8 and any(ended for _, ended in answers)
     with pytest.raises(ValueError, match="--context"):
         roller.run([long(41, 1, [])], [1])
+    if where == "on a server":
+        roller.complete = lambda ids, room, seed: ([], False)
+        (t,) = roller.run([long(10, 20, [])], [1])
+        assert len(t.ids) == 30 and not t.action.any()
 
 
 def test_the_same_question_goes_to_the_sandbox_once_even_from_many_threads():
@@ -497,6 +509,12 @@ def test_wrong_edits_stay_unsolved_and_the_budget_ends_blind_trying(tokenizer):
     assert outcome["redundant"] == 2 - 1 + 0 and outcome["penalty"] == pytest.approx(0.05 + 0.05)  # one repeated call, one idle edit
     lines = play(task, tokenizer, [view, "edit nowhere.py 1 x = 1", "test", "submit"], verdicts)
     assert "no such file" in lines[0][2] and "FAIL" in lines[0][3]
+
+
+def test_an_edit_that_no_parser_survives_is_an_unproductive_edit(tokenizer):
+    task = tasks.generate("swe", 1, 5)
+    state = rl.SweState(task.files)
+    assert state.act(f"edit {next(iter(task.files))} 1 {'-' * 20000}1") == "ok" and state.unproductive == 1
 
 
 def test_nothing_an_agent_writes_reaches_the_tests_that_pay_it(tokenizer):
@@ -632,14 +650,14 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit_and_a_finished_one
     folder = rl.result_folder(cfg)
     with open(folder / "log.jsonl", "a") as log:
         log.write('{"step": 99, "rew')  # as a kill in the middle of a write leaves it
-    state = torch.load(folder / "state.pt")
-    rl.train(rl.dataclasses.replace(cfg, resume=True, steps=max(3, state["step"])), world())
+    done = len(torch.load(folder / "state.pt")["records"])
+    rl.train(rl.dataclasses.replace(cfg, resume=True, steps=max(3, done)), world())
     records = rl.read_log(folder)
-    assert [r["step"] for r in records] == list(range(1, max(3, state["step"]) + 1)) and not (folder / "state.pt").exists()
+    assert [r["step"] for r in records] == list(range(1, max(3, done) + 1)) and not (folder / "state.pt").exists()
     for one, other in zip(records, rl.read_log(whole)):
         assert all(one[name] == other[name] for name in ("reward", "pass", "loss", "grad", "entropy", "tokens", "clip"))
     a, b, first = weights(whole), weights(folder), weights(start)
-    if state["step"] <= 3:
+    if done <= 3:
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], first[name]) for name in a)
     for record in rl.read_log(whole):
@@ -659,6 +677,43 @@ def test_a_full_disk_ends_the_run_in_one_line_and_costs_one_step(start, tmp_path
     assert not (folder / "state.pt").exists() and not list(folder.glob("*.tmp")) and not (folder / "model.safetensors").exists()
     rl.train(rl.dataclasses.replace(cfg, resume=True, steps=1), world())
     assert [r["step"] for r in rl.read_log(folder)] == [1] and (folder / "model.safetensors").exists()
+
+
+def test_a_run_that_ends_in_its_first_step_leaves_what_a_former_one_made_and_a_new_checkpoint_has_no_old_evaluation(
+    start, tmp_path, monkeypatch
+):
+    cfg = config(start, tmp_path, steps=1)
+    folder = rl.train(cfg, world())
+    for name in ("eval.json", "table.json"):
+        (folder / name).write_text("{}")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "rl_step", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            rl.train(rl.dataclasses.replace(cfg, steps=2), world())
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    rl.train(rl.dataclasses.replace(cfg, steps=2), world())
+    assert len(rl.read_log(folder)) == 2 and not (folder / "eval.json").exists() and not (folder / "table.json").exists()
+
+
+def test_a_run_is_refused_that_would_learn_nothing_or_write_over_its_start(start, tmp_path):
+    folder = rl.train(config(start, tmp_path, steps=1), world())
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    for changes, size, says in (
+        ({"ckpt": str(folder)}, 1, "--name"), ({"temperature": 0.0}, 1, "--temperature 0"), ({"prompts": 1}, 2, "--prompts 1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            rl.train(config(start, tmp_path, **changes), rl.dataclasses.replace(world(), size=size))
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_weights_that_are_no_numbers_any_more_end_the_run_before_they_are_kept(start, tmp_path):
+    with pytest.raises(FloatingPointError, match="--resume and a lower --lr"):
+        rl.train(config(start, tmp_path, lr=1e38, updates=4), world())
+    folder = tmp_path / "rl_instruct"
+    assert not (folder / "model.safetensors").exists() and len(rl.read_log(folder)) < 3
+    if (folder / "state.pt").exists():
+        assert all(x.isfinite().all() for x in torch.load(folder / "state.pt")["model"].values())
 
 
 def test_groups_without_signal_leave_the_weights_alone_and_the_run_says_so(start, tmp_path, capsys):
@@ -744,7 +799,8 @@ def test_evaluation_finds_no_difference_between_a_checkpoint_and_itself_and_the_
 @pytest.mark.parametrize(
     "changes, says",
     [({"path": "chat"}, "--path"), ({"families": "magic"}, "magic"), ({"levels": "9"}, "--levels"), ({"samples": 1}, "--samples"),
-     ({"average": "mean"}, "--average"), ({"prompts": 0}, "--prompts")],
+     ({"average": "mean"}, "--average"), ({"prompts": 0}, "--prompts"), ({"lr": math.nan}, "--lr"), ({"temperature": -1.0}, "--temp"),
+     ({"micro_tokens": 0}, "--micro-tokens"), ({"eval_samples": 0}, "--eval-samples"), ({"levels": "²"}, "--levels")],
 )  # fmt: skip
 def test_wrong_settings_are_named_before_any_work_starts(start, changes, says):
     with pytest.raises(ValueError, match=says):
@@ -764,10 +820,22 @@ def test_a_missing_checkpoint_and_a_context_beyond_the_models_are_named_before_a
         (["--eval", start, "--against", nowhere], "nowhere: no checkpoint"),
         (["--eval", start, "--context", "9999"], "--context 9999.* 512 positions"),
         (["--ckpt", start, "--context", "9999", "--out", nowhere], "--context 9999.* 512 positions"),
+        (["--eval", start, "--eval-tasks", "0"], "--eval-tasks 0"),
+        (["--study", "--seeds", "0", "--out", nowhere], "--seeds 0"),
     ):
         with pytest.raises(ValueError, match=says):
             rl.main([str(flag) for flag in flags])
         assert not nowhere.exists()
+
+
+def test_a_result_with_a_name_of_its_own_is_compared_and_an_evaluation_asks_the_agent_too(start, tmp_path, capsys):
+    small = "--path instruct --families math --prompts 2 --samples 2 --steps 1 --room 4 --context 300 --eval-tasks 1".split()
+    rl.main([*small, "--ckpt", str(start), "--out", str(tmp_path), "--name", "mine"])
+    assert "math pass@1" in capsys.readouterr().out and (tmp_path / "mine" / "eval.json").exists()
+    assert not (tmp_path / "report.md").exists()  # it is no stage of a chain
+    rl.main(["--eval", str(tmp_path / "mine"), *small[:2], *small[-6:]])
+    told = capsys.readouterr().out
+    assert all(f"{metric} " in told for metric in ("math pass@1", "sql pass@1", "swe pass@1", "swe recovery", "swe planted recovery"))
 
 
 def say(rng, level):
@@ -807,6 +875,20 @@ def test_grpo_raises_held_out_pass_at_1_and_neither_shuffled_rewards_nor_more_im
     table = [line.split(" | ") for line in rl.report(tmp_path).read_text().splitlines() if line.startswith("| say")]
     assert [row[1] for row in table] == ["grpo", "shuffled rewards", "more sft"]
     assert ", ".join(f"{gain:+.3f}" for gain, _, _ in gains["grpo"]) in table[0]
+
+
+def test_a_study_whose_process_is_killed_ends_with_a_word_on_how_to_go_on(tmp_path):
+    def kill():
+        while not (workers := rl.multiprocessing.active_children()):
+            time.sleep(0.01)
+        workers[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(OSError, match="the same command goes on"):
+        rl.study(tmp_path, ["compose"], 1, 1)
+    killer.join()
+    assert not rl.multiprocessing.active_children()
 
 
 # ---------------------------------------------------------------------------------------------- servers and processes
@@ -853,12 +935,22 @@ def test_a_server_that_answers_in_our_place_gives_the_same_kind_of_trajectories(
         assert (old[mask] < 0).all() and t.action.sum() > 0
 
 
-def test_two_processes_learn_from_the_tokens_of_both(start, tmp_path):
-    command = [sys.executable, *"-m torch.distributed.run --nproc_per_node 2 --master_port 29517 rl.py".split(), "--ckpt", str(start)]
-    command += ["--out", str(tmp_path), *"--path instruct --families math --steps 2 --prompts 4 --samples 4 --room 8 --overlong 4".split()]
-    command += "--context 220 --eval-tasks 0 --rounds 1 --device cpu --threads 1".split()
+def test_two_processes_learn_from_the_tokens_of_both_and_open_levels_together(start, tmp_path):
+    (tmp_path / "told.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import rl; sys.stdout.reconfigure(line_buffering=False)\n"
+        "class Told(rl.Curriculum):\n"
+        "    def record(self, results):\n"
+        "        sys.stdout.write(f'recorded {len(results)} {sorted(results)}\\n')\n"
+        "        super().record(results)\n"
+        "rl.Curriculum = Told\nrl.main()\n"
+    )
+    command = [sys.executable, *"-m torch.distributed.run --nproc_per_node 2 --master_port 29517".split(), str(tmp_path / "told.py")]
+    command += ["--ckpt", str(start), "--out", str(tmp_path), *"--path instruct --families math --steps 2 --prompts 4 --samples 4".split()]
+    command += "--room 8 --overlong 4 --context 220 --eval-tasks 0 --rounds 1 --device cpu --threads 1".split()
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     records = rl.read_log(tmp_path / "rl_instruct")
     assert [r["step"] for r in records] == [1, 2] and all(r["groups"] == 4 and r["informative"] > 0 and r["grad"] > 0 for r in records)
     assert run.stdout.count("step ") == 2  # one process speaks
+    recorded = sorted(line for line in run.stdout.splitlines() if line.startswith("recorded"))
+    assert len(recorded) == 4 and recorded[0::2] == recorded[1::2] and all(line.startswith("recorded 4 ") for line in recorded)
