@@ -77,9 +77,10 @@ class Limits:
     disk_mb: int = 64  # all files together
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            if not 0 < value < 1e6:
-                raise ValueError(f"Limits.{name} = {value}: it must be positive and below a million")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not isinstance(value, (int, each.type)) or not 0 < value < 1e6:
+                raise ValueError(f"Limits.{each.name} = {value!r}: it must be a positive {each.type.__name__} below a million")
 
     @property
     def patience_s(self):
@@ -606,22 +607,38 @@ def write_files(files):
                 file.write(data)
 
 
-def below_folder(folder, history=True):
-    """(path from there, entry, its status) of all a folder holds, as deep and as locked as a program pleased to leave it."""
+def below_folder(folder, history=True, unseen=None):
+    """
+    (path from there, entry, its status) of all a folder holds, as deep and as locked as a program pleased to leave it. `unseen`, a list,
+    takes what cannot be looked at for being locked or too deep.
+    """
+
+    def skip(error):
+        if unseen is not None and error.errno in (errno.EACCES, errno.ENAMETOOLONG):
+            unseen.append(error)
+
     todo = [""]  # not os.walk: until Python 3.12 it recurses, and a program may leave folders deeper than the stack
     while todo:
         inside = todo.pop()
-        with contextlib.suppress(OSError), os.scandir(os.path.join(folder, inside)) as entries:
-            entries = list(entries)
-            names = set() if history else {entry.name for entry in entries}
-            if {"HEAD", "objects", "refs"} <= names:  # a bare repository, whatever its name
+        try:
+            with os.scandir(os.path.join(folder, inside)) as found:
+                entries = list(found)
+        except OSError as error:
+            skip(error)
+            continue
+        names = set() if history else {entry.name for entry in entries}
+        if {"HEAD", "objects", "refs"} <= names:  # a bare repository, whatever its name
+            continue
+        for entry in (each for each in entries if each.name not in HISTORY & names):
+            path = os.path.join(inside, entry.name)
+            try:
+                about = entry.stat(follow_symlinks=False)
+            except OSError as error:
+                skip(error)
                 continue
-            for entry in (each for each in entries if each.name not in HISTORY & names):
-                path = os.path.join(inside, entry.name)
-                with contextlib.suppress(OSError):
-                    yield path, entry, entry.stat(follow_symlinks=False)
-                    if entry.is_dir(follow_symlinks=False):
-                        todo.append(path)
+            yield path, entry, about
+            if stat.S_ISDIR(about.st_mode):
+                todo.append(path)
 
 
 def read_tree(folder, room=1 << 40):
@@ -853,7 +870,10 @@ class Tree:
             with contextlib.suppress(OSError):  # it has ended; sockets that nobody holds any more, or not yet, count too
                 memory += SOCKET_BYTES * int(Path(f"/proc/{self.child}/net/sockstat").read_text().split()[2])
         else:  # a file counts as no less than 16 kB, so that empty ones have a limit too, as on the tmpfs
-            disk = sum(max(1 << 14, about.st_blocks * 512) for _, _, about in below_folder(self.walls["disk"]))
+            unseen = []
+            disk = sum(max(1 << 14, about.st_blocks * 512) for _, _, about in below_folder(self.walls["disk"], unseen=unseen))
+            if unseen:
+                return "failed", f"files where they cannot be counted: {unseen[0].strerror}"
         self.peak = max(self.peak, memory)
         elapsed = time.monotonic() - self.started
         if memory > limits.memory_mb << 20:
@@ -1121,7 +1141,12 @@ def cage(pid, facts):
     for line in here.read_text().splitlines() if here.exists() else ():
         _, names, path = line.split(":", 2)
         for name in {"memory", "pids", ""}.intersection(names.split(",")):
-            folder = f"/sys/fs/cgroup/{name or version_2}{path}/sandbox-{pid}"
+            home = Path(f"/sys/fs/cgroup/{name or version_2}{path}")
+            for old in home.glob("sandbox-*"):  # of keepers that were killed; one that holds somebody cannot be removed
+                if not os.path.exists(f"/proc/{old.name[8:]}"):
+                    with contextlib.suppress(OSError):
+                        old.rmdir()
+            folder = f"{home}/sandbox-{pid}"
             try:
                 os.mkdir(folder)
                 made.append(folder)
@@ -1223,6 +1248,15 @@ class Machinery:
                 self.process.kill()
                 self.process.wait()
 
+    def place(self):
+        """A socket to a warden that has nothing to do, or to a new one."""
+        with contextlib.suppress(IndexError):
+            return self.idle.pop()
+        sock, far = socket.socketpair()
+        with far:
+            socket.send_fds(self.control, [b"w"], [far.fileno()])
+        return sock
+
     @classmethod
     def now(cls):
         """The zygote in use."""
@@ -1256,12 +1290,7 @@ class Flight:
         for attempt in (1, 2):
             self.machinery = Machinery.now()
             try:
-                try:  # a warden that has nothing to do, or a new one
-                    self.sock = self.machinery.idle.pop()
-                except IndexError:
-                    self.sock, far = socket.socketpair()
-                    with far:
-                        socket.send_fds(self.machinery.control, [b"w"], [far.fileno()])
+                self.sock = self.machinery.place()
                 socket.send_fds(self.sock, [b"r"], [link.fileno()] if link else [])
                 break
             except OSError:  # it has died since it was last used; nothing was begun, so nothing is lost
@@ -1308,14 +1337,39 @@ class Flight:
         return Run(status, stdout, stderr, reason=reason, **result["used"]), b"".join(said), tree
 
 
+def as_bytes(data):
+    return data.encode("utf-8", "surrogatepass") if isinstance(data, str) else bytes(data)
+
+
+def is_plain(path):
+    """Is it relative, inside, and no longer than a file system takes?"""
+    try:
+        name = os.fsencode(path)
+    except (TypeError, ValueError):
+        return False
+    parts = name.split(b"/")
+    return b"\0" not in name and len(name) < 4000 and all(part not in (b"", b".", b"..") and len(part) < 256 for part in parts)
+
+
 def as_files(files):
-    """{path: text or bytes} -> {path: (mode, bytes)}; a path stays inside the work directory."""
+    """{path: text or bytes} -> {path: (mode, bytes)}, folders among them; a path stays inside the work directory."""
     entries = {}
     for path, data in (files or {}).items():
-        if path.startswith("/") or not path or "\0" in path or set(path.split("/")) & {"", ".", ".."}:
+        if not is_plain(path):
             raise ValueError(f"files: {path!r} must be a plain relative path, as in 'folder/name.txt'")
-        entries[path] = (stat.S_IFREG | 0o644, data.encode("utf-8", "surrogatepass") if isinstance(data, str) else bytes(data))
-    return entries
+        if not isinstance(data, (str, bytes, bytearray)):
+            raise ValueError(f"files: {path!r} must hold text or bytes, not {type(data).__name__}")
+        entries[path] = (stat.S_IFREG | 0o644, as_bytes(data))
+    folders = {str(folder) for path in entries for folder in Path(path).parents} - {"."}
+    if folders & entries.keys():
+        raise ValueError(f"files: {min(folders & entries.keys())!r} cannot be both a file and a folder")
+    return {**dict.fromkeys(sorted(folders), (stat.S_IFDIR | 0o755, b"")), **entries}
+
+
+def fits(tree, limits):
+    """Can these files be written to a private disk? One that held files with holes, or one file under many names, may have more."""
+    pages = sum(-(-len(data) // 4096) for _, data in tree.values())
+    return pages * 4096 <= limits.disk_mb << 20 and len(tree) + 8 <= limits.inodes
 
 
 SQL = """
@@ -1348,18 +1402,23 @@ def run_each(source, stdins, files, limits, language, trace=False):
     for tool in {command.split()[0] for command in (make, start) if command} - {"./main"}:
         if not shutil.which(tool):
             raise ValueError(f"language {language!r} needs {tool}, which is not on this machine")
-    files = {**as_files(files), **as_files({name: source, **({"main.py": SQL} if language == "sql" else {})})}
+    files = as_files({**(files or {}), name: source, **({"main.py": SQL} if language == "sql" else {})})
+    stdins = list(map(as_bytes, stdins))
+    room = lambda: all(fits({**files, "../stdin": (0, stdin)}, limits) for stdin in stdins)
+    if not room():
+        raise ValueError(f"the program, its files and its input need more than Limits.disk_mb = {limits.disk_mb}")
     if make:
         made, _, tree = Flight({"kind": "command", "argv": make.split(), "files": files}, limits, tree=True).land()
         if made.status != "ok":
             return [], made
         files["main"] = tree["main"]
+        if not room():
+            return [], replace(made, status="failed", reason="what it compiles to does not fit on the disk")
     runs, trace = [], bool(trace) and language == "python"
     job = {"kind": "command", "argv": start.split()} if start else {"kind": "python", "trace": trace}
     job["files"] = files
     for stdin in stdins:
-        job["stdin"] = stdin.encode("utf-8", "surrogatepass") if isinstance(stdin, str) else stdin
-        done, report, _ = Flight(job, limits, report=trace).land()
+        done, report, _ = Flight({**job, "stdin": stdin}, limits, report=trace).land()
         with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
             told = json.loads(report)  # empty, or what the Tracer wrote, or what the program has forged
             lines = {int(line): int(times) for line, times in told["lines"].items()}
@@ -1454,7 +1513,7 @@ def same(want, got, tolerance=0.0):
 
 
 class NoAnswer(BaseException):
-    """The candidate has ended, or sent what is no answer: nothing that a test could have expected, and no test can catch it."""
+    """The candidate has ended, or sent what is no answer: nothing that a test could have expected. A test that catches it has failed."""
 
 
 def question(module, name, args, kwargs=None, other=not_plain):
@@ -1581,7 +1640,7 @@ class Line:
     """The asking end of the socket to a candidate."""
 
     def __init__(self, link):
-        self.link, self.errors = link, {}
+        self.link, self.errors, self.lost = link, {}, ""
 
     def ask(self, module, name, /, *args, **kwargs):
         reference = lambda value: {"object": [value._number]} if isinstance(value, Remote) else not_plain(value)
@@ -1593,8 +1652,9 @@ class Line:
     def answer(self, nonce, may_stop=False):
         try:
             kind, *answer = answer_to(nonce, read_frame(self.link, ANSWER_BYTES))
-        except (OSError, ValueError) as error:
-            raise NoAnswer(f"no answer: {message_of(error)}") from None
+        except (OSError, ValueError, NoAnswer) as error:
+            self.lost = f"no answer: {message_of(error).removeprefix('no answer: ')}"
+            raise NoAnswer(self.lost) from None
         if kind == "value":
             return unpack(answer[0], self.remote)
         names, message = answer
@@ -1854,6 +1914,8 @@ def test(job):
     loaded = outcome(line.answer, None, fatal=NoAnswer)
     for one in job["tests"]:
         verdict = outcome(run_from_file if job["files"] else run_check, line, one) if loaded[0] else loaded
+        if verdict[0] and line.lost:
+            verdict = [False, line.lost]
         verdicts.write(json.dumps(verdict) + "\n")
 
 
@@ -1936,12 +1998,6 @@ def test_ids(path, source):
     return ids
 
 
-def fits(tree, limits):
-    """Can these files be written to a private disk? One that held files with holes, or one file under many names, may have more."""
-    pages = sum(-(-len(data) // 4096) for _, data in tree.values())
-    return pages * 4096 <= limits.disk_mb << 20 and len(tree) + 8 <= limits.inodes
-
-
 class Workspace:
     """
     A throw-away copy of a repository (a folder, or {path: text or bytes}). Between two commands it is a dictionary and nothing else: no
@@ -1978,12 +2034,12 @@ class Workspace:
         return text_of(data)
 
     def write(self, path, text):
-        ((path, (_, data)),) = as_files({os.path.normpath(path): text}).items()
-        mode = self.tree.get(path, (stat.S_IFREG | 0o644,))[0]
-        parents = self.tree.keys() & set(map(str, Path(path).parents))
-        if stat.S_ISDIR(mode) or not all(stat.S_ISDIR(self.tree[parent][0]) for parent in parents):
+        path = os.path.normpath(path)
+        new = as_files({path: text})
+        if any(each in self.tree and stat.S_ISDIR(self.tree[each][0]) != stat.S_ISDIR(mode) for each, (mode, _) in new.items()):
             raise ValueError(f"write: {path} does not name a file in a folder of the workspace")
-        tree = {**self.tree, path: (stat.S_IFREG | (0o755 if mode & 0o100 else 0o644), data)}
+        executable = self.tree.get(path, (0,))[0] & 0o100
+        tree = {**self.tree, **new, path: (stat.S_IFREG | (0o755 if executable else 0o644), new[path][1])}
         if not fits(tree, self.limits):
             raise ValueError(f"write: with {path} the files would need more than Limits.disk_mb = {self.limits.disk_mb}")
         self.tree = tree
@@ -1991,7 +2047,7 @@ class Workspace:
     def exec(self, command, stdin="") -> Run:
         """Run a shell command (or a list of arguments) in the tree, which is then as the command has left it."""
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-        job = {"kind": "command", "argv": argv, "files": self.tree, "stdin": stdin.encode("utf-8", "surrogatepass")}
+        job = {"kind": "command", "argv": argv, "files": self.tree, "stdin": as_bytes(stdin)}
         with Machinery.slots:
             done, _, tree = Flight(job, self.limits, tree=True).land()
         if tree is not None:  # its links and paths came from inside: they stay inside

@@ -475,6 +475,12 @@ def test_no_way_of_asking_lets_a_program_pass_by_ending_or_lying(program):
     assert [way for way, passed in zip(WAYS_TO_ASK, grade(program, checks, SMALL).passed) if passed] == []
 
 
+def test_a_check_that_catches_everything_does_not_pass_a_program_that_has_ended():
+    checks = [Check("try: f(2)\nexcept BaseException: pass"), Check("import pytest\nwith pytest.raises(BaseException): f(2)")]
+    assert grade("import os\ndef f(x): os._exit(0)", checks, SMALL).passed == [False, False]
+    assert grade("def f(x): raise KeyError", checks, SMALL).passed == [True, True]
+
+
 def test_nothing_is_near_to_infinity_and_what_no_program_can_return_is_the_test_s_mistake():
     calls = [Call("f", [], math.inf, tolerance=1e-6), Call("f", [], -math.inf, tolerance=1.0), Call("f", [], [math.inf], tolerance=0.1)]
     assert grade("def f(): return 0.0", calls, SMALL).passed == [False] * 3 and grade("def f(): return float('inf')", calls, SMALL).passed == [True, False, False]
@@ -997,6 +1003,37 @@ def test_less_than_what_is_required_is_refused_in_one_line():
     assert under("none", "sandbox.py", "--require", "full", "--require", "landlock").returncode == 0
 
 
+HIDING = """
+import json, sandbox
+limits, fill = sandbox.replace(sandbox.SMALL, cpu_s=5, wall_s=9), "\\nfor n in range(40): open(str(n), 'wb').write(bytes(1 << 20)); time.sleep(0.01)"
+for way in ("os.mkdir('d', 0o300); os.chdir('d')", "[(os.mkdir('d' * 200), os.chdir('d' * 200)) for _ in range(30)]"):
+    done = sandbox.run("import os, time\\n" + way + fill, limits=limits)
+    print(done.status, done.reason)
+"""
+
+
+@needs_full
+def test_without_a_disk_of_its_own_a_program_cannot_hide_what_it_writes():
+    done = under("namespaces", "-c", HIDING)
+    assert done.stdout == "failed files where they cannot be counted: Permission denied\nfailed files where they cannot be counted: File name too long\n", done
+
+
+@needs_full
+def test_a_killed_keeper_s_cgroup_goes_when_the_next_one_comes():
+    run("1")
+    killed, code = zygote_pid()[1], "import sandbox\nsandbox.run('1')"
+    groups = lambda: list(Path("/sys/fs/cgroup").rglob(f"sandbox-{zygote}"))
+    zygote = zygote_pid()[0]
+    if not groups():
+        pytest.skip("no cgroup is ours to make here")
+    os.kill(killed, signal.SIGKILL)
+    sandbox.stop()
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{zygote}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert groups() and subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0 and groups() == []
+
+
 WITHOUT_A_NETWORK_OF_ITS_OWN = """
 import os, sandbox, socket, sys, tempfile
 with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as there:
@@ -1085,6 +1122,19 @@ def test_hundreds_of_runs_leave_nothing_behind():
     (lambda: Io(1, "2"), "must be text"),
     (lambda: run("", files={"../x": ""}), "plain relative path"),
     (lambda: run("", files={"/etc/x": ""}), "plain relative path"),
+    (lambda: run("", files={"x" * 256: ""}), "plain relative path"),
+    (lambda: run("", files={"d/" * 2000 + "x": ""}), "plain relative path"),
+    (lambda: run("", files={"\ud800": ""}), "plain relative path"),
+    (lambda: run("", files={"a": "", "a/b": ""}), "both a file and a folder"),
+    (lambda: run("", files={"a": 5}), "text or bytes, not int"),
+    (lambda: run(None), "text or bytes, not NoneType"),
+    (lambda: run("", files={"a": bytes(9 << 20)}, limits=Limits(disk_mb=8)), "disk_mb"),
+    (lambda: run("", stdin="x" * (9 << 20), limits=Limits(disk_mb=8)), "disk_mb"),
+    (lambda: run("", files={f"{n}/a": "" for n in range(200)}, limits=Limits(disk_mb=1)), "disk_mb"),
+    (lambda: Workspace({"a/b": ""}).write("a", ""), "file in a folder"),
+    (lambda: Workspace({"a": ""}).write("a/b", ""), "file in a folder"),
+    (lambda: Limits(memory_mb=0.5), "memory_mb = 0.5"),
+    (lambda: Limits(wall_s="3"), "positive float"),
     (lambda: run("", limits=Limits(cpu_s=0)), "cpu_s"),
     (lambda: run("", language="cobol"), "one of python"),
     (lambda: Workspace("/nowhere/at/all"), "not a folder"),
