@@ -140,7 +140,7 @@ class TrainConfig:
     lr: float = flag(0.0, "peak learning rate; 0: the preset's")
     optimizer: str = flag("muon", "muon (for the matrices, AdamW for the rest) or adamw", ("muon", "adamw"))
     weight_decay: float = flag(0.1, "decoupled weight decay of the matrices")
-    clip: float = flag(1.0, "largest gradient norm")
+    clip: float = flag(1.0, "largest gradient norm", least=1e-6)
     micro_batch_tokens: int = flag(0, "tokens of one forward and backward; 0: chosen by device")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...")
     dtype: str = flag("auto", "bfloat16 or float32 for the forward and backward; master weights are float32 always",
@@ -166,11 +166,17 @@ class TrainConfig:
                 raise ValueError(f"{name} {value}: unknown; one of {', '.join(choices)}")
             if not isinstance(value, str) and not least <= value < math.inf:
                 raise ValueError(f"{name} {value}: must be a number from {least} up")
-        unknown = [name for name in self.stages.split(",") if name not in STAGES and name != "all"]
+        unknown = [name for name in self.wanted if name not in STAGES]
         if unknown:
-            raise ValueError(f"--stages {self.stages}: no stage {unknown[0]!r}; one of all, {', '.join(STAGES)}")
+            raise ValueError(f"--stages {self.stages}: no stage {unknown[0]!r}; all, or some of {','.join(STAGES)}")
+        if self.written and not Path(self.written).is_file():
+            raise ValueError(f"--written {self.written}: there is no such file; python tasks.py --write {self.written} makes one")
         if self.inject:
             Inject.parse(self.inject)
+
+    @property
+    def wanted(self):
+        return list(STAGES) if self.stages == "all" else self.stages.split(",")
 
 
 # ---------------------------------------------------------------------------------------------- schedule and optimizer
@@ -335,6 +341,14 @@ def watch(world: World):
         raise
 
 
+def by_rank_0(find):
+    """find() of rank 0, on all ranks: what a clock decides may come out otherwise on each, and they must all do the same."""
+    found = [find() if not dist.is_initialized() or dist.get_rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
 def shards_weights(cfg: TrainConfig) -> bool:
     """Whether --fsdp shards: "auto" where float32 weights, gradients and two moments, 16 bytes a parameter, take 40 GB or more."""
     return cfg.fsdp == "on" or cfg.fsdp == "auto" and 16 * parameter_count(LoopCoderConfig.preset(cfg.preset))[0] > 40e9
@@ -350,7 +364,7 @@ def start_world(cfg: TrainConfig) -> World:
     """The process group (when under torchrun), the device and the number format of this process."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and size > 1:
+    if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
@@ -376,7 +390,7 @@ def start_world(cfg: TrainConfig) -> World:
     if cfg.dtype != "auto":
         dtype = getattr(torch, cfg.dtype)
     else:  # on a CPU what a matrix product measures as faster: some have bfloat16 instructions that run at half speed
-        fast = gpu or device_peak(device, torch.bfloat16) > 1.25 * device_peak(device, torch.float32)
+        fast = gpu or by_rank_0(lambda: device_peak(device, torch.bfloat16) > 1.25 * device_peak(device, torch.float32))
         dtype = torch.bfloat16 if fast else torch.float32
     compiled = cfg.compile == "on" or cfg.compile == "auto" and gpu and cfg.cp == 1  # the ring is not to be traced
     return World(rank, size, device, dtype, compiled, cfg.cp, group, mesh, *(open_door(size) if size > 1 else (None, ())))
@@ -729,7 +743,7 @@ def task_samples(tokenizer, family, levels, weights, n, first, thinking, perturb
     return [tokenizer.encode_parts(tasks.task_parts(task, thinking)) for task, _ in kept], table
 
 
-def written_samples(tokenizer, path, thinking):
+def written_samples(tokenizer, path, thinking, context):
     """
     ({family: [(level, sample)]}, the gate's table) of a file of `tasks.py --write`. All are judged again. The thinking path takes the
     answers that think, the instruct path the part behind the thinking.
@@ -745,11 +759,12 @@ def written_samples(tokenizer, path, thinking):
             final = tasks.final_answer(answer)
             if thinking and answer == final:
                 continue
-            refused = tasks.refusal(task, answer, tasks.own_evaluation())
+            told = dataclasses.replace(task, solution=answer if thinking else final)
+            sample = tokenizer.encode_parts(tasks.task_parts(told))
+            refused = tasks.refusal(task, answer, tasks.own_evaluation()) or "longer than the context" * (len(sample[0]) > context)
+            refused = refused or "harder than any phase" * (task.difficulty not in PHASES[-1][1])
             table[refused or "written, admitted"] += 1
-            if not refused:
-                told = dataclasses.replace(task, solution=answer if thinking else final)
-                found[task.family].append((task.difficulty, tokenizer.encode_parts(tasks.task_parts(told))))
+            found[task.family] += [] if refused else [(task.difficulty, sample)]
     return found, table
 
 
@@ -828,6 +843,11 @@ def in_memory(samples):
     return SimpleNamespace(cut=False, lengths=np.array([len(x) for x in ids]), ids=ids.__getitem__, in_loss=in_loss.__getitem__)
 
 
+def say(line: str, end="\n") -> None:
+    """Print a line; on a terminal in place of one that ended without a line feed, which is what progress looks like there."""
+    print(("\r\033[K" if sys.stdout.isatty() else "") + line, end=end, flush=True)
+
+
 def listed(shares: dict, digits=1) -> str:
     return ", ".join(f"{name} {100 * share:.{digits}f}%" for name, share in shares.items())
 
@@ -848,13 +868,15 @@ class Curriculum:
         self.ends, self.every = [round(end * steps) for end in np.cumsum([share for share, _, _ in PHASES])], max(1, steps // 8)
         self.base = {family: 1 / len(tasks.FAMILIES) for family in tasks.FAMILIES}
         self.step, self.phase, self.measured, self.weights, self.rates, self.moves = 0, -1, 0, self.base, {}, []
-        self.written, self.gate = written_samples(tokenizer, written, self.thinking) if written else (defaultdict(list), Counter())
+        self.written, self.gate = defaultdict(list), Counter()
+        if written:
+            self.written, self.gate = by_rank_0(lambda: written_samples(tokenizer, written, self.thinking, context))
         self.mixture, self.heldout = None, {family: self.samples(family, (1, 2), (1, 1), 6, 99, False) for family in self.base}
 
     def samples(self, family, levels, weights, n, phase, perturbed):
         """Samples that fit the context; there must be some, or the family cannot be taught here. No task is drawn in two phases."""
         first = (self.seed * 100 + phase) * MOST_SAMPLES
-        made, table = task_samples(self.tokenizer, family, levels, weights, n, first, self.thinking, perturbed)
+        made, table = by_rank_0(lambda: task_samples(self.tokenizer, family, levels, weights, n, first, self.thinking, perturbed))
         kept = [sample for sample in made if len(sample[0]) <= self.context]
         self.gate.update({**table, "longer than the context": len(made) - len(kept)})
         if not kept:
@@ -870,26 +892,27 @@ class Curriculum:
         share, levels, perturbed = PHASES[phase]
         if phase > self.measured:
             self.model.eval()
-            self.rates = solve_rates(whole_copy(self.model, self.world), self.tokenizer, levels, self.thinking)
+            whole = whole_copy(self.model, self.world)
+            self.rates = by_rank_0(lambda: solve_rates(whole, self.tokenizer, levels, self.thinking))
             self.model.train()
             self.measured = phase
             found = {family: self.rates.get(f"{family}/1", 0) for family in self.base}
             if self.world.main:
-                print(f"{self.name}: measured pass rates at level 1: {listed(found, 0)}", flush=True)
+                say(f"{self.name}: measured pass rates at level 1: {listed(found, 0)}")
         tokens, files = share * self.steps * self.rows * self.context / len(self.base), dict(self.replay)
         for family in self.base:
             rates = [self.rates.get(f"{family}/{level}", 0.0) for level in levels]
             length = np.mean([len(ids) for ids, _ in self.heldout[family]])
             n = min(4 + int(tokens / length), MOST_SAMPLES)  # each is seen about once; what is solved is asked in other words
             made = self.samples(family, levels, level_weights(rates), n, phase, perturbed and rates[0] >= 0.5)
-            told = [sample for level, sample in self.written[family] if level in levels and len(sample[0]) <= self.context]
+            told = [sample for level, sample in self.written[family] if level in levels]
             files[family] = in_memory(made + told)
         before, piece = self.mixture, self.context // 8  # what is replayed shares its row with samples: no step forgets them for a document
         self.phase, self.mixture = phase, data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase, piece=piece)
         if before:  # what a category lacks at the end of a phase it gets in the next
             self.mixture.given, self.mixture.due = before.given, before.due
         if self.world.main:
-            print(f"{self.name}: samples so far: " + ", ".join(f"{n} {what}" for what, n in self.gate.most_common() if n), flush=True)
+            say(f"{self.name}: samples so far: " + ", ".join(f"{n} {what}" for what, n in self.gate.most_common() if n))
 
     def next(self):
         phase = sum(self.step >= end for end in self.ends[:-1])
@@ -907,6 +930,7 @@ class Curriculum:
         for family, samples in self.heldout.items():
             ids, targets, segments = (torch.from_numpy(part).to(self.world.device) for part in data.pack(samples, self.context))
             losses[family] = float(self.model.loss(ids, targets, segments))
+        losses = by_rank_0(lambda: losses)
         history = {family: [move["loss"][family] for move in self.moves] + [loss] for family, loss in losses.items()}
         self.weights = adjust(self.weights, self.base, history)
         self.moves.append({"step": self.step, "loss": losses, "weights": self.weights})
@@ -985,20 +1009,20 @@ class Log:
     def __init__(self, path: Path, world: World, keep: int):
         self.main, self.shown, self.terminal = world.main, 0.0, sys.stdout.isatty()
         if self.main:
-            kept = path.read_text().splitlines(keepends=True)[:keep] if keep else []  # a resumed run writes its later steps again
-            self.file = open(path, "w")
-            self.file.writelines(kept)
+            self.file = open(path, "a+")
+            self.file.seek(0)
+            for _ in range(keep):  # a resumed run writes its later steps again
+                self.file.readline()
+            self.file.truncate(self.file.tell())
 
     def __call__(self, record: dict, line: str, last=False):
         if not self.main:
             return
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        if self.terminal:
-            print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
-        elif last or time.monotonic() - self.shown > 10:
+        if self.terminal or last or time.monotonic() - self.shown > 10:
             self.shown = time.monotonic()
-            print(line, flush=True)
+            say(line, end="" if self.terminal and not last else "\n")
 
 
 def share_out(mixture: dict[str, float], present) -> tuple[dict[str, float], dict[str, float]]:
@@ -1023,21 +1047,38 @@ def stage_data(stage, cfg, model, tokenizer, context, rows, steps, world):
     return data.Mixture(files, shares, context, rows, seed=cfg.seed + list(STAGES).index(stage.name)), shares, absent
 
 
+CPU_MICRO_BATCH, GPU_MICRO_BATCH = 4096, 32768  # tokens of one forward and backward, where --micro-batch-tokens does not say
+
+
+def sizes(stage: Stage, cfg: TrainConfig) -> tuple[int, int, int]:
+    """(tokens of a row, rows of a step, steps) of a stage."""
+    preset = PRESETS[cfg.preset]
+    context = preset.contexts[stage.context]
+    rows = max(1, round((cfg.batch_tokens or preset.batch_tokens) / context))
+    return context, rows, max(2, round(stage.tokens * preset.tokens * cfg.scale / (rows * context)))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a stage came to its end: the model, no snapshot, and the scores in the log (there is no log where others made the model)."""
+    model, snapshot, log = (folder / name for name in ("model.safetensors", "state.pt", "log.jsonl"))
+    return model.exists() and not snapshot.exists() and (not log.exists() or "bits_per_byte" in log.read_text())
+
+
 def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     """
     Train one stage and leave its checkpoint in out/<stage>/; returns that folder.
 
-    The folder holds the released layout, log.jsonl, and while the stage runs state.pt, from which --resume goes on. The model is written
-    last, so without state.pt its presence means that the stage is complete.
+    The folder holds the released layout, log.jsonl, and while the stage runs state.pt, from which --resume goes on.
     """
-    preset, folder, name = PRESETS[cfg.preset], Path(cfg.out) / stage.name, stage.name
+    folder, name = Path(cfg.out) / stage.name, stage.name
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = data.Tokenizer.load(Path(cfg.out) / "data" / "tokenizer")
-    context, peak = preset.contexts[stage.context], cfg.lr or preset.lr
-    rows = max(1, round((cfg.batch_tokens or preset.batch_tokens) / context))
-    tokens = rows * context  # of a step
-    steps = max(2, round(stage.tokens * preset.tokens * cfg.scale / tokens))
-    micro_rows = max(1, (cfg.micro_batch_tokens or (4096 if world.device.type == "cpu" else 32768)) // context)
+    ours, theirs = (Path(cfg.out) / place / "tokenizer.json" for place in ("data/tokenizer", str(stage.start)))
+    tokenizer = data.Tokenizer.load(ours.parent)
+    if theirs.exists() and theirs.read_bytes() != ours.read_bytes():
+        raise ValueError(f"{name}: {theirs} differs from {ours}: what {stage.start} learned are other tokens; train it again")
+    context, rows, steps = sizes(stage, cfg)
+    tokens, peak = rows * context, cfg.lr or PRESETS[cfg.preset].lr
+    micro_rows = max(1, (cfg.micro_batch_tokens or (CPU_MICRO_BATCH if world.device.type == "cpu" else GPU_MICRO_BATCH)) // context)
 
     model = first_weights(stage, cfg, world, tokenizer.vocab_size)
     model.compute_dtype, model.recompute = world.dtype, cfg.recompute
@@ -1048,8 +1089,13 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     optimizer = Optimizer(model, cfg.optimizer, cfg.weight_decay)
     mixture, shares, absent = stage_data(stage, cfg, model, tokenizer, context, rows, steps, world)
     first, seconds, snapshot = 0, 0.0, folder / "state.pt"
+    identity = {name: getattr(cfg, name) for name in ("preset", "optimizer", "seed")}  # what a run that goes on has of the one before
+    if world.main and not cfg.resume:
+        snapshot.unlink(missing_ok=True)  # of a run that was given up: no later --resume may go on from it
     if cfg.resume and snapshot.exists():
         saved = torch.load(snapshot, map_location="cpu", weights_only=False, mmap=True)
+        if identity != saved["identity"]:
+            raise ValueError(f"--resume: {snapshot} is from a run with {saved['identity']}, this one has {identity}; give the same")
         whole_state.set_model_state_dict(model, saved["model"], options=WHOLE)
         optimizer.load_state_dict(saved["optimizer"])
         mixture.load_state(saved["mixture"])
@@ -1075,8 +1121,9 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
         norm = optimizer.step(lr, cfg.clip)
         if guard:
             guard.after_update()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"{name}, step {step}: the loss is {loss}; the last snapshot is {snapshot}")
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(f"{name}, step {step}: the loss is {loss}, its gradient's norm {norm}; --resume, with a lower --lr, "
+                                     f"goes on from the last snapshot")
         took, done = time.perf_counter() - start, step + 1
         seconds += took
         speed, mfu, eta = tokens / took, tokens / took / full_speed, (steps - done) * seconds / done
@@ -1085,9 +1132,9 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
         log({"step": done, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": done * tokens, "tokens_per_s": speed, "mfu": mfu,
              "seconds": seconds}, line, last=done == steps)
         if done % cfg.save_every == 0 and done < steps:
-            state = {"step": done, "seconds": seconds, "mixture": mixture.state(), "optimizer": optimizer.state_dict()}
-            state["model"] = whole_state.get_model_state_dict(model, options=WHOLE)  # all ranks send their shards, rank 0 writes
-            if world.main:
+            state = {"identity": identity, "step": done, "seconds": seconds, "mixture": mixture.state()}
+            state |= {"optimizer": optimizer.state_dict(), "model": whole_state.get_model_state_dict(model, options=WHOLE)}
+            if world.main:  # all ranks have sent their shards
                 write_atomically(snapshot, functools.partial(torch.save, state))
             del state  # a copy of all weights
 
@@ -1095,9 +1142,8 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     if world.main:
         tokenizer.save(folder)
         model.save_pretrained(folder, weights=weights)
-        snapshot.unlink(missing_ok=True)
     if world.main or world.mesh is not None:  # a sharded model answers only where all ranks ask
-        scores = bits_per_byte(model.eval(), Path(cfg.out) / "data" / "heldout", cfg.eval_bytes, world)
+        scores = bits_per_byte(model.eval(), tokenizer, Path(cfg.out) / "data" / "heldout", cfg.eval_bytes)
     if world.main:
         dealt = mixture.mixture if stage.sft else mixture
         filled, realised = sum(dealt.given.values()) / (steps * tokens), dealt.realised()
@@ -1106,6 +1152,7 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
         if stage.sft:  # samples: admitted, and refused for which reason
             record |= {"samples": mixture.gate, "rates": mixture.rates, "moves": mixture.moves}
         log(record, f"{line} | rows filled {100 * filled:.1f}% | shares {listed(realised, 2)}", last=True)
+        snapshot.unlink(missing_ok=True)
     if world.size > 1:
         dist.barrier()
     return folder
@@ -1114,44 +1161,47 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
 # ---------------------------------------------------------------------------------------------- how good is a checkpoint?
 
 
-def heldout_documents(file, max_bytes: int) -> dict[str, list[int]]:
-    """{language: the first documents of a token file, at most max_bytes together}, the languages with most bytes first."""
+def heldout_documents(heldout: Path, max_bytes: int) -> dict[str, list]:
+    """{language: the first held-out documents of data.py's `code`, at most max_bytes together}, the languages with most bytes first."""
+    file, tokenizer = data.TokenFile(heldout, "code"), data.Tokenizer.load(heldout.parent / "tokenizer")
     chosen, size = defaultdict(list), Counter()
-    for i in range(len(file.lengths)):
+    for i, nbytes in enumerate(file.nbytes.tolist()):
         language = file.language(i)
-        if size[language] + file.nbytes[i] <= max_bytes:
-            chosen[language].append(i)
-            size[language] += int(file.nbytes[i])
+        if size[language] + nbytes <= max_bytes:
+            text = tokenizer.decode(file.ids(i)[1:-1])  # without the two ends of text
+            chosen[language].append(SimpleNamespace(name=f"file_{i}", project=file.project(i), text=text, nbytes=nbytes))
+            size[language] += nbytes
     return {name: chosen[name] for name in sorted(chosen, key=lambda name: -size[name])}
 
 
 @torch.no_grad()
-def heldout_bits(model, heldout: Path, max_bytes: int, world: World) -> dict[str, tuple[list, list]]:
+def heldout_bits(model, tokenizer, documents: dict[str, list]) -> dict[str, tuple[list, list]]:
     """
-    {language: (bits of each document, its bytes)} of the held-out documents of data.py's `code`, at most max_bytes a language.
+    {language: (bits of each document, its bytes)}, where the model reads the documents in its own tokens.
 
     bits = sum of -log2 p over all tokens but the first, the start token; the closing end of text included. A document that is longer than
     the context is cut into windows that overlap by one token, so that each token is predicted exactly once. bytes = its UTF-8 length.
     """
-    file, context, found = data.TokenFile(heldout, "code"), model.config.max_position_embeddings, {}
+    context, device, found = model.config.max_position_embeddings, model.lm_head.weight.device, {}
     size = max(1, 4096 // context)  # rows of a batch
-    for language, chosen in heldout_documents(file, max_bytes).items():
-        nats = torch.zeros(len(chosen), dtype=torch.float64)
-        windows = [(i, np.asarray(ids[a : a + context + 1], np.int64)) for i, ids in enumerate(map(file.ids, chosen))
-                   for a in range(0, len(ids) - 1, context)]
+    for language, some in documents.items():
+        nats = torch.zeros(len(some), dtype=torch.float64)
+        tokens = [torch.tensor(tokenizer.encode_parts(data.plain_parts(document.text))[0]) for document in some]
+        windows = [(i, ids[a : a + context + 1]) for i, ids in enumerate(tokens) for a in range(0, len(ids) - 1, context)]
         windows.sort(key=lambda window: len(window[1]))  # rows of like length together: little padding
         for start in range(0, len(windows), size):
-            owners, batch = zip(*[(i, torch.from_numpy(w).to(world.device)) for i, w in windows[start : start + size]])
+            owners, batch = zip(*[(i, window.to(device)) for i, window in windows[start : start + size]])
             inputs = torch.nn.utils.rnn.pad_sequence([w[:-1] for w in batch], batch_first=True)
             targets = torch.nn.utils.rnn.pad_sequence([w[1:] for w in batch], batch_first=True, padding_value=-100)
             nats.index_add_(0, torch.tensor(owners), model.loss(inputs, targets, reduction="none").sum(1).double().cpu())
-        found[language] = (nats / math.log(2)).tolist(), file.nbytes[chosen].tolist()
+        found[language] = (nats / math.log(2)).tolist(), [document.nbytes for document in some]
     return found
 
 
-def bits_per_byte(model, heldout: Path, max_bytes: int, world: World) -> dict[str, float]:
+def bits_per_byte(model, tokenizer, heldout: Path, max_bytes: int) -> dict[str, float]:
     """{language: bits per byte}. Lower is better, and any two models can be compared, whatever their vocabularies."""
-    return {name: sum(bits) / sum(size) for name, (bits, size) in heldout_bits(model, heldout, max_bytes, world).items()}
+    found = heldout_bits(model, tokenizer, heldout_documents(heldout, max_bytes))
+    return {name: sum(bits) / sum(size) for name, (bits, size) in found.items()}
 
 
 def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks: int, n_samples: int):
@@ -1169,17 +1219,19 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
     beyond           how cheap the solutions of compose are among the references, by instructions (0 where wrong)
     """
     model = LoopCoder.from_pretrained(checkpoint, device=world.device, dtype=torch.float32).eval()
-    tokenizer, heldout = data.Tokenizer.load(checkpoint), Path(cfg.out) / "data" / "heldout"
-    for language, pair in heldout_bits(model, heldout, cfg.eval_bytes, world).items():
+    tokenizer, documents = data.Tokenizer.load(checkpoint), heldout_documents(Path(cfg.out) / "data" / "heldout", cfg.eval_bytes)
+    changes = list(commits.triplets(git)) if git else []
+    for language, pair in heldout_bits(model, tokenizer, documents).items():
         yield "bits per byte", language, pair
-    file, projects, everywhere = data.TokenFile(heldout, "code"), defaultdict(dict), defaultdict(list)
-    for i in heldout_documents(file, cfg.eval_bytes).get("python", ()):
-        projects[file.project(i)][f"file_{i}.py"] = tokenizer.decode(file.ids(i).tolist()[1:-1])  # without the two ends of text
+    projects, everywhere = defaultdict(dict), defaultdict(list)
+    for document in documents.get("python", ()):
+        projects[document.project][f"{document.name}.py"] = document.text
     texts = [text.encode() for files in projects.values() for text in files.values()]
-    packed = {"gzip -9, one by one": sum(len(gzip.compress(text, 9)) for text in texts)}
-    packed["xz -9, all together"] = len(lzma.compress(b"".join(texts), preset=9))
-    for name, size in packed.items():
-        yield "bits per byte", f"python by {name}", 8 * size / max(1, sum(map(len, texts)))
+    if texts:
+        packed = {"gzip -9, one by one": sum(len(gzip.compress(text, 9)) for text in texts)}
+        packed["xz -9, all together"] = len(lzma.compress(b"".join(texts), preset=9))
+        for name, size in packed.items():
+            yield "bits per byte", f"python by {name}", 8 * size / sum(map(len, texts))
     for row in fim.evaluate(model, tokenizer, projects, count=n_tasks, context=min(1024, model.config.max_position_embeddings)):
         for metric, values in row["marks"].items():
             yield f"fim {metric}, %", f"{row['level']}, {row['context']} context", (values, [1] * len(values))
@@ -1187,9 +1239,9 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
     for metric, values in everywhere.items():
         yield f"fim {metric}, %", "all", (values, [1] * len(values))
     if git:
-        for name, value in commits.evaluate(model, tokenizer, list(commits.triplets(git))).items():
+        for name, value in commits.evaluate(model, tokenizer, changes).items():
             yield "commits", name, value
-    thinking, thoughts = "thinking" in Path(checkpoint).name, []
+    thinking, thoughts = "thinking" in checkpoint.absolute().name, []
     for family in tasks.FAMILIES:
         levels = [[tasks.generate(family, level, tasks.ASKED + k, "test") for k in range(n_tasks)] for level in (1, 2)]
         problems, guesses = sum(levels, []), sum((tasks.guesses(level, n_samples) for level in levels), [])
@@ -1233,15 +1285,16 @@ def interval(a, b=None, draws=4000, seed=0):
 
 def evaluate(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks: int, n_samples: int, against: str) -> None:
     """Print the table of a checkpoint, beside it the gain over that of `against`, and leave it as table.json beside the weights."""
-    before = {}
+    heldout = Path(cfg.out) / "data" / "heldout" / "code.json"
+    before, cases = {}, {"tasks": n_tasks, "eval_bytes": cfg.eval_bytes, "heldout": json.loads(heldout.read_text())["sha256"][:8]}
     if against:
         path = Path(against) / "table.json"
         if not path.exists():
             raise ValueError(f"--against {against}: no table.json there; run --eval {against} with the same --tasks and --samples first")
         before = json.loads(path.read_text())
-        if len(before["pass@1 compose"][0]) != 2 * n_tasks:
-            raise ValueError(f"--against {against}: evaluated on another number of tasks; run --eval {against} with --tasks {n_tasks}")
-    table, clear = {}, []
+        if before.get("cases") != cases:
+            raise ValueError(f"--against {against}: evaluated on {before.get('cases')}, not {cases}; run --eval {against} with the same")
+    table, clear = {"cases": cases}, []
     for what, which, value in evaluation_table(checkpoint, cfg, world, git, n_tasks, n_samples):
         table[f"{what} {which}"], old = value, before.get(f"{what} {which}")
         if isinstance(value, tuple):
@@ -1264,21 +1317,20 @@ def evaluate(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks
 def chain(cfg: TrainConfig, world: World) -> None:
     """Build the data when there is none, then run the stages in order; with --resume, finished stages are kept."""
     preset, out = PRESETS[cfg.preset], Path(cfg.out)
+    for start in (STAGES[name].start for name in cfg.wanted):
+        if start and start not in cfg.wanted and not (out / start / "config.json").exists():
+            raise ValueError(f"--stages {cfg.stages}: {out / start} is not there to start from; run --stages {start} first")
     if world.main and not (out / "data" / "manifest.json").exists():
         megabytes = preset.max_mb and max(6, preset.max_mb * cfg.scale)  # less could not fill the vocabulary; 0 is everything
         data.build(out / "data", cfg.source, preset.vocab_size, max_bytes=int(megabytes * 1e6))
     if world.size > 1:
         dist.barrier()
     for name, stage in STAGES.items():
-        if cfg.stages != "all" and name not in cfg.stages.split(","):
-            continue
-        if cfg.resume and (out / name / "model.safetensors").exists() and not (out / name / "state.pt").exists():
+        if name in cfg.wanted and cfg.resume and is_finished(out / name):
             if world.main:
                 print(f"{name}: complete, kept")
-            continue
-        if stage.start and not (out / stage.start / "config.json").exists():
-            raise ValueError(f"{name} starts from {cfg.out}/{stage.start}, which is not there; run --stages {stage.start} first")
-        train_stage(stage, cfg, world)
+        elif name in cfg.wanted:
+            train_stage(stage, cfg, world)
 
 
 def plot(out: Path) -> Path:
@@ -1352,6 +1404,7 @@ def ring_plan(config, context, cp) -> None:
 def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     """Print what the preset is going to need, without doing it: everything is counted on the meta device."""
     preset, config = PRESETS[cfg.preset], LoopCoderConfig.preset(cfg.preset, vocab_size=PRESETS[cfg.preset].vocab_size)
+    batch, micro = cfg.batch_tokens or preset.batch_tokens, cfg.micro_batch_tokens or GPU_MICRO_BATCH
     P, matrices = parameter_count(config)
     L, R, C, width = config.num_hidden_layers, config.loop_num, config.hidden_size, config.num_key_value_heads * config.head_dim
     layers = matrices - config.vocab_size * C  # parameters of the layers' matrices, and all others
@@ -1367,22 +1420,22 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     print("       stage context  cp   tokens   steps FLOP/token     FLOP    ring weights    days")
     hashed, checks = (2 * (4 * P + 4 * matrices + 8 * (P - matrices)) + 4 * P) / (ranks if sharded else 1), {}
     for stage in STAGES.values():
-        context, tokens = preset.contexts[stage.context], stage.tokens * preset.tokens * cfg.scale
-        cp, rows, flops = cps[context], max(1, round(preset.batch_tokens / context)), flops_per_token(config, context)
+        (context, rows, steps), tokens = sizes(stage, cfg), stage.tokens * preset.tokens * cfg.scale
+        cp, flops = cps[context], flops_per_token(config, context)
         ring, traffic = 0, 2 * (ranks - 1) / ranks * 4 * P
         for window, times in ((1 << 30, R), (config.loop_window_size, R - 1)) if cp > 1 else ():
             forward, backward = busiest(context, cp, width, window)
             ring += L * times * (forward * (1 + (cfg.recompute or sharded)) + backward) * -(-rows // (ranks // cp))
         if sharded:  # bfloat16 gathered for every pass, float32 sums scattered, for each micro-batch
-            pieces = -(-max(1, -(-rows * cp // ranks)) // max(1, 32768 // context))
+            pieces = -(-max(1, -(-rows * cp // ranks)) // max(1, micro // context))
             once = 2 * (2 * R * layers + rest) + 4 * (R * layers + rest)
             traffic = (ranks - 1) / ranks * (pieces * once + 6 * layers * muon)
         seconds = rows * context * flops / DEVICE_FLOPS / ranks
         checks[stage.name] = 2 * (hashed + 2 * ring) / MEMORY_BYTES / seconds  # all is read twice; the ring's bytes at both ends
-        print(f"{stage.name:>12} {context:7d} {cp:3d} {tokens:8.3g} {tokens / (rows * context):7.0f} {flops:10.3g} {tokens * flops:8.3g} "
+        print(f"{stage.name:>12} {context:7d} {cp:3d} {tokens:8.3g} {steps:7d} {flops:10.3g} {tokens * flops:8.3g} "
               f"{ring / 1e9:7.1f} {traffic / 1e9:7.1f} {tokens * flops / DEVICE_FLOPS / ranks / 86400:7.3g}")
     print("memory a rank, GiB; activations kept, or recomputed layer by layer (--recompute; always with shards)")
-    held = {context: max(1, 32768 // context) * context // cp for context, cp in cps.items()}
+    held = {context: max(1, micro // context) * context // cp for context, cp in cps.items()}
     shards, weights = (ranks, torch.bfloat16) if sharded else (1, torch.float32)
     state = {
         "weights": 4 * P / shards,
@@ -1398,7 +1451,7 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
         rows = ", ".join(str(context) for context in held if held[context] == tokens)
         total = [(sum(state.values()) + plan[what]) / 2**30 for what in ("kept", "recomputed")]
         print(f"  {tokens} tokens at a time (rows of {rows}): {parts}; all {total[0]:.1f} or {total[1]:.1f}")
-    again = (1 + (ranks > 1)) / cfg.recheck_every / max(1, preset.batch_tokens // ranks // 32768) if cfg.recheck_every else 0
+    again = (1 + (ranks > 1)) / cfg.recheck_every / max(1, batch // ranks // micro) if cfg.recheck_every else 0
     most = max(checks, key=checks.get)
     print(f"silent errors: fingerprints of {hashed / 1e9:.2f} GB a step and of all that goes round the ring (read by rows and by "
           f"columns, at {MEMORY_BYTES / 1e12:.0f} TB/s) take {checks[most]:.2%} of a step in {most}, the most; re-computation {again:.2%}")
@@ -1408,6 +1461,7 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
 
 def bench(cfg: TrainConfig, world: World) -> None:
     """Muon beside AdamW: a quarter of pre-training each, same weights, data and rate; tokens/s, MFU, and held-out bits per byte."""
+    data.Tokenizer.load(Path(cfg.out) / "data" / "tokenizer")  # says so where there is no data
     print(f"matrix product {device_peak(world.device, world.dtype) / 1e9:.0f} GFLOP/s, {world.dtype}, batches of the preset {cfg.preset}")
     rows = []
     for kind in ("muon", "adamw"):
@@ -1417,7 +1471,8 @@ def bench(cfg: TrainConfig, world: World) -> None:
             log = (train_stage(STAGES["pretrain"], run, world) / "log.jsonl").read_text().splitlines()
         *steps, last = map(json.loads, log)
         speed, mfu = (float(np.median([step[name] for step in steps])) for name in ("tokens_per_s", "mfu"))
-        rows.append(f"{kind:>6}: {speed:6.0f} tokens/s, MFU {100 * mfu:.0f}%, python {last['bits_per_byte']['python']:.3f} bits per byte")
+        bits = ", ".join(f"{language} {value:.3f}" for language, value in last["bits_per_byte"].items())
+        rows.append(f"{kind:>6}: {speed:6.0f} tokens/s, MFU {100 * mfu:.0f}%, bits per byte {bits}")
     print("\n".join(rows))
 
 
@@ -1454,6 +1509,8 @@ def main(argv=None):
     if args.plot:
         return print(plot(Path(cfg.out)))
     world = start_world(cfg)
+    if (args.eval or args.bench) and world.size > 1:
+        raise ValueError("--eval and --bench run in one process; start them without torchrun")
     if args.eval:
         return evaluate(Path(args.eval), cfg, world, args.git, args.tasks, args.samples, args.against)
     if args.bench:

@@ -1,5 +1,6 @@
 """train.py: what each claim of the training loop rests on. A toy preset and a corpus of a few standard-library packages make it quick."""
 
+import itertools
 import json
 import math
 import resource
@@ -67,12 +68,34 @@ def test_the_chain_leaves_a_loadable_checkpoint_a_stage_and_learns(corpus, toy, 
     out = linked(corpus, tmp_path)
     run_chain(config(out))
     for name in train.STAGES:
-        records = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
-        assert records[-1]["bits_per_byte"]["python"] < 8
+        assert records(out / name)[-1]["bits_per_byte"]["python"] < 8
         assert not (out / name / "state.pt").exists()
         assert model.LoopCoder.from_pretrained(out / name).config.max_position_embeddings == (64, 512, 1024)[train.STAGES[name].context]
-    losses = [json.loads(line)["loss"] for line in (out / "pretrain" / "log.jsonl").read_text().splitlines()[:-1]]
+    losses = [record["loss"] for record in records(out / "pretrain")[:-1]]
     assert losses[-1] < losses[0] - 0.5
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_in_step(n, cfg, monkeypatch):
+    """Run a chain that ends in its n-th step."""
+    step, seen = train.Optimizer.step, []
+
+    def dying_step(self, lr, clip):
+        seen.append(lr)
+        if len(seen) == n:
+            raise Killed
+        return step(self, lr, clip)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Optimizer, "step", dying_step)
+        run_chain(cfg)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft_instruct"])
@@ -88,28 +111,11 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, toy, tmp_path, monkeypatch, st
         random_checkpoint(whole / "mid2", corpus)
         (broken / "mid2").symlink_to(whole / "mid2")
     run_chain(config(whole, stages=stage))
-
-    class Killed(Exception):
-        pass
-
-    step, seen = train.Optimizer.step, []
-
-    def dying_step(self, lr, clip):
-        seen.append(lr)
-        if len(seen) == 18:
-            raise Killed
-        return step(self, lr, clip)
-
-    train.Optimizer.step = dying_step
-    try:
-        with pytest.raises(Killed):
-            run_chain(config(broken, stages=stage, save_every=5))
-    finally:
-        train.Optimizer.step = step
+    killed_in_step(18, config(broken, stages=stage, save_every=5), monkeypatch)
     run_chain(config(broken, stages=stage, save_every=5, resume=True))
     a, b = (tensors(o / stage) for o in (whole, broken))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    logs = [[json.loads(line) for line in (o / stage / "log.jsonl").read_text().splitlines()] for o in (whole, broken)]
+    logs = [records(o / stage) for o in (whole, broken)]
     assert [record.get("loss") for record in logs[0]] == [record.get("loss") for record in logs[1]]
     moves, history = logs[1][-1].get("moves", []), {name: [] for name in tasks.FAMILIES}
     base = weights = {name: 1 / len(tasks.FAMILIES) for name in tasks.FAMILIES}
@@ -119,6 +125,57 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, toy, tmp_path, monkeypatch, st
             history[name].append(move["loss"][name])
         weights = train.adjust(weights, base, history)
         assert move["weights"] == weights
+
+
+def test_a_run_goes_on_from_its_own_snapshot_and_ends_with_its_scores_whenever_it_is_killed(corpus, toy, tmp_path, monkeypatch):
+    out, whole = linked(corpus, tmp_path), tmp_path / "whole"
+    whole.mkdir()
+    cfg, again = (config(out, stages="pretrain", save_every=5, scale=0.5, resume=resume) for resume in (False, True))
+    run_chain(config(linked(corpus, whole), stages="pretrain", scale=0.5))
+    killed_in_step(8, config(out, stages="pretrain", save_every=5, scale=0.5, seed=5), monkeypatch)
+    killed_in_step(3, cfg, monkeypatch)  # another run: the snapshot of the first is not its own
+    killed_in_step(8, again, monkeypatch)
+    with pytest.raises(ValueError, match="'seed': 1337}, this one has .*'seed': 5"):
+        run_chain(config(out, stages="pretrain", scale=0.5, resume=True, seed=5))
+    killed_in_step(1, again, monkeypatch)
+    assert [record["step"] for record in records(out / "pretrain")] == [1, 2, 3, 4, 5]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # after the model was written
+        patch.setattr(train, "bits_per_byte", lambda *_: 1 / 0)
+        run_chain(again)
+    assert (out / "pretrain" / "model.safetensors").exists() and "bits_per_byte" not in records(out / "pretrain")[-1]
+    run_chain(again)
+    logs = [[record.get("loss", record.get("bits_per_byte")) for record in records(o / "pretrain")] for o in (whole, out)]
+    assert logs[0] == logs[1] and len(logs[0]) > 10
+    killed_in_step(3, cfg, monkeypatch)  # a finished stage begun anew is not finished, though its old model stays
+    run_chain(again)
+    assert len(records(out / "pretrain")) == len(logs[0])
+    kept = (out / "pretrain" / "log.jsonl").stat().st_mtime_ns
+    run_chain(again)
+    assert (out / "pretrain" / "log.jsonl").stat().st_mtime_ns == kept
+
+
+def test_a_gradient_that_is_not_a_number_ends_the_run_before_anything_is_saved(corpus, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(FloatingPointError, match="step 0: the loss is .*norm inf"):
+        run_chain(config(linked(corpus, tmp_path), stages="pretrain", save_every=1))
+    assert not (tmp_path / "pretrain" / "state.pt").exists()
+
+
+def test_what_cannot_work_is_refused_before_any_work(corpus, toy, tmp_path):
+    out = linked(corpus, tmp_path)
+    for words, says in (
+        (["--stages", "pretrain,mid1"], "anneal is not there to start from; run --stages anneal first"),
+        (["--stages", "all,pretrain"], "no stage 'all'"), (["--written", "no/such"], "--written no/such: there is no such file"),
+        (["--clip", "0"], "--clip 0.0: must be a number from 1e-06 up"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            train.main(["--out", str(out), "--dtype", "float32", *words])
+    random_checkpoint(out / "mid1", corpus)
+    other = data.Tokenizer.load(corpus / "data" / "tokenizer")
+    data.Tokenizer(other.tokens[:-2] + other.tokens[:-3:-1]).save(out / "mid1")  # the last two tokens have changed places
+    with pytest.raises(ValueError, match="mid2: .*mid1/tokenizer.json differs from .*data/tokenizer"):
+        run_chain(config(out, stages="mid2"))
+    assert [path.name for path in out.glob("*/log.jsonl")] == []
 
 
 def test_micro_batches_do_not_change_the_gradient(toy):
@@ -178,25 +235,56 @@ def test_a_table_has_intervals_and_gains_over_another_checkpoint_on_the_same_tas
     assert lines[-1] == f"clearly above chance and {out / '0'}: 0 families of {len(tasks.FAMILIES)} ()"
     assert table["0"]["thinks all families"][0] == [0.0] * 2 * (len(tasks.FAMILIES) - 1)
     assert table["0"]["pass@1 compose"] == [[0.0, 0.0], [1, 1]]  # a task of each level
-    with pytest.raises(ValueError, match="another number of tasks"):
+    with pytest.raises(ValueError, match="evaluated on .*'tasks': 1.*, not .*'tasks': 2"):
         train.evaluate(out / "1", cfg, train.start_world(cfg), "", 2, 1, str(out / "0"))
+    with pytest.raises(ValueError, match="evaluated on .*'eval_bytes': 4000.*, not .*'eval_bytes': 5000"):
+        train.evaluate(out / "1", config(out, eval_bytes=5000), train.start_world(cfg), "", 1, 1, str(out / "0"))
     with pytest.raises(ValueError, match="no table.json"):
         train.evaluate(out / "1", cfg, train.start_world(cfg), "", 1, 1, str(out))
+
+
+def test_the_table_reads_commits_first_and_compressors_stand_only_beside_python(corpus, toy, tmp_path, monkeypatch):
+    out = linked(corpus, tmp_path)
+    random_checkpoint(out / "0", corpus)
+    cfg, documents = config(out), train.heldout_documents
+    rows = lambda git: train.evaluation_table(out / "0", cfg, train.start_world(cfg), git, 1, 1)
+    with pytest.raises(ValueError, match="not a git repository"):
+        next(rows(str(tmp_path)))
+    monkeypatch.setattr(train, "heldout_documents", lambda *words: {k: v for k, v in documents(*words).items() if k != "python"})
+    bits = [which for what, which, _ in itertools.takewhile(lambda row: row[0] == "bits per byte", rows(""))]
+    assert bits and not any("python" in which for which in bits)
+
+
+def test_a_gpu_that_is_not_named_is_the_first_one(toy, monkeypatch):
+    """The GPU is played, but for how torch reads a device: set_device wants an index."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(torch.cuda._utils._get_device_index(device)))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    for name in ("auto", "cuda"):
+        assert train.start_world(config("unused", device=name)).device == torch.device("cuda:0")
+    assert seen == [0, 0]
 
 
 def test_bits_per_byte_counts_every_token_once_whatever_the_context(corpus, toy):
     """A uniform model costs log2 V a token, so the sum is known exactly: tokens after the first, times log2 V, over bytes."""
     net = model.LoopCoder(model.LoopCoderConfig.preset("toy", max_position_embeddings=48))
     torch.nn.init.zeros_(net.lm_head.weight)
-    world = train.World(0, 1, torch.device("cpu"), torch.float32, False)
-    file = data.TokenFile(corpus / "data" / "heldout", "code")
+    tokenizer, file = data.Tokenizer.load(corpus / "data" / "tokenizer"), data.TokenFile(corpus / "data" / "heldout", "code")
     chosen, size = [], 0
     for i in range(len(file.lengths)):
         if file.language(i) == "python" and size + file.nbytes[i] <= 30_000:
             chosen.append(i)
             size += int(file.nbytes[i])
     expected = sum(int(file.lengths[i]) - 1 for i in chosen) * math.log2(600) / size
-    assert train.bits_per_byte(net, corpus / "data" / "heldout", 30_000, world)["python"] == pytest.approx(expected, rel=1e-5)
+    assert train.bits_per_byte(net, tokenizer, corpus / "data" / "heldout", 30_000)["python"] == pytest.approx(expected, rel=1e-5)
+    smaller = data.Tokenizer(tokenizer.tokens[:400])  # a model of other tokens reads the same text, in its own
+    net = model.LoopCoder(model.LoopCoderConfig.preset("toy", max_position_embeddings=48, vocab_size=smaller.vocab_size))
+    torch.nn.init.zeros_(net.lm_head.weight)
+    count = sum(len(smaller.encode(tokenizer.decode(file.ids(i)[1:-1]))) + 1 for i in chosen)
+    expected = count * math.log2(smaller.vocab_size) / size
+    assert train.bits_per_byte(net, smaller, corpus / "data" / "heldout", 30_000)["python"] == pytest.approx(expected, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -209,7 +297,7 @@ def command(*words, **more):
 @pytest.mark.parametrize("words, says", [
     (["--preset", "huge"], "unknown; one of nano"),
     (["--source", "/no/such/folder"], "no such folder"),
-    (["--stages", "mid1", "--source", "."], "which is not there"),
+    (["--stages", "mid1", "--source", "."], "is not there to start from"),
     (["--learning-rat", "1"], "unrecognized arguments"),
     (["--eval", "nothing/here"], "no config.json there"),
     (["--eval", "nothing/here", "--tasks", "0"], "--tasks 0: must be 1 or more"),
@@ -345,13 +433,15 @@ def test_written_answers_are_learned_from_once_they_are_judged_again(corpus, tmp
     tasks.write_samples(drawn, lambda task, n: [tasks.answer_text(task, task.seed == 1)], path)
     planted = {"id": ["math", 1, 7, "train"], "answers": [tasks.generate("math", 1, 7).wrong], "verdicts": {}}
     path.write_text(path.read_text() + json.dumps(planted) + "\n")
-    found, table = train.written_samples(tokenizer, path, thinking=False)
+    found, table = train.written_samples(tokenizer, path, thinking=False, context=1024)
     assert [tokenizer.decode(ids) for _, (ids, _) in found["math"]] == [
         "".join(text for text, *_ in tasks.task_parts(task)) for task in drawn]
     assert table["written, admitted"] == 3 and sum(table.values()) == 4
-    found, _ = train.written_samples(tokenizer, path, thinking=True)
+    found, table = train.written_samples(tokenizer, path, thinking=False, context=20)
+    assert not any(found.values()) and table["longer than the context"] == 3
+    found, _ = train.written_samples(tokenizer, path, thinking=True, context=1024)
     assert [tokenizer.decode(ids) for _, (ids, _) in found["math"]] == ["".join(text for text, *_ in tasks.task_parts(drawn[1], True))]
     for line in ("{}", "not json", '{"id": ["poetry", 1, 1, "train"], "answers": []}'):
         path.write_text(path.read_text().splitlines()[0] + f"\n{line}\n")
         with pytest.raises(ValueError, match=f"{path}, line 2: not a line of"):
-            train.written_samples(tokenizer, path, thinking=False)
+            train.written_samples(tokenizer, path, thinking=False, context=1024)

@@ -143,6 +143,37 @@ def test_the_gradient_is_the_same_however_ranks_and_micro_batches_split_the_batc
                 assert (split[name] - x).abs().max() <= 1e-12 * max(1, float(x.abs().max())), name
 
 
+def measured_apart(path):
+    """Each rank measures another speed, other pass rates, other samples and other losses; rank 0 writes what each goes by."""
+    rank = int(os.environ["RANK"])
+    train.device_peak = lambda device, dtype: 1 + 2 * (rank == 0) * (dtype == torch.bfloat16)
+    train.solve_rates = lambda *_: {f"{family}/1": (1 + rank) / 4 for family in train.tasks.FAMILIES}
+    sample = (range(8 + rank), [True] * (8 + rank))
+    train.task_samples = lambda _tokenizer, _family, _levels, _weights, n, *_: ([sample] * n, {"admitted": n})
+    world = train.start_world(toy_config("unused", dtype="auto"))
+    torch.manual_seed(rank)
+    net = model.LoopCoder(model.LoopCoderConfig(**model.shape(16, 32, 1, 4, 2, 60, 64)))
+    curriculum = train.Curriculum(net, None, train.STAGES["sft_instruct"], {}, {}, 64, 4, 24, 0, world)
+    batches = [[part.tolist() for part in curriculum.next()] for _ in range(24)]
+    with pytest.raises(ValueError, match="run in one process"):
+        train.main(["--eval", "unused", "--dtype", "float32"])
+    found = [None] * world.size
+    dist.all_gather_object(found, [str(world.dtype), {**curriculum.state(), "mixture": None}, batches])
+    if world.main:
+        Path(path).write_text(json.dumps(found))
+
+
+def measured(path):
+    ranks("measured_apart", 2, path)
+
+
+def test_what_ranks_would_measure_differently_is_that_of_rank_0_for_all(tmp_path):
+    program("measured", str(tmp_path / "found.json"))
+    first, second = json.loads((tmp_path / "found.json").read_text())
+    assert first[0] == "torch.bfloat16" and first[1]["rates"]["compose/1"] == 1 / 4 and len(first[1]["moves"]) > 1
+    assert first == second
+
+
 # ------------------------------------------------------------------------------------------------ silent errors
 
 
