@@ -99,8 +99,9 @@ UNREADABLE = (ValueError, SyntaxError, TypeError, LookupError, AttributeError, A
 
 def verify(task: Task, answer: str) -> float:
     """How much of the answer is right, in [0, 1]. RuntimeError where our own machinery broke: that must not be paid as 0."""
+    judge, text = FAMILIES[task.family].verify, final_answer(answer)
     try:
-        return float(FAMILIES[task.family].verify(task, text)) if (text := final_answer(answer)) else 0.0
+        return float(judge(task, text)) if text else 0.0
     except UNREADABLE:
         return 0.0
 
@@ -473,7 +474,7 @@ def mathematics(rng, level):
 
 def verify_math(task, answer):
     """Equal as formulas: the difference expands to zero. Worked out: no parentheses, and no more signs than the solution has."""
-    answer, right = re.sub(r"^\s*[a-z]\s*=", "", answer), task.tests["answer"]
+    answer, right = re.sub(r"^\s*[a-z]\s*=", "", code_of(answer)), task.tests["answer"]
     signs = lambda text: len(re.findall(r"[-+*/^]+", text.strip().lstrip("-"))) + 99 * ("(" in text)
     return signs(answer) <= signs(right) and (formula(answer) - formula(right)).expand() == 0
 
@@ -971,7 +972,7 @@ def document(html):
     parser.handle_data = seen.append
     parser.feed(html)
     parser.close()
-    return seen
+    return [part for part in map(str.strip, seen) if part]
 def visit(create, insert, rows, requests):
     global db
     pages = []

@@ -113,6 +113,8 @@ def test_unknown_families_levels_and_splits_are_refused():
     for arguments in (("poetry", 1, 0), ("sql", 6, 0), ("sql", 1, 0, "dev")):
         with pytest.raises(ValueError, match="no task for"):
             generate(*arguments)
+    with pytest.raises(KeyError, match="poetry"):  # our own mistake, and not a wrong answer
+        verify(dataclasses.replace(generate("sql", 1, 0), family="poetry"), "roses")
 
 
 # ---- mutants and chosen tests ------------------------------------------------------------------------------------------------
@@ -197,7 +199,7 @@ def math_task(answer):
 def test_formulas_are_compared_as_formulas_and_must_be_worked_out():
     task = math_task("6*x**2 + 4*x")
     assert [verify(task, text) for text in ("4*x + 6*x^2", "2*x*(3*x + 2)", "6*x**2", "6*x**2 + 4*y", "6*x**2+4*x")] == [1, 0, 0, 0, 1]
-    assert [verify(math_task("7"), text) for text in ("7", "x = 7", "3 + 4", "8", "-7")] == [1, 1, 0, 0, 0]
+    assert [verify(math_task("7"), text) for text in ("7", "x = 7", "```\n7\n```", "3 + 4", "8", "-7")] == [1, 1, 1, 0, 0, 0]
 
 
 def test_formulas_that_are_no_formulas_or_would_never_end_are_wrong():
@@ -340,6 +342,8 @@ def test_tool_calls_are_judged_by_type_and_by_the_state_they_leave():
 def test_a_web_page_that_does_not_escape_or_bind_is_wrong():
     task = next(t for seed in range(80) if {"show", "total"} <= set((t := generate("web", 3, seed)).solution.replace("(", " ").split()))
     assert verify(task, task.solution.replace("escape(r[0])", "r[0]")) == 0.0
+    spaced = re.sub("(<ul>|</li>|<i>)", r"\1 ", task.solution)
+    assert spaced != task.solution and verify(task, spaced) == 1.0  # nothing more to see on the page
     unbound = task.solution.replace('= ?", cat)', "= '%s'\" % cat[0])")
     assert unbound != task.solution and verify(task, unbound) == 0.0
     assert verify(task, task.solution.replace('f"<i>{r[0]}</i>"', '"<i>" + str(r[0]) + "</i>"')) == 1.0
