@@ -79,8 +79,8 @@ class Stage:
 MID1 = {"reasoning": 175, "agent": 10, "commit": 5, "file": 35, "repo": 5, "code": 70}
 MID2 = {"reasoning": 65, "agent": 110, "commit": 35, "file": 5, "repo": 35, "code": 50}
 
-# Fine-tuning replays a little of what came before, half of it fill-in-the-middle, so that neither is forgotten. Shares of all tokens: of
-# those in the loss, where prompts do not count, it is some four times as much, and of the gradient more, for source code stays surprising.
+# Fine-tuning replays a little of what came before, half of it fill-in-the-middle, so that neither is forgotten. These are shares of all
+# tokens; of those in the loss, where prompts do not count, it is more.
 REPLAY = {"quality": 0.01, "file": 0.01}
 
 STAGES = {
@@ -911,13 +911,13 @@ class Curriculum:
         self.phase, self.mixture = phase, data.Mixture(files, self.shares(), self.context, self.rows, seed=self.seed + phase, piece=piece)
         if before:  # what a category lacks at the end of a phase it gets in the next
             self.mixture.given, self.mixture.due = before.given, before.due
-        if self.world.main:
-            say(f"{self.name}: samples so far: " + ", ".join(f"{n} {what}" for what, n in self.gate.most_common() if n))
 
     def next(self):
         phase = sum(self.step >= end for end in self.ends[:-1])
         if phase != self.phase:
             self.enter(phase)
+            if self.world.main:
+                say(f"{self.name}: samples so far: " + ", ".join(f"{n} {what}" for what, n in self.gate.most_common() if n))
         elif self.step % self.every == 0:
             self.reweigh()
         self.step += 1
@@ -1367,19 +1367,29 @@ def plot(out: Path) -> Path:
 DEVICE_FLOPS, LINK_BYTES, MEMORY_BYTES = 400e12, 350e9, 3e12  # assumed a second: sustained bfloat16, NVLink one way, HBM of one GPU
 
 
-def kept_bytes(config, tokens, weights):
-    """Bytes that autograd keeps of a row for the backward pass: runs of one and two layers on the meta device, which computes nothing."""
+def kept_bytes(config, tokens, dtype):
+    """
+    Bytes that autograd keeps of a row for the backward pass, with weights of a dtype: runs of one and two layers on the meta device, which
+    computes nothing.
+    """
     if config.num_hidden_layers > 2:
-        one, two = (kept_bytes(dataclasses.replace(config, num_hidden_layers=n), tokens, weights) for n in (1, 2))
+        one, two = (kept_bytes(dataclasses.replace(config, num_hidden_layers=n), tokens, dtype) for n in (1, 2))
         return one + (config.num_hidden_layers - 1) * (two - one)
     with torch.device("meta"):
-        model, ids = LoopCoder(config).to(weights), torch.zeros(1, tokens, dtype=torch.int64)
+        model, ids = LoopCoder(config).to(dtype), torch.zeros(1, tokens, dtype=torch.int64)
     model.compute_dtype, kept = torch.bfloat16, {}
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     keep = lambda x: kept.setdefault(x.untyped_storage()._cdata, x)  # one entry a storage, however many tensors look into it
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         _loss = model.loss(ids, ids, reduction="sum")
     return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in own)
+
+
+def state_bytes(config, optimizer: str) -> tuple[int, int]:
+    """Bytes of (the weights, what the optimizer remembers), float32: one moment of the layers' matrices with muon, two of all else."""
+    P, matrices = parameter_count(config)
+    layers = matrices - config.vocab_size * config.hidden_size  # the head is multiplied with, too, but AdamW's
+    return 4 * P, 8 * P - (4 * layers if optimizer == "muon" else 0)
 
 
 def busiest(context, cp, width, *window):
@@ -1408,45 +1418,46 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     P, matrices = parameter_count(config)
     L, R, C, width = config.num_hidden_layers, config.loop_num, config.hidden_size, config.num_key_value_heads * config.head_dim
     layers = matrices - config.vocab_size * C  # parameters of the layers' matrices, and all others
-    rest, muon = P - layers, cfg.optimizer == "muon"
+    rest, (weights, moments) = P - layers, state_bytes(config, cfg.optimizer)
     ranks = ranks or max(cfg.cp, 1 if P < 5e8 else 8 if P < 5e9 else 64)
     if ranks < 1 or cfg.cp < 1 or ranks % cfg.cp:
         raise ValueError(f"--ranks {ranks}: must be a multiple of --cp {cfg.cp}, and both 1 or more")
     sharded = ranks > 1 and shards_weights(cfg)
+    shards = ranks if sharded else 1
     cps = {context: cfg.cp if cfg.cp > 1 else min(ranks, max(1, context // 16384)) for context in preset.contexts}
     where = "in shards" if sharded else "whole on each rank"
     print(f"{cfg.preset} on {ranks} rank(s): {P / 1e9:.3f}B parameters, {where}; {preset.minutes}")
     print(f"ring, weights: GB that a rank sends in a step; days: at {DEVICE_FLOPS / 1e12:.0f} TFLOP/s a rank (assumed)")
     print("       stage context  cp   tokens   steps FLOP/token     FLOP    ring weights    days")
-    hashed, checks = (2 * (4 * P + 4 * matrices + 8 * (P - matrices)) + 4 * P) / (ranks if sharded else 1), {}
+    hashed, checks = (2 * (weights + moments) + weights) / shards, {}  # before and after each update; the gradients
     for stage in STAGES.values():
         (context, rows, steps), tokens = sizes(stage, cfg), stage.tokens * preset.tokens * cfg.scale
         cp, flops = cps[context], flops_per_token(config, context)
-        ring, traffic = 0, 2 * (ranks - 1) / ranks * 4 * P
+        ring, traffic = 0, 2 * (ranks - 1) / ranks * weights
         for window, times in ((1 << 30, R), (config.loop_window_size, R - 1)) if cp > 1 else ():
             forward, backward = busiest(context, cp, width, window)
             ring += L * times * (forward * (1 + (cfg.recompute or sharded)) + backward) * -(-rows // (ranks // cp))
         if sharded:  # bfloat16 gathered for every pass, float32 sums scattered, for each micro-batch
             pieces = -(-max(1, -(-rows * cp // ranks)) // max(1, micro // context))
             once = 2 * (2 * R * layers + rest) + 4 * (R * layers + rest)
-            traffic = (ranks - 1) / ranks * (pieces * once + 6 * layers * muon)
+            traffic = (ranks - 1) / ranks * (pieces * once + 6 * layers * (cfg.optimizer == "muon"))
         seconds = rows * context * flops / DEVICE_FLOPS / ranks
         checks[stage.name] = 2 * (hashed + 2 * ring) / MEMORY_BYTES / seconds  # all is read twice; the ring's bytes at both ends
         print(f"{stage.name:>12} {context:7d} {cp:3d} {tokens:8.3g} {steps:7d} {flops:10.3g} {tokens * flops:8.3g} "
               f"{ring / 1e9:7.1f} {traffic / 1e9:7.1f} {tokens * flops / DEVICE_FLOPS / ranks / 86400:7.3g}")
     print("memory a rank, GiB; activations kept, or recomputed layer by layer (--recompute; always with shards)")
     held = {context: max(1, micro // context) * context // cp for context, cp in cps.items()}
-    shards, weights = (ranks, torch.bfloat16) if sharded else (1, torch.float32)
+    dtype = torch.bfloat16 if sharded else torch.float32
     state = {
-        "weights": 4 * P / shards,
-        "gradients": 4 * P / shards * (2 if shards == 1 < ranks else 1),  # DDP reduces from a second copy
-        "optimizer": (4 * layers + 8 * rest if muon else 8 * P) / shards,
+        "weights": weights / shards,
+        "gradients": weights / shards * (2 if shards == 1 < ranks else 1),  # DDP reduces from a second copy
+        "optimizer": moments / shards,
         "gathered": 2 * (2 * (rest + 2 * layers / L)) * sharded,  # bfloat16 weights and gradients: ends, this layer, the next
     }
     for tokens in sorted(set(held.values())):
-        one = kept_bytes(dataclasses.replace(config, num_hidden_layers=1), tokens, weights)
+        one = kept_bytes(dataclasses.replace(config, num_hidden_layers=1), tokens, dtype)
         inputs = 2 * tokens * L * (C * R + 2 * width * (R > 1))
-        plan = state | {"kept": kept_bytes(config, tokens, weights), "recomputed": inputs + one}
+        plan = state | {"kept": kept_bytes(config, tokens, dtype), "recomputed": inputs + one}
         parts = ", ".join(f"{what} {size / 2**30:.2f}" for what, size in plan.items())
         rows = ", ".join(str(context) for context in held if held[context] == tokens)
         total = [(sum(state.values()) + plan[what]) / 2**30 for what in ("kept", "recomputed")]

@@ -330,7 +330,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_whole(tmp_path, c
         assert not list((out / "pretrain").glob("*.tmp"))
 
 
-
 @pytest.mark.parametrize("shape", [(24, 64), (64, 24), (48, 48)])
 def test_a_step_of_muon_is_that_of_torchs_own_muon(shape):
     """The peer multiplies in bfloat16 and runs one matrix at a time; so do we here, and the stack changes the last bits alone."""

@@ -390,7 +390,6 @@ WORDS = """--stages pretrain --scale 0.025 --batch-tokens 512 --compile off --dt
  --threads 1""".split()
 
 
-
 def start(rank, size, port, folder, *more):
     """train.py itself as one rank, in a fork of this interpreter; its last words go to FOLDER/stderr-RANK. Returns its process id."""
     pid = os.fork()
@@ -499,6 +498,14 @@ def test_the_memory_of_the_dry_run_is_what_autograd_keeps_in_a_real_run_with_the
     config = model.LoopCoderConfig(**model.shape(64, 160, 3, 4, 2, 300, 128))
     assert train.kept_bytes(config, 128, torch.float32) == pytest.approx(int(run.stdout), rel=0.001)
 
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_the_state_of_the_dry_run_is_that_of_a_real_run(kind):
+    net = model.LoopCoder(config := model.LoopCoderConfig(**model.shape(64, 160, 3, 4, 2, 300, 128)))
+    net.loss(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64)).backward()
+    (optimizer := train.Optimizer(net, kind)).step(1e-3, 1.0)
+    moments = [x for part in optimizer.parts for state in part.state.values() for name, x in state.items() if name != "step"]
+    assert train.state_bytes(config, kind) == tuple(sum(x.nbytes for x in some) for some in (net.parameters(), moments))
 
 
 def test_a_dry_run_of_the_large_presets_says_what_they_need(capsys):
