@@ -113,6 +113,7 @@ class Entry(NamedTuple):
 SKIP_DIRECTORIES = re.compile(r"__pycache__|\..*|.*\.dist-info|.*\.egg-info|node_modules|_?vendor(ed)?|third[-_]?party|externals?", re.I)
 GENERATED_NAMES = re.compile(r".*(_pb2(_grpc)?\.pyi?|[.-]min\.(js|css)|[.-]lock\.json|[._]generated\.\w+)", re.I)
 LARGEST_FILE = 1_000_000  # bytes; larger ones are data, whatever their extension says
+WRITTEN = ("tokenizer", "train", "heldout", "drops.json", "manifest.json", "work", "fetched", "teacher")  # in the folder of a build
 
 
 def wanted(path):
@@ -181,8 +182,9 @@ def find(sources, folder, counts):
                              f".wet file or URL (gzipped or not), or cc:INDEX?url=PATTERN")
         elif is_repository(root):
             entries = git_files(str(root), inside if len(sources) == 1 else lambda parts, name=name: name)
-        else:
-            entries = walk(str(root), inside)
+        else:  # where the folder written lies in a source, its contents are none
+            within = lambda place: os.path.relpath(place, Path(folder).parent).split(os.sep)[0]
+            entries = (entry for entry in walk(str(root), inside) if within(entry.place) not in WRITTEN)
         found |= dict.fromkeys(entries, source)
     return dict(sorted(found.items()))
 
@@ -830,7 +832,7 @@ def project(h, weight, salt):
     return v * (weight**0.5 / max(np.linalg.norm(v), 1e-9))
 
 
-def embed(texts, model=None, tokenizer=None, teacher=None, length=512):
+def embed(texts, model=None, tokenizer=None, teacher=None):
     """
     Unit vectors (n, width), whose cosine says how alike two texts are. Without a model: 70 % shapes of 4 and 10 tokens, which survive
     renaming, and 30 % words, which keep two import lists apart. With one: its mean hidden state. With a teacher: its /v1/embeddings.
@@ -840,7 +842,7 @@ def embed(texts, model=None, tokenizer=None, teacher=None, length=512):
         rows = np.array([row["embedding"] for row in sorted(reply.json()["data"], key=lambda row: row["index"])], np.float32)
     elif model is not None:
         with torch.no_grad():
-            ids = (torch.tensor([tokenizer.encode(text)[:length] or [0]]) for text in texts)
+            ids = (torch.tensor([tokenizer.encode(text)[:512] or [0]]) for text in texts)
             rows = np.stack([model.hidden(row)[0].float().mean(0).numpy() for row in ids])
         rows = rows - rows.mean(0)  # what all hidden states share says nothing
     else:
@@ -1031,8 +1033,9 @@ def one_thread():
 class Proxy:
     """A small transformer of model.py's blocks over lines; their mean and maximum say the oracle's shares, whose sum is the score."""
     @one_thread()
+    @torch.random.fork_rng(devices=())
     def __init__(self, texts, goals, width=64, epochs=10, batch=32, crop=64):
-        goals, state, rng = np.asarray(goals, float), torch.random.get_rng_state(), np.random.default_rng(0)
+        goals, rng = np.asarray(goals, float), np.random.default_rng(0)
         torch.manual_seed(0)
         self.config = LoopCoderConfig(vocab_size=8, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1,
                                       num_attention_heads=4, num_key_value_heads=4, head_dim=width // 4, loop_num=1)
@@ -1058,7 +1061,6 @@ class Proxy:
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()
-        torch.random.set_rng_state(state)
 
     def forward(self, rows):
         """rows of marks (lines, width) -> (B, shares), each in its own spread around its own mean."""
@@ -1259,7 +1261,7 @@ def small_runs(folder, widths=(16, 32, 64, 128), steps=120, batch=8, context=256
             if step % (steps // 4) == 0:
                 with torch.no_grad():
                     rows.append((language, parameters, step * batch * context, model.loss(*(x[test] for x in packed)).item()))
-        print("refit   {:12s}{:8d} parameters {:8d} tokens: loss {:.3f}".format(*rows[-1]))
+        print("refit   {:12s}{:8d} parameters {:8d} tokens: loss {:.3f}".format(*rows[-1]), flush=True)
     return rows
 
 
@@ -2035,7 +2037,7 @@ def copy_best(code, scores, writer):
 
 
 def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_000, heldout=0.05, context=4096, git=(), benchmarks=(),
-          teacher=None, workers=None, log=print):
+          teacher=None, workers=None, log=functools.partial(print, flush=True)):
     """
     Sources to tokens: out/tokenizer, out/train, out/heldout, out/drops.json, and out/manifest.json, written last. A build that was killed
     goes on from out/work and ends with the same bytes; until then what an earlier build left stays whole. max_bytes=0: everything.
@@ -2060,7 +2062,9 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
     except (BlockingIOError, PermissionError) as error:
         raise ValueError(f"{out}: another process is building there; let it end, or name another folder with --out") from error
 
-    offered = {e: source for e, source in find(sources, out / "fetched", counts).items() if 0 < e.size <= LARGEST_FILE}
+    found = find(sources, out / "fetched", counts)
+    counts.update(f"larger than {LARGEST_FILE // 10**6} MB" for entry in found if entry.size > LARGEST_FILE)
+    offered = {entry: source for entry, source in found.items() if 0 < entry.size <= LARGEST_FILE}
     sample = draw_sample(list(offered), max_bytes)
     if not sample:
         skipped = "".join(f"{reason} {number}, " for reason, number in counts.items())
@@ -2091,7 +2095,7 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
                 "tokenizer_sha256": hashlib.sha256((work / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
                 "drops": {rule: {"documents": row["documents"], "bytes": row["bytes"]} for rule, row in drops.items()}}
     (out / "manifest.json").unlink(missing_ok=True)
-    for name in ("tokenizer", "train", "heldout"):
+    for name in WRITTEN[:3]:
         shutil.rmtree(out / name, ignore_errors=True)
         os.replace(work / name, out / name)
     write_json(out / "drops.json", drops)
@@ -2306,8 +2310,12 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -959,6 +959,14 @@ def test_of_small_projects_and_of_one_kind_alone_a_sample_is_as_large_as_asked()
         assert 99_000 < sum(entry.size for entry in data.draw_sample(entries, 100_000)) <= 100_000
 
 
+def test_what_a_build_writes_inside_a_source_is_no_part_of_the_source(tmp_path):
+    for name in ("src/a.py", "out/train/code.json", "out/drops.json", "out/own.py", "train/b.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    entries = data.find([str(tmp_path)], tmp_path / "out" / "fetched", Counter())
+    assert [entry.path for entry in entries] == ["out/own.py", "src/a.py", "train/b.py"]
+
+
 def test_a_name_that_is_no_utf_8_is_the_same_before_and_after_its_shard(tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     folder.mkdir()
@@ -1192,12 +1200,15 @@ def test_git_repositories_are_sources_and_their_histories_become_commits(tmp_pat
     (["--benchmark", "BROKEN"], "no text of more than 40 characters"), (["--refit", "--out", "EMPTY"], "no such token file"),
     (["--nope"], "unrecognized arguments: --nope"), (["--max-mb", "many"], "invalid float value"), (["--bench", "no"], "invalid choice"),
     (["--source", "BROKEN"], "JSON line not understood 1"), (["--source", "CUT"], "gzip file cut short 1"),
+    (["--source", "LARGE"], "larger than 1 MB 1"),
 ])
 def test_wrong_input_is_one_line_and_status_2(corpus, tmp_path, monkeypatch, capsys, arguments, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.jsonl").write_text("[1, 2]\n")
     (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x = 1"}\n')[:-12])
-    places = {"EMPTY": tmp_path / "empty", "CORPUS": corpus, "BROKEN": tmp_path / "x.jsonl", "CUT": tmp_path / "y.jsonl.gz"}
+    (tmp_path / "z.jsonl").write_text(json.dumps({"text": "x = 1\n" * 200_000}))
+    places = {"EMPTY": tmp_path / "empty", "CORPUS": corpus, "BROKEN": tmp_path / "x.jsonl", "CUT": tmp_path / "y.jsonl.gz",
+              "LARGE": tmp_path / "z.jsonl"}
     arguments = [str(places.get(a, a)) for a in arguments]
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [data.__file__, *arguments, *out])
@@ -1206,6 +1217,12 @@ def test_wrong_input_is_one_line_and_status_2(corpus, tmp_path, monkeypatch, cap
     last = capsys.readouterr().err.strip().split("\n")
     assert end.value.code == 2 and len(last) == 1 and last[0].startswith("data.py: ") and words in last[0]
     assert not any((tmp_path / "out" / name).exists() for name in ("manifest.json", "tokenizer", "train"))
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word():
+    with subprocess.Popen([sys.executable, data.__file__, "--mixture"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        command.stdout.close()
+        assert command.stderr.read() == b"" and command.wait() == 141
 
 
 def test_explain_shows_what_a_rule_removed(built):
