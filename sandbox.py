@@ -179,6 +179,7 @@ def parse(text, mode="exec"):
 # Between our own processes, and to a program: 4 bytes of length and then the bytes, which are mostly JSON.
 
 ANSWER_BYTES, REPORT_BYTES = 1 << 20, 1 << 24  # the most of one answer, and of all that a program says besides its output
+TRACE_BYTES = 1 << 21  # the most of a trace, which a program can forge: as JSON, small lists take fifty times their text
 
 
 def framed(value):
@@ -363,7 +364,7 @@ TOOLS = "/tools"  # python and python3, first in PATH
 DEVICES = ["/dev/null", "/dev/full", "/dev/random", "/dev/urandom"]
 SHOWN = ("/usr/bin /usr/sbin /usr/lib /usr/lib32 /usr/lib64 /usr/libexec /usr/include /usr/share/zoneinfo /usr/share/nodejs "
          "/usr/local/bin /usr/local/lib /usr/local/include /bin /sbin /lib /lib32 /lib64 /etc/alternatives /etc/ld.so.cache "
-         "/etc/localtime").split()  # fmt: skip
+         "/etc/localtime /etc/ssl/openssl.cnf").split()  # fmt: skip
 WRITTEN = {"/etc/passwd": f"sandbox:x:{INSIDE_ID}:{INSIDE_ID}::{DISK}/work:/bin/sh\n", "/etc/group": f"sandbox:x:{INSIDE_ID}:\n",
            "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n", "/etc/nsswitch.conf": "hosts: files\n"}  # fmt: skip
 PACKAGES = [f"{prefix}/{lib}/{python}/{kind}-packages" for prefix in {sys.base_prefix, "/usr", "/usr/local"} for lib in ("lib", "lib64")
@@ -749,8 +750,9 @@ def run_python(job):
         sys.excepthook(type(error), error.with_traceback(trace), trace)
     sys.settrace(None)
     if tracer:
-        with open(3, "w") as file:
-            json.dump({"lines": tracer.lines, "steps": tracer.steps, "cut": len(tracer.steps) == tracer.MOST}, file)
+        with open(3, "w", encoding="utf-8", errors="replace") as file:
+            told = {"lines": tracer.lines, "steps": tracer.steps, "cut": len(tracer.steps) == tracer.MOST}
+            file.write(json.dumps(told, ensure_ascii=False))
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -1033,7 +1035,7 @@ def one_run(order, links, asker, wake, walls):
     """Pipes, fork, attend, report. The order holds limits and numbers; the rest of the request is for the program's process alone."""
     limits, (told, ready), (near, far) = Limits(**order["limits"]), socket.socketpair(), socket.socketpair()
     ready = socket.socket(fileno=out_of_the_way(ready.detach()))
-    sizes = [limits.output_kb * 1024] * 2 + [REPORT_BYTES] * order["report"]
+    sizes = [limits.output_kb * 1024] * 2 + [order["report"]] * bool(order["report"])
     our_ends, its_ends = zip(*(os.pipe() for _ in sizes))
     descriptors = [*its_ends, *([far.fileno()] if order["questions"] else []), *links]
     child = spawn(lambda: live(asker, ready, descriptors, limits, walls), ready, NEW_IN_EACH_RUN if walls["namespaces"] else 0)
@@ -1075,6 +1077,7 @@ def one_run(order, links, asker, wake, walls):
 
 def send_tree(asker, work, limits):
     """In a process of its own: hand the files that a run has left to whoever asked."""
+    os.fchmod(work, 0o700)  # it may have locked even this
     os.fchdir(work)
     tree = read_tree(".", limits.disk_mb << 20)
     index = [[path, mode, len(data)] for path, (mode, data) in tree.items()]
@@ -1281,10 +1284,11 @@ def stop():
 class Flight:
     """
     One run under way: begun by its construction, ended by land(). Besides stdin, stdout and stderr the program gets, in this order: a
-    pipe where it has a `report` to write, a socket where it has `questions` to answer (the run ends with the last answer), the `link`.
+    pipe for a `report` of at most so many bytes, a socket where it has `questions` to answer (the run ends with the last answer), the
+    `link`.
     """
 
-    def __init__(self, job, limits, report=False, questions=(), link=None, tree=False):
+    def __init__(self, job, limits, report=0, questions=(), link=None, tree=False):
         self.limits, self.tree = limits, tree
         order = {"limits": asdict(limits), "report": report, "questions": list(map(len, questions)), "tree": tree}
         for attempt in (1, 2):
@@ -1411,14 +1415,14 @@ def run_each(source, stdins, files, limits, language, trace=False):
         made, _, tree = Flight({"kind": "command", "argv": make.split(), "files": files}, limits, tree=True).land()
         if made.status != "ok":
             return [], made
-        files["main"] = tree["main"]
+        files["main"] = (stat.S_IFREG | 0o755, tree["main"][1])  # without namespaces the linker may not make it executable
         if not room():
             return [], replace(made, status="failed", reason="what it compiles to does not fit on the disk")
     runs, trace = [], bool(trace) and language == "python"
     job = {"kind": "command", "argv": start.split()} if start else {"kind": "python", "trace": trace}
     job["files"] = files
     for stdin in stdins:
-        done, report, _ = Flight({**job, "stdin": stdin}, limits, report=trace).land()
+        done, report, _ = Flight({**job, "stdin": stdin}, limits, report=TRACE_BYTES * trace).land()
         with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
             told = json.loads(report)  # empty, or what the Tracer wrote, or what the program has forged
             lines = {int(line): int(times) for line, times in told["lines"].items()}
@@ -1932,7 +1936,7 @@ def grade_apart(program, tests, limits, files=None, modules=()):
     with ours, theirs:
         candidate = Flight({"kind": "serve", "load": not files, "files": program}, limits, link=theirs)
         job = {"kind": "test", "tests": tests, "files": files or {}, "modules": modules}
-        tester = Flight(job, patient, report=True, link=ours)
+        tester = Flight(job, patient, report=REPORT_BYTES, link=ours)
     (tested, report, _), (done, _, _) = tester.land(), candidate.land()
     lines = report.split(b"\n")[:-1]  # without what the end of the tester has cut
     verdicts = [(passed is True, message) for passed, message in map(json.loads, lines)]

@@ -503,6 +503,13 @@ def test_a_forged_trace_is_no_trace_and_breaks_nothing():
         assert done.status == "ok" and done.trace is None, done
 
 
+def test_a_forged_trace_does_not_grow_us():
+    program = "import os\nb = b'{\"lines\": {}, \"steps\": [' + b'[],' * 5500000 + b'[]], \"cut\": false}'\nwhile b: b = b[os.write(3, b):]\nos._exit(0)"
+    code = f"import resource, sandbox\nsandbox.run('1')\nused = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\nbefore = used()\nassert sandbox.run({program!r}, trace=True).status == 'ok'\nprint(used() - before)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=100)
+    assert int(done.stdout) < 150, done
+
+
 def test_a_program_under_function_tests_is_imported_not_started():
     source = "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\ndef f(x): return P(x).x\nif __name__ == '__main__':\n    print(f(int(input())))\n"
     assert grade(source, [Call("f", [1], 1), Check("assert f(2) == 2"), Io("3", "3")], SMALL).status == "passed"
@@ -867,6 +874,14 @@ def test_a_program_of_another_language_reads_and_prints(language):
     assert graded.passed == [True, True, False] and graded.runs[-1].stdout == "2\n", graded
 
 
+@needs_full
+def test_without_namespaces_the_other_languages_work_too():
+    tools = {language: [command.split()[0] for command in sandbox.LANGUAGES[language][1:] if command and command[:2] != "./"] for language in LANGUAGES}
+    have = {language: program for language, program in LANGUAGES.items() if all(map(shutil.which, tools[language]))}
+    code = f"import sandbox\nfor language, program in {have}.items(): print(sandbox.run(program, '21', None, sandbox.Limits(cpu_s=20, wall_s=60), language).stdout.strip())"
+    assert under("namespaces", "-c", code).stdout.split() == ["42"] * len(have)
+
+
 def test_sql_runs_on_the_database_that_it_is_given():
     done = run("create table t(a, b);\ninsert into t values (1, 'x'), (2, null);\nselect b, a from t order by a desc;\nselect count(*) from t", language="sql")
     assert done.stdout == "|2\nx|1\n2\n" and run("select * from nothing", language="sql").status == "failed"
@@ -948,7 +963,7 @@ honest = grade("def f(x): return x + 1", [Call("f", [2], 3), Check("assert f(2) 
 # not at once: a fork bomb may starve others; hurried where the clock is what ends it, since filling memory takes a slow machine time too
 bombs = {name: sandbox.run(bomb, limits=hurried if end in ("timeout", "") else limits).status for name, (bomb, end) in sandbox.BOMBS.items()}
 with Workspace({"a.py": "x = 1\\n"}, limits) as place:
-    place.exec("echo y = 2 >> a.py; mkdir -m 000 locked; mkdir d; chmod 000 d 2>/dev/null; true")
+    place.exec("echo y = 2 >> a.py; mkdir -m 000 locked; mkdir d; chmod 000 d . 2>/dev/null; true")
     text = place.read("a.py")
 print(json.dumps({"facts": sandbox.protection(), "fooled": sum(g.pass_rate for g in cheats), "errors": [g.status for g in cheats].count("sandbox error"),
                   "honest": honest.status, "bombs": bombs, "text": text}))
