@@ -244,17 +244,17 @@ def draw_sample(entries, max_bytes):
             if used[entry.project] + entry.size <= cap:
                 used[entry.project] += entry.size
                 chosen.append(entry)
-    rest = max_bytes - sum(entry.size for entry in chosen)
+    rest, taken = max_bytes - sum(entry.size for entry in chosen), set(chosen)
     if rest > max_bytes / 2:  # the parts of the projects are smaller than their files, or the sources are text or C alone: chance decides
-        for entry in sorted(set(entries) - set(chosen), key=by_chance):
-            if entry.size <= rest:
+        for entry in sorted(entries, key=by_chance):
+            if entry.size <= rest and entry not in taken:
                 chosen.append(entry)
                 rest -= entry.size
     return sorted(chosen)
 
 
 def held_out_projects(entries, share):
-    """In the order of a hash, each project that gives some language bytes it still lacks and takes more than twice its share of none."""
+    """By the order of a hash: each project that adds to a language still short of its share, and brings none over twice its share."""
     size = defaultdict(Counter)
     for entry in entries:
         size[entry.project][entry.language] += entry.size
@@ -277,13 +277,13 @@ LARGEST_RECORD, LARGEST_DOWNLOAD = 16_000_000, 2_000_000_000  # bytes
 TRIES, PASSING = 6, (408, 429, 500, 502, 503, 504)  # what may be otherwise at the next try
 
 
-def request(url, method="GET", headers=(), **options):
+def request(url, headers=()):
     """One request, patiently: what may pass is tried again at once, then after 2, 4, 8, ... seconds or as long as the server says."""
-    again = urllib3.Retry(TRIES - 1, backoff_factor=1, status_forcelist=PASSING, allowed_methods=None, raise_on_status=False)
+    again = urllib3.Retry(TRIES - 1, backoff_factor=1, status_forcelist=PASSING, raise_on_status=False)
     session = requests.Session()
     session.adapters = dict.fromkeys(session.adapters, requests.adapters.HTTPAdapter(max_retries=again))
     try:
-        reply = session.request(method, url, headers={**AGENT, **dict(headers)}, timeout=60, stream=True, **options)
+        reply = session.get(url, headers={**AGENT, **dict(headers)}, timeout=60, stream=True)
     except requests.ConnectionError as error:
         raise OSError(f"{url}: no connection after {TRIES} tries; run the same command later, it goes on where it stopped") from error
     if reply.status_code in PASSING:
@@ -325,7 +325,7 @@ def download(url, path, first=0, size=None):
 def crawl(query, folder, counts):
     """Files with the WARC records that INDEX?url=PATTERN of Common Crawl finds: one byte range each, kept, so never fetched twice."""
     data_url = "https://data.commoncrawl.org/" if urllib.parse.urlsplit(query).hostname == "index.commoncrawl.org" else query
-    for line in request(query + "&output=json").iter_lines():
+    for line in list(request(query + "&output=json").iter_lines()):  # all at once: it would not stay open while the ranges are fetched
         problem = "index line not understood"
         try:
             row = json.loads(line)
@@ -476,7 +476,8 @@ def decode(raw, declared=None):
 class Page(HTMLParser):
     """HTML to text: blocks become lines, what is no content disappears, and <pre> becomes a fenced block, byte for byte."""
     SILENT = set("script style nav footer aside form noscript template svg button select iframe title".split())
-    BLOCK = set("p div section article main header h1 h2 h3 h4 h5 h6 ul ol li dl dt dd table tr blockquote br hr".split())
+    BLOCK = set("p div section article main header h1 h2 h3 h4 h5 h6 ul ol li dl dt dd table caption tr blockquote figure figcaption "
+                "details summary address br hr".split())
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
@@ -498,6 +499,8 @@ class Page(HTMLParser):
         elif tag in self.BLOCK and self.pre is None:
             self.end_line()
             self.line += ["- "] if tag == "li" else ["#" * int(tag[1]) + " "] if re.fullmatch("h[1-6]", tag) else []
+        elif tag in ("td", "th") and self.pre is None:
+            self.line.append(" ")  # cells of a row stand apart
 
     def handle_endtag(self, tag):
         if tag in self.silent:
@@ -838,7 +841,8 @@ def embed(texts, model=None, tokenizer=None, teacher=None):
     renaming, and 30 % words, which keep two import lists apart. With one: its mean hidden state. With a teacher: its /v1/embeddings.
     """
     if teacher:
-        reply = request(f"{teacher.url}/embeddings", "POST", teacher.session.headers, json={"model": teacher.model, "input": list(texts)})
+        reply = teacher.session.post(f"{teacher.url}/embeddings", json={"model": teacher.model, "input": list(texts)}, timeout=120)
+        reply.raise_for_status()
         rows = np.array([row["embedding"] for row in sorted(reply.json()["data"], key=lambda row: row["index"])], np.float32)
     elif model is not None:
         with torch.no_grad():

@@ -356,6 +356,11 @@ def test_a_page_keeps_its_text_where_an_end_tag_is_left_out_a_block_stands_in_a_
     assert data.html_text("<p>telephones of AT&T") == "telephones of AT&T\n"
 
 
+def test_cells_and_captions_of_a_page_stand_apart():
+    html = "<table><caption>C</caption><tr><th>a<th>b<tr><td>1</td><td>2</td></table><figure><img><figcaption>F</figcaption></figure>end"
+    assert data.html_text(html) == "C\na b\n1 2\nF\nend\n"
+
+
 def test_an_edit_never_leaves_half_of_a_long_line_and_no_quick_look_hides_what_its_pattern_finds(library):
     long = "You can sign in with a token that is made for this purpose, and from then on the server answers whatever you may ask it.\n"
     other = "Another sentence stands here, and it says a number of different things about life to you and me.\n"
