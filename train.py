@@ -98,6 +98,8 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Preset:
+    """The size of a chain."""
+
     contexts: tuple[int, int, int]  # row lengths of pre-training, mid1, mid2
     tokens: float  # token budget of the chain up to mid2; fine-tuning comes on top
     batch_tokens: int  # tokens of one optimizer step
@@ -1090,8 +1092,6 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     mixture, shares, absent = stage_data(stage, cfg, model, tokenizer, context, rows, steps, world)
     first, seconds, snapshot = 0, 0.0, folder / "state.pt"
     identity = {name: getattr(cfg, name) for name in ("preset", "optimizer", "seed")}  # what a run that goes on has of the one before
-    if world.main and not cfg.resume:
-        snapshot.unlink(missing_ok=True)  # of a run that was given up: no later --resume may go on from it
     if cfg.resume and snapshot.exists():
         saved = torch.load(snapshot, map_location="cpu", weights_only=False, mmap=True)
         if identity != saved["identity"]:
@@ -1323,6 +1323,11 @@ def chain(cfg: TrainConfig, world: World) -> None:
     if world.main and not (out / "data" / "manifest.json").exists():
         megabytes = preset.max_mb and max(6, preset.max_mb * cfg.scale)  # less could not fill the vocabulary; 0 is everything
         data.build(out / "data", cfg.source, preset.vocab_size, max_bytes=int(megabytes * 1e6))
+    if world.main and not cfg.resume:  # no later --resume may take for this run's own what an earlier one left
+        for name in cfg.wanted:
+            (out / name / "state.pt").unlink(missing_ok=True)
+            if (out / name / "log.jsonl").exists():
+                (out / name / "log.jsonl").write_text("")  # see is_finished
     if world.size > 1:
         dist.barrier()
     for name, stage in STAGES.items():

@@ -149,9 +149,16 @@ def test_a_run_goes_on_from_its_own_snapshot_and_ends_with_its_scores_whenever_i
     killed_in_step(3, cfg, monkeypatch)  # a finished stage begun anew is not finished, though its old model stays
     run_chain(again)
     assert len(records(out / "pretrain")) == len(logs[0])
-    kept = (out / "pretrain" / "log.jsonl").stat().st_mtime_ns
-    run_chain(again)
-    assert (out / "pretrain" / "log.jsonl").stat().st_mtime_ns == kept
+    both = [config(out, stages="pretrain,anneal", save_every=5, scale=0.5, resume=resume) for resume in (False, True)]
+    written = lambda name: (out / name / "log.jsonl").stat().st_mtime_ns
+    kept = written("pretrain")
+    run_chain(both[True])
+    assert written("pretrain") == kept
+    kept = written("anneal")
+    killed_in_step(3, both[False], monkeypatch)  # in pretrain: what anneal left is not of this run
+    assert records(out / "anneal") == []
+    run_chain(both[True])
+    assert written("anneal") > kept and "bits_per_byte" in records(out / "anneal")[-1]
 
 
 def test_a_gradient_that_is_not_a_number_ends_the_run_before_anything_is_saved(corpus, toy, tmp_path, monkeypatch):
