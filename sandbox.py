@@ -70,7 +70,7 @@ class Limits:
 
     wall_s: float = 10.0  # the clock stops while the program waits for a busy CPU, so that a loaded machine changes no verdict
     cpu_s: float = 5.0  # of the whole tree, killed orphans included
-    memory_mb: int = 512  # of the whole tree, its files included
+    memory_mb: int = 512  # of the whole tree; files, full sockets and page tables included
     processes: int = 64  # and threads
     file_mb: int = 32  # one file
     output_kb: int = 64  # each of stdout and stderr; what is beyond is dropped, and the output says so
@@ -833,13 +833,24 @@ def below(pid, most=1 << 22):
     return found
 
 
+def from_proc(pid, name):
+    """A file about a process, as one of its threads that still lives shows it: the first may have ended before the others."""
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                text = Path(f"/proc/{pid}/task/{thread}/{name}").read_text()
+                if not text.startswith("0 "):
+                    return text
+    return "0 0 0"
+
+
 def usage_of(pid):
     """(CPU seconds, bytes of memory of its own) of a process; page tables, at the most that its address space can need, are among these."""
     try:
         numbers = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        size, resident, shared = map(int, Path(f"/proc/{pid}/statm").read_bytes().split()[:3])
     except OSError:
         return 0.0, 0
+    size, resident, shared = map(int, from_proc(pid, "statm").split()[:3])
     own = resident - shared + size // 512
     return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK"), own * resource.getpagesize()
 
@@ -868,9 +879,8 @@ class Tree:
         if self.walls["namespaces"]:
             about = os.fstatvfs(work)
             disk = (about.f_blocks - about.f_bfree) * about.f_bsize
-            memory += disk
-            with contextlib.suppress(OSError):  # it has ended; sockets that nobody holds any more, or not yet, count too
-                memory += SOCKET_BYTES * int(Path(f"/proc/{self.child}/net/sockstat").read_text().split()[2])
+            sockets = (int(from_proc(pid, "net/sockstat").split()[2]) for pid in pids)  # those of all, held by somebody or not
+            memory += disk + SOCKET_BYTES * next(filter(None, sockets), 0)
         else:  # a file counts as no less than 16 kB, so that empty ones have a limit too, as on the tmpfs
             unseen = []
             disk = sum(max(1 << 14, about.st_blocks * 512) for _, _, about in below_folder(self.walls["disk"], unseen=unseen))
@@ -2081,8 +2091,7 @@ class Workspace:
                 patch.append(f"Binary files a/{path} and b/{path} differ\n")
                 continue
             names = ("/dev/null" if old is None else f"a/{path}", "/dev/null" if new is None else f"b/{path}")
-            lines = ([line + "\n" for line in text.decode("utf-8", "surrogateescape").split("\n")] for text in texts)
-            lines = [each[:-1] + ([each[-1][:-1]] if each[-1] != "\n" else []) for each in lines]  # the last line may lack its end
+            lines = [re.findall(r"[^\n]*\n|[^\n]+", text.decode("utf-8", "surrogateescape")) for text in texts]  # the last may lack its end
             for line in difflib.unified_diff(*lines, *names):
                 patch.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
         return "".join(patch)

@@ -236,9 +236,11 @@ def test_two_runs_do_not_draw_the_same_random_numbers():
 # ---- using the machine up ------------------------------------------------------------------------------------------------------
 
 BUFFERS = "import os, socket, time\nfor _ in range(20):\n    if os.fork() == 0:\n        keep = []\n        try:\n            while True:\n                PAIR\n                keep.append((a, b)); a.setblocking(False)\n                try:\n                    while True: a.send(bytes(99999))\n                except BlockingIOError: pass\n        except OSError: time.sleep(9)\ntime.sleep(9)"
-UNACCEPTED = "import socket\nkeep = []\nwhile True:\n    c = socket.socket(FAMILY)\n    if len(keep) == 0:\n        s = socket.socket(FAMILY); s.bind(NAME); s.listen(4096); keep.append(s)\n    c.connect(s.getsockname()); c.setblocking(False)\n    try:\n        while True: c.send(bytes(99999))\n    except BlockingIOError: c.close()"
+UNACCEPTED = "import socket, time\nkeep = []\nwhile True:\n    time.sleep(0.001)\n    c = socket.socket(FAMILY)\n    if len(keep) == 0:\n        s = socket.socket(FAMILY); s.bind(NAME); s.listen(4096); keep.append(s)\n    c.connect(s.getsockname()); c.setblocking(False)\n    try:\n        while True: c.send(bytes(99999))\n    except BlockingIOError: c.close()"
 BOMBS = {
     **sandbox.BOMBS,
+    "memory of many processes whose first threads have ended": ("import ctypes, os, threading, time\ndef work():\n    time.sleep(0.3)\n    a = bytearray(60 << 20)\n    time.sleep(9)\nfor _ in range(6):\n    if not os.fork():\n        break\nthreading.Thread(target=work).start()\nctypes.CDLL(None).syscall(93 if os.uname().machine == 'aarch64' else 60, 0)", "memory"),
+    "memory in connections of a thread that has outlived the first": ("import ctypes, os, threading\ndef work():\n" + "".join(f"    {line}\n" for line in UNACCEPTED.replace("FAMILY", "socket.AF_UNIX").replace("NAME", "'s'").split("\n")) + "threading.Thread(target=work).start()\nctypes.CDLL(None).syscall(93 if os.uname().machine == 'aarch64' else 60, 0)", "memory"),
     "memory in connections that nobody accepts": (UNACCEPTED.replace("FAMILY", "socket.AF_INET").replace("NAME", "('127.0.0.1', 0)"), "memory"),
     "memory in unix connections that nobody accepts": (UNACCEPTED.replace("FAMILY", "socket.AF_UNIX").replace("NAME", "'s'"), "memory"),
     "memory in page tables": ("import mmap, time\nm = mmap.mmap(-1, 1 << 37, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON | 0x4000, prot=mmap.PROT_READ)\nfor i in range(0, 1 << 36, 1 << 21): m[i]\ntime.sleep(9)", "memory"),
