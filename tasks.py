@@ -7,7 +7,7 @@ evaluation counts what verifies. Start with `Task`, `generate` and `verify`, the
     split   A task's template is a tuple of keys (say "sort>reverse"). A fifth of all keys is held out, by hash; a task with a held-out
             key is a test task. Every single step is seen in training, a held-out composition never.
     dial    Difficulty 1 is easy for a model of a million parameters, 5 is not; prompts and answers grow with it.
-    chance  chance(family) measures what an answer earns that knows the form and not the task, so that skill can be told from luck.
+    chance  guesses() are answers that know the form and not the question: what they solve is luck, what is solved beyond it is skill.
 
 Source: sections 4.1 to 4.3 of the IQuest-Coder-V1 report; SWE-smith for the list of planted bugs; Mercury for Beyond.
 Departure: the report's tasks come from the web and from frontier models; ours are generated, and small enough for a laptop.
@@ -300,21 +300,27 @@ def competitive(family: str):
 
 PRINTED = """
 import contextlib, io, sys
-def printed(stdin):
-    sys.stdin = io.StringIO(stdin)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile(program, "main.py", "exec"), {"__name__": "__main__"})
-    return out.getvalue().rstrip()
+def printed(inputs):
+    texts = []
+    for sys.stdin in map(io.StringIO, inputs):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(program, "main.py", "exec"), {"__name__": "__main__"})
+        texts.append(out.getvalue().rstrip())
+    return texts
 """
 
 
 def verify_tests(task, answer):
     """The share of calls that return, or of inputs for which the program prints (in a process for each), exactly what they should."""
     code, calls, io = code_of(answer), task.tests.get("calls", ()), task.tests.get("io", ())
-    if io:  # one process runs the program on all inputs: a right one is known in a tenth of the time, one that never ends is ended once
-        together = graded(f"program = {code!r}" + PRINTED, [Call("printed", [stdin], stdout.rstrip()) for stdin, stdout in io])
-        if together.status in ("passed", "timeout"):
-            return together.pass_rate
+    if io:
+        ask = lambda some: Call("printed", [[stdin for stdin, _ in some]], [stdout.rstrip() for _, stdout in some])
+        in_one_process = lambda calls: graded(f"program = {code!r}" + PRINTED, calls)
+        together = in_one_process([ask(io)])  # so a right program is known in a tenth of the time
+        if together.status == "passed":
+            return 1.0
+        if together.status == "timeout":  # what never ends must not run out of time once for every input
+            return in_one_process([ask([each]) for each in io]).pass_rate
     return graded(code, [Call(*call) for call in calls] + [Io(*each) for each in io]).pass_rate
 
 
@@ -1138,12 +1144,6 @@ def guesses(problems, n: int = 1) -> list[list[str]]:
     return [[guess(task, other) for other in next_ones(i)] for i, task in enumerate(problems)]
 
 
-def chance(family: str, difficulty: int = 1, n: int = 100) -> float:
-    """The random-answer baseline: the share of tasks that a guess solves."""
-    problems = [generate(family, difficulty, seed, "test") for seed in range(n)]
-    return sum(verify(task, answer) == 1.0 for task, (answer,) in zip(problems, guesses(problems))) / n
-
-
 FRESH = ("alpha", "gamma", "delta", "omega", "sigma", "kappa", "theta", "zeta")
 NOISE = ("", "Please help. ", "This is urgent. ", "Take care. ", "One more: ", "For a friend: ")
 
@@ -1298,7 +1298,7 @@ def generator_language() -> tuple[set, set]:
 class Contamination:
     """
     Does a text hold an evaluation problem? Four questions, the sharpest first; for the last two a frame is no evidence.
-        text      a whole problem stands in it, word for word (a question ends with a full stop, so that no other begins with it)
+        text      a whole problem of six words or more stands in it, word for word (a question ends with a full stop: no other begins so)
         renamed   it does where names are left out: the pools' own, and words that neither the evaluation nor the generator knows
         13-grams  half of a problem's 13-grams (GPT-3's length), and 13 of them
         near      MinHash says that 40 % of the 5-grams are the same, where there are more than 13

@@ -177,7 +177,7 @@ def test_an_output_must_have_the_right_type_and_any_input_that_works_is_right():
     assert [verify(task, text) for text in ("3", "-7", "4", "'3'", "f(3)")] == [1, 1, 0, 0, 0]
 
 
-def test_a_program_that_never_ends_is_ended_once_and_not_for_every_input(monkeypatch):
+def test_a_program_that_never_ends_is_not_waited_for_on_every_input(monkeypatch):
     monkeypatch.setattr(tasks, "LIMITS", Limits(cpu_s=0.4))
     task = dataclasses.replace(generate("stdin", 1, 0), tests={"io": [("1\n", "1\n")] + [("2\n", "3\n")] * 19})
     start = time.perf_counter()
@@ -488,7 +488,8 @@ def test_a_right_answer_with_a_main_part_or_much_output_or_an_endless_trace_has_
                                                       ("crux_output", 1, 0.0, 0.35), ("sql", 1, 0.0, 0.25)])
 def test_the_random_answer_baseline_is_what_luck_earns(family, level, low, high):
     """After a failed fix one of two is left at the first level of swe, two of three at the second."""
-    assert low <= tasks.chance(family, level, n=40) <= high
+    problems = [generate(family, level, seed, "test") for seed in range(40)]
+    assert low <= np.mean([verify(task, guess) == 1.0 for task, (guess,) in zip(problems, tasks.guesses(problems))]) <= high
 
 
 def test_a_guess_speaks_of_its_own_task_and_is_never_made_from_its_solution():
