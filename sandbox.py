@@ -845,14 +845,17 @@ def from_proc(pid, name):
 
 
 def usage_of(pid):
-    """(CPU seconds, bytes of memory of its own) of a process; page tables, at the most that its address space can need, are among these."""
+    """
+    (CPU seconds of a process, the same with those of children it has waited for, bytes of memory of its own). Page tables, at the most
+    that its address space can need, are among these.
+    """
     try:
-        numbers = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        ticks = list(map(int, Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[11:15]))
     except OSError:
-        return 0.0, 0
+        return 0.0, 0.0, 0
+    second, page = os.sysconf("SC_CLK_TCK"), resource.getpagesize()
     size, resident, shared = map(int, from_proc(pid, "statm").split()[:3])
-    own = resident - shared + size // 512
-    return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK"), own * resource.getpagesize()
+    return sum(ticks[:2]) / second, sum(ticks) / second, (resident - shared + size // 512) * page
 
 
 class Tree:
@@ -865,7 +868,7 @@ class Tree:
 
     def look(self, work, limits):
         """The limit that is broken now, as (status, reason), or None."""
-        memory = 0
+        memory, cpu_s = 0, self.cpu_s  # of whom we have reaped
         if self.walls["namespaces"]:
             pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
         else:
@@ -873,8 +876,9 @@ class Tree:
         if len(pids) > limits.processes:  # before anything is measured: meanwhile a fork bomb would grow
             return "failed", f"more than {limits.processes} processes"
         for pid in pids:
-            cpu_s, own = usage_of(pid)
-            self.seen[pid] = max(cpu_s, self.seen.get(pid, 0.0))
+            alone_s, whole_s, own = usage_of(pid)
+            cpu_s += whole_s
+            self.seen[pid] = max(alone_s, self.seen.get(pid, 0.0))
             memory += max(0, own - self.walls["own"])  # without what it shares with the zygote
         if self.walls["namespaces"]:
             about = os.fstatvfs(work)
@@ -892,7 +896,7 @@ class Tree:
             return "memory", f"more than {limits.memory_mb} MB in all its processes and files"
         if disk > limits.disk_mb << 20:  # a tmpfs would not have let it come to this
             return "failed", f"more than {limits.disk_mb} MB of files"
-        if sum(self.seen.values()) > limits.cpu_s:
+        if max(cpu_s, sum(self.seen.values())) > limits.cpu_s:  # the one misses whom nobody waits for, the other whom we never saw
             return "timeout", f"more than {limits.cpu_s:g} s of CPU"
         if elapsed > limits.wall_s:  # without the time in which it waited for a CPU, or we did, who ask the questions
             waited_s = self.late_s
@@ -1127,7 +1131,7 @@ def zygote(control, not_ours, keeper_, namespaces, uid):
     prctl(PR_DEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
     warm_up()
     pages = 0 if PORTABLE else int(Path("/proc/self/statm").read_text().split()[5])
-    walls["own"], walls["data"] = usage_of(os.getpid())[1], pages * resource.getpagesize()
+    walls["own"], walls["data"] = usage_of(os.getpid())[2], pages * resource.getpagesize()
     walls["neighbours"] = 1 if namespaces else 4 * (os.cpu_count() or 1) * 64  # whom the count of a user's processes also counts
     layers = [facts.get(name, "").startswith("in force") for name in ("namespaces", "landlock", "seccomp")]
     facts["level"] = walls["level"] = "full" if all(layers) else "reduced" if layers[2] and any(layers[:2]) else "minimal"

@@ -49,7 +49,7 @@ def footprint():
     count = lambda folder: len(os.listdir(folder)) if os.access(folder, os.R_OK) else 0
     return {"programs": len(pids) - waiting, "mounts": Path("/proc/self/mounts").read_text().count("\n"), "descriptors": count("/proc/self/fd"),
             "zygote descriptors": max((count(f"/proc/{pid}/fd") for pid in pids), default=0), "files in /tmp": count(tempfile.gettempdir()),
-            "memory": round(sandbox.usage_of(os.getpid())[1] / 2**20)}  # fmt: skip
+            "memory": round(sandbox.usage_of(os.getpid())[2] / 2**20)}  # fmt: skip
 
 
 def settled():
@@ -309,6 +309,11 @@ def test_the_cpu_time_of_killed_orphans_is_counted():
         limits=Limits(cpu_s=9),
     )
     assert done.status == "ok" and 0.5 <= done.cpu_s < 1.0, done
+
+
+def test_the_cpu_time_of_children_too_short_to_be_seen_is_counted():
+    done = run("import os, time\nend = time.monotonic() + 2\nwhile time.monotonic() < end:\n    if not os.fork():\n        sum(range(50000)); os._exit(0)\n    os.wait()", limits=Limits(cpu_s=0.3))
+    assert (done.status, done.reason) == ("timeout", "more than 0.3 s of CPU") and done.cpu_s < 1.5, done
 
 
 def test_the_clock_stops_while_the_program_waits_for_a_busy_cpu():
