@@ -52,7 +52,7 @@ import commits
 import data
 import fim
 import tasks
-from loop_attention import Ring, fingerprint, ring_bytes, shard_sequence
+from loop_attention import EVERYTHING, Ring, fingerprint, ring_bytes, shard_sequence
 from model import LoopCoder, LoopCoderConfig, flops_per_token, matmul_peak, parameter_count
 
 # ---------------------------------------------------------------------------------------------- the stages
@@ -1390,16 +1390,40 @@ def kept_bytes(config, tokens, dtype):
     return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in own)
 
 
+def layer_parameters(config) -> int:
+    """Parameters of the matrices inside the layers, which Muon updates; AdamW has the rest."""
+    return parameter_count(config)[1] - config.vocab_size * config.hidden_size  # the head is counted with the matrices there
+
+
 def state_bytes(config, optimizer: str) -> tuple[int, int]:
     """Bytes of (the weights, what the optimizer remembers), float32: one moment of the layers' matrices with muon, two of all else."""
-    P, matrices = parameter_count(config)
-    layers = matrices - config.vocab_size * config.hidden_size  # the head is multiplied with, too, but AdamW's
-    return 4 * P, 8 * P - (4 * layers if optimizer == "muon" else 0)
+    P = parameter_count(config)[0]
+    return 4 * P, 8 * P - (4 * layer_parameters(config) if optimizer == "muon" else 0)
 
 
-def busiest(context, cp, width, *window):
+def weight_traffic(config, ranks, sharded, micro_batches, optimizer):
+    """Bytes of weights and gradients that a rank sends in a step."""
+    layers, R = layer_parameters(config), config.loop_num
+    rest = parameter_count(config)[0] - layers
+    if not sharded:
+        return 2 * (ranks - 1) / ranks * 4 * (layers + rest)  # one all-reduce of float32 gradients
+    gathered, scattered = 2 * (2 * R * layers + rest), 4 * (R * layers + rest)  # bfloat16 weights for every pass, float32 sums
+    return (ranks - 1) / ranks * (micro_batches * (gathered + scattered) + 6 * layers * (optimizer == "muon"))
+
+
+def busiest(context, cp, width, window):
     """Bytes (forward, backward) that the busiest rank sends for one attention over a ring."""
-    return np.max([ring_bytes(context, cp, rank, width, *window) for rank in range(cp)], axis=0)
+    return np.max([ring_bytes(context, cp, rank, width, window) for rank in range(cp)], axis=0)
+
+
+def ring_traffic(config, context, cp, again):
+    """Bytes of keys and values that the busiest rank sends for a row; again: the backward pass computes the forward once more."""
+    if cp == 1:
+        return 0
+    width, R = config.num_key_value_heads * config.head_dim, config.loop_num
+    views = ((EVERYTHING, R), (config.loop_window_size, R - 1))  # those of pass 1 travel in every pass, the window's in the later ones
+    sent = [(passes, *busiest(context, cp, width, window)) for window, passes in views]
+    return config.num_hidden_layers * sum(passes * (forward * (1 + again) + backward) for passes, forward, backward in sent)
 
 
 def ring_plan(config, context, cp) -> None:
@@ -1412,7 +1436,7 @@ def ring_plan(config, context, cp) -> None:
         sends, computes = size / LINK_BYTES, work / DEVICE_FLOPS
         print(f"  {name:8} step: {size / 1e6:6.1f} MB in {1e3 * sends:.2f} ms behind {work / 1e12:.2f} TFLOP in {1e3 * computes:.1f} ms "
               f"({computes / sends:.0f} times as long)")
-    (forward, backward), halo = (busiest(context, cp, width, *window) / 1e6 for window in ((), (config.loop_window_size,)))
+    (forward, backward), halo = (busiest(context, cp, width, window) / 1e6 for window in (EVERYTHING, config.loop_window_size))
     print(f"  a rank sends {forward:.0f} MB forward and {backward:.0f} MB backward; the window's halo {halo[0]:.2f} and {halo[1]:.2f} MB")
 
 
@@ -1420,10 +1444,7 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     """Print what the preset is going to need, without doing it: everything is counted on the meta device."""
     preset, config = PRESETS[cfg.preset], LoopCoderConfig.preset(cfg.preset, vocab_size=PRESETS[cfg.preset].vocab_size)
     batch, micro = cfg.batch_tokens or preset.batch_tokens, cfg.micro_batch_tokens or GPU_MICRO_BATCH
-    P, matrices = parameter_count(config)
-    L, R, C, width = config.num_hidden_layers, config.loop_num, config.hidden_size, config.num_key_value_heads * config.head_dim
-    layers = matrices - config.vocab_size * C  # parameters of the layers' matrices, and all others
-    rest, (weights, moments) = P - layers, state_bytes(config, cfg.optimizer)
+    P, (weights, moments) = parameter_count(config)[0], state_bytes(config, cfg.optimizer)
     ranks = ranks or max(cfg.cp, 1 if P < 5e8 else 8 if P < 5e9 else 64)
     if ranks < 1 or cfg.cp < 1 or ranks % cfg.cp:
         raise ValueError(f"--ranks {ranks}: must be a multiple of --cp {cfg.cp}, and both 1 or more")
@@ -1438,26 +1459,22 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     for stage in STAGES.values():
         (context, rows, steps), tokens = sizes(stage, cfg), stage.tokens * preset.tokens * cfg.scale
         cp, flops = cps[context], flops_per_token(config, context)
-        ring, traffic = 0, 2 * (ranks - 1) / ranks * weights
-        for window, times in ((1 << 30, R), (config.loop_window_size, R - 1)) if cp > 1 else ():
-            forward, backward = busiest(context, cp, width, window)
-            ring += L * times * (forward * (1 + (cfg.recompute or sharded)) + backward) * -(-rows // (ranks // cp))
-        if sharded:  # bfloat16 gathered for every pass, float32 sums scattered, for each micro-batch
-            pieces = -(-max(1, -(-rows * cp // ranks)) // max(1, micro // context))
-            once = 2 * (2 * R * layers + rest) + 4 * (R * layers + rest)
-            traffic = (ranks - 1) / ranks * (pieces * once + 6 * layers * (cfg.optimizer == "muon"))
+        ring = ring_traffic(config, context, cp, cfg.recompute or sharded) * math.ceil(rows / (ranks // cp))
+        micro_batches = math.ceil(math.ceil(rows * cp / ranks) / max(1, micro // context))
+        traffic = weight_traffic(config, ranks, sharded, micro_batches, cfg.optimizer)
         seconds = rows * context * flops / DEVICE_FLOPS / ranks
         checks[stage.name] = 2 * (hashed + 2 * ring) / MEMORY_BYTES / seconds  # all is read twice; the ring's bytes at both ends
         print(f"{stage.name:>12} {context:7d} {cp:3d} {tokens:8.3g} {steps:7d} {flops:10.3g} {tokens * flops:8.3g} "
               f"{ring / 1e9:7.1f} {traffic / 1e9:7.1f} {tokens * flops / DEVICE_FLOPS / ranks / 86400:7.3g}")
     print("memory a rank, GiB; activations kept, or recomputed layer by layer (--recompute; always with shards)")
     held = {context: max(1, micro // context) * context // cp for context, cp in cps.items()}
-    dtype = torch.bfloat16 if sharded else torch.float32
+    L, R, C, width = config.num_hidden_layers, config.loop_num, config.hidden_size, config.num_key_value_heads * config.head_dim
+    dtype, layers = torch.bfloat16 if sharded else torch.float32, layer_parameters(config)
     state = {
         "weights": weights / shards,
         "gradients": weights / shards * (2 if shards == 1 < ranks else 1),  # DDP reduces from a second copy
         "optimizer": moments / shards,
-        "gathered": 2 * (2 * (rest + 2 * layers / L)) * sharded,  # bfloat16 weights and gradients: ends, this layer, the next
+        "gathered": 2 * (2 * (P - layers + 2 * layers / L)) * sharded,  # bfloat16 weights and gradients: ends, this layer, the next
     }
     for tokens in sorted(set(held.values())):
         one = kept_bytes(dataclasses.replace(config, num_hidden_layers=1), tokens, dtype)
