@@ -34,7 +34,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -718,12 +718,6 @@ def update(model, optimizer, samples, cfg, lr, world):
     return {"loss": loss, "cut": cut / tokens, "grad": optimizer.step(lr, cfg.clip_grad)}
 
 
-def split_evenly(samples, parts, rng):
-    """Shuffle, then cut into `parts` lists whose lengths differ by one at most."""
-    samples = rng.sample(samples, len(samples))
-    return [samples[i::parts] for i in range(parts)]
-
-
 # ---------------------------------------------------------------------------------------------- configuration
 
 flag = pipeline.flag
@@ -859,7 +853,7 @@ def sample_groups(roller, tokenizer, cfg, curriculum, verdicts, rng, want, seed)
     planted = [cfg.planted > 0 and rng.random() < cfg.planted for _ in drawn]
     episodes = [episode_of(t, tokenizer, verdicts, cfg, behind) for t, behind in zip(drawn, planted) for _ in range(cfg.samples)]
     lived = verdicts_came(roller.run(episodes, seed))
-    return [(task, lived[i * cfg.samples : (i + 1) * cfg.samples]) for i, task in enumerate(drawn)]
+    return [(task, lived[i : i + cfg.samples]) for task, i in zip(drawn, range(0, len(lived), cfg.samples))]
 
 
 def credit(groups, cfg, rng):
@@ -880,6 +874,23 @@ def credit(groups, cfg, rng):
     return samples, int(keep.sum())
 
 
+def solved_share(lived):
+    return float(np.mean([t.outcome["solved"] for t in lived if t.outcome] or [0]))
+
+
+def counts_of(groups):
+    """What is added up over the processes of a step: episodes, verdicts, sampled tokens, and how often an error was repaired."""
+    lived = [t for _, ts in groups for t in ts]
+    judged = [t.outcome for t in lived if t.outcome is not None]
+    failed = [o for o in judged if o.get("first_failed")]
+    return {
+        "samples": len(lived), "cut_off": sum(not t.ended for t in lived), "judged": len(judged), "errors": len(lived) - len(judged),
+        "groups": len(groups), "solved_groups": sum(solved_share(ts) > 0 for _, ts in groups), "solved": sum(o["solved"] for o in judged),
+        "failed": len(failed), "recovered": sum(o["solved"] for o in failed), "tokens": sum(int(t.action.sum()) for t in lived),
+        "reward": float(sum(o["reward"] for o in judged)), "surprise": -sum(float(t.logp.sum()) for t in lived),
+    }  # fmt: skip
+
+
 def rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world):
     """Roll out until enough groups carry signal, then cfg.updates optimizer steps; returns the record of the step."""
     start, runs, busy = time.perf_counter(), verdicts.runs, verdicts.seconds
@@ -895,38 +906,21 @@ def rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world)
             break
     rolled = time.perf_counter() - start
     model.train()
-    lr = cfg.lr * min(1.0, (step + 1) / 3)
-    done = [update(model, optimizer, part, cfg, lr, world) for part in split_evenly(samples, cfg.updates, rng)]
+    lr, shuffled = cfg.lr * min(1.0, (step + 1) / 3), rng.sample(samples, len(samples))
+    done = [update(model, optimizer, shuffled[i :: cfg.updates], cfg, lr, world) for i in range(cfg.updates)]
     judged_groups = [(task.difficulty, solved_share(lived)) for task, lived in groups if any(t.outcome for t in lived)]
     curriculum.record(gathered(judged_groups, world))
     mine = counts_of(groups) | {"informative": informed, "trained": sum(len(t.ids) for t, _ in samples)}
     mine |= {"sandbox_runs": verdicts.runs - runs, "sandbox_s": verdicts.seconds - busy, "sandbox_wait_s": roller.waited_s / world.size}
-    sums = dict(zip(mine, all_sum(list(mine.values()), world)))
+    everyones = gathered([mine], world)
+    sums = {name: sum(counts[name] for counts in everyones) for name in mine}
     samples, judged, tokens = (max(sums[name], 1) for name in ("samples", "judged", "tokens"))
-    whole = {name: round(value) for name, value in sums.items() if isinstance(mine[name], int)}
     return {
         "step": step + 1, "seconds": time.perf_counter() - start, "rollout_s": rolled, "tokens_per_s": tokens / rolled,
         "reward": sums["reward"] / judged, "pass": sums["solved"] / judged, "entropy": sums["surprise"] / tokens,
         "length": tokens / samples, "loss": done[0]["loss"], "clip": float(np.mean([d["cut"] for d in done])),
         "grad": float(np.mean([d["grad"] for d in done])), "level": curriculum.newest, "sandbox_s": sums["sandbox_s"],
-        "sandbox_wait_s": sums["sandbox_wait_s"], **whole,
-    }  # fmt: skip
-
-
-def solved_share(lived):
-    return float(np.mean([t.outcome["solved"] for t in lived if t.outcome] or [0]))
-
-
-def counts_of(groups):
-    """What is added up over the processes of a step: episodes, verdicts, sampled tokens, and how often an error was repaired."""
-    lived = [t for _, ts in groups for t in ts]
-    judged = [t.outcome for t in lived if t.outcome is not None]
-    failed = [o for o in judged if o.get("first_failed")]
-    return {
-        "samples": len(lived), "cut_off": sum(not t.ended for t in lived), "judged": len(judged), "errors": len(lived) - len(judged),
-        "groups": len(groups), "solved_groups": sum(solved_share(ts) > 0 for _, ts in groups), "solved": sum(o["solved"] for o in judged),
-        "failed": len(failed), "recovered": sum(o["solved"] for o in failed), "tokens": sum(int(t.action.sum()) for t in lived),
-        "reward": float(sum(o["reward"] for o in judged)), "surprise": -sum(float(t.logp.sum()) for t in lived),
+        "sandbox_wait_s": sums["sandbox_wait_s"], **{name: count for name, count in sums.items() if isinstance(count, int)},
     }  # fmt: skip
 
 
@@ -1033,8 +1027,14 @@ def evaluate(model, tokenizer, cfg):
         recovery            solved, given that the first test after the first edit failed
         planted recovery    solved from behind the demonstration's wrong edit and its failure: the same question to every checkpoint
     """
-    found, verdicts, k = {}, Verdicts(), cfg.eval_samples
-    levels = cfg.level_list()
+    found, verdicts, k, levels = {}, Verdicts(), cfg.eval_samples, cfg.level_list()
+
+    def mark(metric, marks):  # marks: (above, below) of each task
+        found[metric] = tuple(zip(*marks))
+
+    def mean(key, outcomes):  # outcomes: of each task a list
+        return [(sum(o[key] for o in some), len(some)) for some in outcomes]
+
     model.eval()
     roller = rollout(model, tokenizer, cfg)
     for family in cfg.families.split(","):
@@ -1042,18 +1042,16 @@ def evaluate(model, tokenizer, cfg):
         for planted in (False, True) if family == "swe" else (False,):
             episodes = [episode_of(t, tokenizer, verdicts, cfg, planted) for t in chosen for _ in range(k)]
             lived = verdicts_came(roller.run(episodes, [0, int(planted)]))
-            outcomes = [[t.outcome for t in lived[i * k : (i + 1) * k] if t.outcome] for i in range(len(chosen))]
-            solved = [(sum(o["solved"] for o in os), len(os)) for os in outcomes]
+            outcomes = [[t.outcome for t in lived[i : i + k] if t.outcome] for i in range(0, len(lived), k)]
             if planted:
-                found["swe planted recovery"] = tuple(zip(*solved))
+                mark("swe planted recovery", mean("solved", outcomes))
                 continue
-            found[f"{family} pass@1"] = tuple(zip(*solved))
+            mark(f"{family} pass@1", mean("solved", outcomes))
             if k > 1:
-                found[f"{family} pass@{k}"] = tuple(zip(*[(tasks.pass_at_k(n, c, k), 1) if n == k else (0, 0) for c, n in solved]))
+                mark(f"{family} pass@{k}", [(tasks.pass_at_k(n, c, k), 1) if n == k else (0, 0) for c, n in mean("solved", outcomes)])
             if family == "swe":
-                failed = [[o for o in os if o["first_failed"]] for os in outcomes]
-                found["swe recovery"] = tuple(zip(*[(sum(o["solved"] for o in os), len(os)) for os in failed]))
-                found["swe calls"] = tuple(zip(*[(sum(o["calls"] for o in os), len(os)) for os in outcomes]))
+                mark("swe recovery", mean("solved", [[o for o in some if o["first_failed"]] for some in outcomes]))
+                mark("swe calls", mean("calls", outcomes))
     return found
 
 
@@ -1093,13 +1091,13 @@ def comparison(found, against=None):
 #           failure of its own test. Of four candidates one is the fault and one has then failed, so a blind retry is right half the time at
 #           best: the value that recovery is to be measured against.
 
-HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+SHAPE = dict(hidden_size=128, intermediate_size=352, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
 
 # task: the shape of its model; its demonstrations; the phases of imitation (which of them, tokens, peak rate), `rows` samples a step; how
 # RL goes on; and the arms. None: imitation goes on in place of RL.
 STUDY = {
     "compose": {
-        "shape": HEADS | dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4), "vocab": 440,
+        "shape": SHAPE | dict(num_hidden_layers=4), "vocab": 440,
         "demonstrations": 2000, "levels": (1, 2), "wrong": 0.4, "phases": [("all", 4e5, 3e-3)], "rows": 32,
         "cfg": dict(path="instruct", families="compose", levels="2", terse=True, room=64, context=160, overlong=0, prompts=16, samples=12,
                     updates=3, lr=8e-5, steps=30, minutes=0, eval_tasks=100),
@@ -1107,7 +1105,7 @@ STUDY = {
         "metrics": ("compose pass@1", "compose pass@4"),
     },
     "swe": {
-        "shape": HEADS | dict(hidden_size=128, intermediate_size=352, num_hidden_layers=2), "vocab": 380,
+        "shape": SHAPE | dict(num_hidden_layers=2), "vocab": 380,
         "demonstrations": 4000, "levels": (2,), "reported": 0.3, "wrong": 0.4, "blind": 0.1,
         "phases": [("reported", 1.6e6, 5e-3), ("all", 3e5, 2.5e-3)], "rows": 16,
         "cfg": dict(path="swe", families="swe", levels="2", terse=True, room=32, context=320, prompts=12, samples=12, updates=3, lr=3e-4,
@@ -1254,9 +1252,9 @@ def chain_table(out) -> list[list[str]]:
         steps = [r for r in records if "step" in r]
         bits = next((r["bits_per_byte"] for r in reversed(records) if "bits_per_byte" in r), {})
         rewards = [r["reward"] for r in steps if "reward" in r]
-        fifth, count = max(1, len(rewards) // 5), sum if rewards else lambda values: max(values, default=0)  # train.py's log counts up
-        rows.append([folder.name, str(len(steps)), f"{count([r['tokens'] for r in steps]) / 1e6:.2f}M",
-                     f"{count([r['seconds'] for r in steps]) / 60:.1f}",
+        fifth, total = max(1, len(rewards) // 5), sum if rewards else partial(max, default=0)  # train.py's log counts up
+        tokens, seconds = (total(r[name] for r in steps) for name in ("tokens", "seconds"))
+        rows.append([folder.name, str(len(steps)), f"{tokens / 1e6:.2f}M", f"{seconds / 60:.1f}",
                      ", ".join(f"{language} {value:.3f}" for language, value in bits.items()) or "-",
                      f"{np.mean(rewards[:fifth]):.3f} -> {np.mean(rewards[-fifth:]):.3f}" if rewards else "-",
                      *(in_words(evals[folder].get(name)) for name in metrics)])  # fmt: skip
@@ -1322,20 +1320,20 @@ def plot(out) -> list[Path]:
     import matplotlib.pyplot as plt
 
     out, made = Path(out), []
-    stages = [out / stage for _, stage, _ in PATHS.values()]
-    arms = [folder for name, plan in STUDY.items() for arm in plan["arms"] for folder in sorted((out / "study" / name).glob(f"{arm}-*"))]
-    for path, folders in ((out / "rl.png", stages), (out / "study.png", arms)):
-        logs = {folder: records for folder in folders if (records := [r for r in read_log(folder) if "reward" in r])}
+    stages = [(stage, out / stage) for _, stage, _ in PATHS.values()]  # (label, folder): the seeds of an arm share label and colour
+    arms = [(f"{name} {arm}", folder) for name, plan in STUDY.items() for arm in plan["arms"]
+            for folder in sorted((out / "study" / name).glob(f"{arm}-*"))]  # fmt: skip
+    for path, runs in ((out / "rl.png", stages), (out / "study.png", arms)):
+        logs = [(label, log) for label, folder in runs if (log := [r for r in read_log(folder) if "reward" in r])]
         if not logs:
             continue
-        curves = {title: {folder: [value(r) for r in log] for folder, log in logs.items()} for title, value in CURVES.items()}
-        curves = {title: values for title, values in curves.items() if not all(map(math.isnan, sum(values.values(), [])))}
-        labels = list(dict.fromkeys(label_of(folder) for folder in logs))
+        labels = list(dict.fromkeys(label for label, _ in logs))
+        curves = {title: [[value(r) for r in log] for _, log in logs] for title, value in CURVES.items()}
+        curves = {title: lines for title, lines in curves.items() if not all(map(math.isnan, sum(lines, [])))}
         figure, axes = plt.subplots(1, len(curves), figsize=(3.6 * len(curves), 3.2))
-        for ax, (title, values) in zip(axes, curves.items()):
-            for folder, records in logs.items():
-                minutes = np.cumsum([r["seconds"] for r in records]) / 60
-                ax.plot(minutes, values[folder], color=f"C{labels.index(label_of(folder))}", lw=1)
+        for ax, (title, lines) in zip(axes, curves.items()):
+            for (label, log), line in zip(logs, lines):
+                ax.plot(np.cumsum([r["seconds"] for r in log]) / 60, line, color=f"C{labels.index(label)}", lw=1)
             ax.set(title=title, xlabel="minutes")
         axes[0].legend([plt.Line2D([], [], color=f"C{i}") for i in range(len(labels))], labels, fontsize=7)
         figure.tight_layout()
@@ -1345,11 +1343,6 @@ def plot(out) -> list[Path]:
     if not made:
         raise ValueError(f"{out}: no RL run to draw; run python rl.py or python rl.py --study first")
     return made
-
-
-def label_of(folder):
-    """rl_swe; or for an arm of the study its task and name: its seeds share a colour."""
-    return f"{folder.parent.name} {folder.name.rpartition('-')[0]}" if folder.parent.parent.name == "study" else folder.name
 
 
 # ---------------------------------------------------------------------------------------------- speed
@@ -1367,44 +1360,44 @@ def bench(world, rows=32, prompt=128, new=128):
     model.compute_dtype = world.dtype
     optimizer = pipeline.Optimizer(model, kind="adamw", weight_decay=0.0)
     questions = torch.randint(config.vocab_size - 9, (rows // 8, prompt))
-    peer, seconds = peer_llama(config, world.device), {}
+    peer, seconds = peer_llama(config, world.device), defaultdict(list)
 
-    def timed(name, work, *args, **options):
+    def timed(name, work):
         start = time.perf_counter()
-        result = work(*args, **options)
-        seconds.setdefault(name, []).append(time.perf_counter() - start)
+        result = work()
+        seconds[name].append(time.perf_counter() - start)
         return result
+
+    def median(name):
+        return float(np.median(seconds[name]))
 
     def talk(ids):
         yield Ask(ids, new)
         return lambda: {"reward": 0.0}
 
-    def ours():
-        episodes = [talk(ids) for ids in questions.tolist() for _ in range(8)]
-        return timed("rollout", Rollout(model.eval(), -1, prompt + new, rows).run, episodes, [0])
-
     def our_step():
-        samples = [(t, (-1.0) ** i) for i, t in enumerate(ours())]
-        timed("update", update, model.train(), optimizer, samples, cfg, 1e-6, world)
+        episodes = [talk(ids) for ids in questions.tolist() for _ in range(8)]
+        lived = timed("rollout", lambda: Rollout(model.eval(), -1, prompt + new, rows).run(episodes, [0]))
+        samples = [(t, (-1.0) ** i) for i, t in enumerate(lived)]
+        timed("update", lambda: update(model.train(), optimizer, samples, cfg, 1e-6, world))
 
+    forced = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": True, "top_k": 0, "pad_token_id": 0}
     for _ in range(5):
         our_step()
         if peer:
-            timed("transformers", peer.generate, questions.repeat_interleave(8, 0).to(world.device), do_sample=True, top_k=0,
-                  max_new_tokens=new, min_new_tokens=new, pad_token_id=0)  # fmt: skip
-    median = {name: float(np.median(values)) for name, values in seconds.items()}
+            timed("transformers", lambda: peer.generate(questions.repeat_interleave(8, 0).to(world.device), **forced))
     for name, there in (("rl.py", "rollout"), ("transformers", "transformers")):
-        if there in median:
-            print(f"rollout {rows} x {prompt} + {new}: {name:<13} {rows * new / median[there]:6.0f} tokens/s, {median[there]:.2f} s")
+        if there in seconds:
+            print(f"rollout {rows} x {prompt} + {new}: {name:<13} {rows * new / median(there):6.0f} tokens/s, {median(there):.2f} s")
     if peer:
-        print(f"rl.py samples {median['transformers'] / median['rollout']:.2f} x as fast")
+        print(f"rl.py samples {median('transformers') / median('rollout'):.2f} x as fast")
     seconds.clear()
     theirs = trl_steps(peer, questions, new, 4, our_step, world.dtype == torch.bfloat16) if peer and world.device.type == "cpu" else []
     for _ in range(3 if not theirs else 0):
         our_step()
-    rolled, updated = (float(np.median(seconds[name])) for name in ("rollout", "update"))
-    print(f"GRPO step of {rows} samples, one update: rl.py {rolled + updated:.2f} s, of it rollout {rolled:.2f} s", end="")
-    print(f"; TRL {(t := float(np.median(theirs))):.2f} s: {t / (rolled + updated):.2f} x as fast" if theirs else "")
+    ours = median("rollout") + median("update")
+    line = f"GRPO step of {rows} samples, one update: rl.py {ours:.2f} s, of it rollout {median('rollout'):.2f} s"
+    print(line + (f"; TRL {np.median(theirs):.2f} s: {np.median(theirs) / ours:.2f} x as fast" if theirs else ""))
 
 
 def trl_steps(peer, questions, new, steps, between, bf16):

@@ -954,3 +954,22 @@ def test_two_processes_learn_from_the_tokens_of_both_and_open_levels_together(st
     assert run.stdout.count("step ") == 2  # one process speaks
     recorded = sorted(line for line in run.stdout.splitlines() if line.startswith("recorded"))
     assert len(recorded) == 4 and recorded[0::2] == recorded[1::2] and all(line.startswith("recorded 4 ") for line in recorded)
+
+
+def test_when_a_process_dies_the_others_say_which_and_leave_a_snapshot(start, tmp_path):
+    flags = ["--ckpt", str(start), "--out", str(tmp_path), *"--path instruct --families math --steps 10000 --prompts 4 --samples 4".split()]
+    flags += "--room 8 --overlong 4 --context 220 --rounds 1 --minutes 0 --device cpu --threads 1".split()
+    place, pipe = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519", "WORLD_SIZE": "2"}, subprocess.PIPE
+    first, second = (
+        subprocess.Popen([sys.executable, "rl.py", *flags], env=place | {"RANK": rank}, cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
+        for rank in "01"
+    )
+    try:
+        while "step    1/" not in (line := first.stdout.readline()):
+            assert line, "the run ended before its first step"
+    finally:
+        second.kill()
+        second.communicate()
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 4 and "rl.py: rank 1 is gone" in said.splitlines()[-1] and "Traceback" not in said
+    assert (tmp_path / "rl_instruct" / "state.pt").exists()
