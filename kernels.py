@@ -340,21 +340,24 @@ def dkv_kernel(do, q, k, v, lse, delta, ends, dk, dv, shift, W, scale, H, T, S,
     tiles, scale2 = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M), scale * LOG2E
     k_tile, v_tile = load_rows(head_of(k, b, kv), at, D), load_rows(head_of(v, b, kv), at, D)
     dk_tile, dv_tile = tl.zeros([BLOCK_N, D], tl.float32), tl.zeros([BLOCK_N, D], tl.float32)
-    for i in range(GROUP * tiles):                                                     # one loop over (head of the group, row tile)
-        h = kv * GROUP + i // tiles
-        row = begin + i % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_at = tl.minimum(row, T - 1)
-        stat = (b.to(tl.int64) * H + h) * T
-        q_tile = load_rows(head_of(q, b, h), row_at, D)
-        do_tile = load_rows(head_of(do, b, h), row_at, D).to(q_tile.dtype)
+    h, n = kv * GROUP, begin
+    for _ in range(GROUP * tiles):                                                     # one loop over (head of the group, row tile)
+        step = tl.arange(0, BLOCK_M)
+        row, step = n + step, tl.minimum(step, T - 1 - n)                              # no load goes past the last row
+        stat = (b.to(tl.int64) * H + h) * T + n
+        q_tile = load_rows(head_of(q, b, h), n + step, D)
+        do_tile = load_rows(head_of(do, b, h), n + step, D).to(q_tile.dtype)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")                   # (N, M): everything here is transposed
-        p = tl.exp2(s * scale2 - tl.load(lse + stat + row_at)[None, :])
+        p = tl.exp2(s * scale2 - tl.load(lse + stat + step)[None, :])
         p = tl.where(is_seen(lo, hi, row), p, 0.0)
         # dP before dV, though P is at hand: products end in order, and so exp2 runs beside the one and dS beside the other
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
         dv_tile = tl.dot(p.to(do_tile.dtype), do_tile, dv_tile, input_precision="ieee")
-        ds = p * (dp - tl.load(delta + stat + row_at)[None, :])
+        ds = p * (dp - tl.load(delta + stat + step)[None, :])
         dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
+        n += BLOCK_M
+        done = n >= end                                                                # the next head; a branch would end the pipelining
+        h, n = tl.where(done, h + 1, h), tl.where(done, begin, n)
     store_rows(head_of(dk, b, kv), key, dk_tile * scale, S, D)
     store_rows(head_of(dv, b, kv), key, dv_tile, S, D)
 
@@ -460,13 +463,13 @@ def merge_kernel(q, gate_weight, gate_bias, part_o, part_lse, o, H, n_global, n_
 
 # ---- launching -------------------------------------------------------------------------------------------------------
 # (BLOCK_M rows, BLOCK_N keys, warps, pipeline stages) by kernel and D. A fixed table, not an autotuner: timing noise may choose
-# different tiles on different ranks, and then different bits. The H100 rows are the largest tiles that compile without a register
-# spill (a test reads the assembler's report); `--tiles` times the candidates on a GPU.
+# different tiles on different ranks, and then different bits. For D 128 and 64 the Hopper rows were the fastest on an H100 of those
+# that compile without a register spill (a test reads the assembler's report); `--tiles` times the candidates on a GPU.
 
 TILES = {
-    "hopper": {"forward": {128: (128, 64, 8, 3), 64: (128, 128, 8, 3), 32: (128, 64, 8, 3), 16: (128, 64, 8, 3)},
-               "dq": {128: (128, 64, 8, 2), 64: (128, 64, 8, 3), 32: (128, 64, 8, 3), 16: (128, 64, 8, 3)},
-               "dkv": {128: (64, 128, 8, 2), 64: (64, 128, 8, 3), 32: (64, 128, 8, 3), 16: (64, 128, 8, 3)}},
+    "hopper": {"forward": {128: (128, 64, 8, 3), 64: (64, 64, 4, 3), 32: (128, 64, 8, 3), 16: (128, 64, 8, 3)},
+               "dq": {128: (128, 64, 8, 3), 64: (64, 64, 4, 3), 32: (128, 64, 8, 3), 16: (128, 64, 8, 3)},
+               "dkv": {128: (64, 128, 8, 3), 64: (64, 64, 4, 3), 32: (64, 128, 8, 3), 16: (64, 128, 8, 3)}},
     "other": {"forward": (64, 64, 4, 2), "dq": (64, 32, 4, 2), "dkv": (32, 64, 4, 2)},      # 96 KB of shared memory and up
     "float32": {"forward": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dkv": (16, 16, 4, 1)},    # exact products, no matrix units: for checks
     "interpreter": {"forward": (64, 32, 4, 1), "dq": (64, 32, 4, 1), "dkv": (64, 32, 4, 1)},
@@ -880,7 +883,8 @@ def baselines(mix, T, documents, W, device):
     far = (lambda b, h, i, j: (j <= i) & (i // n == j // n)) if documents > 1 else (lambda b, h, i, j: j <= i)
     near = lambda b, h, i, j: far(b, h, i, j) & (i - j < W)
     dense = lru_cache(lambda see: see(0, 0, i[:, None], i[None, :]))                        # (T, T)
-    blocks = lru_cache(lambda see: create_block_mask(see, None, None, T, T, device=device, _compile=device.type == "cuda"))
+    make_blocks = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    blocks = lru_cache(lambda see: make_blocks(see, None, None, T, T, device=device))
 
     def fa2(q, k, v, window=None):
         q, k, v = (x.transpose(1, 2) if cuts is None else x.transpose(1, 2)[0] for x in (q, k, v))
