@@ -2167,10 +2167,13 @@ def fits(n):
     try: return stat.S_IFMT(os.fstat(n).st_mode) and os.readlink(f"/proc/self/fd/{n}") != os.getcwd()
     except OSError: return False
 plan, outcomes, home = json.load(open("plan.json")), {}, os.getcwd()
+there = plan["there"]
+if there["pid"] in (os.getpid(), os.getppid()):  # in here, that number is somebody else's
+    there["pid"] = (1 << 22) - 1
 for name, code in plan["probes"].items():
     os.chdir(home)
     try:
-        exec(code, {"there": plan["there"], "arm": os.uname().machine == "aarch64", "c": c, "fits": fits})
+        exec(code, {"there": there, "arm": os.uname().machine == "aarch64", "c": c, "fits": fits})
         outcomes[name] = ""
     except Exception as error:
         outcomes[name] = f"{type(error).__name__}: {error}"

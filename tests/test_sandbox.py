@@ -152,6 +152,13 @@ def test_no_way_out(stopped, name):
         assert stopped[name].startswith("PermissionError") or "[Errno 38]" in stopped[name], stopped[name]
 
 
+@needs_full
+def test_a_process_id_that_also_exists_inside_is_not_taken_for_a_way_out(monkeypatch):
+    run("1")
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in a container
+    assert all(sandbox.probe().values())
+
+
 def test_what_an_honest_program_needs_still_works():
     program = """
 import asyncio, http.server, multiprocessing, os, socket, sqlite3, subprocess, sys, tempfile, threading, urllib.request
