@@ -537,7 +537,7 @@ DOTTED, AT = re.compile(r"\.\d{1,3}\.\d"), re.compile(r"@(?<=[\w.+%-]@)[\w-]+\.[
 EDITS = {  # name: (languages, a quick look without which the pattern cannot match, pattern, replacement)
     "key redacted": (EVERY, lambda text: any(map(text.__contains__, KEY_MARKS)), re.compile(
         r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}|\bxox[baprs]-[A-Za-z0-9-]{10,}|\bsk-[A-Za-z0-9_-]{32,}|\bAIza[\w-]{35}"
-        r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]+?-----END [A-Z ]*PRIVATE KEY-----"), "<KEY>"),
+        r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{1,20000}?-----END [A-Z ]*PRIVATE KEY-----"), "<KEY>"),
     "e-mail redacted": (EVERY, AT.search, re.compile(
         r"(?<![\w.+%-])[\w.+%-]{1,64}@(?!example\.|localhost)[\w-]{1,63}(?:\.[\w-]{2,63})*\.[A-Za-z]{2,10}\b"), "<EMAIL>"),
     "address redacted": (EVERY, DOTTED.search, re.compile(  # an IPv4 address of the open Internet; no version number
@@ -554,7 +554,7 @@ EDITS = {  # name: (languages, a quick look without which the pattern cannot mat
     "encoded blob": (TEXT, bool, re.compile(
         r"(?:data:[\w/+.-]+;base64,)?(?<![A-Za-z0-9+/=])(?=\S{0,200}\d)(?:[A-Za-z0-9+/]{120,}={0,2}|[0-9a-fA-F]{96,})"), "<BLOB>"),
 }
-FENCED = re.compile(r"(^(`{3,}).*?^\2[ \t]*$)", re.M | re.S)  # code in prose: it stays as it is, byte for byte
+FENCED = re.compile(r"(^(`{3,}+).*?^\2[ \t]*$)", re.M | re.S)  # code in prose: it stays as it is, byte for byte
 
 CLASSES = np.zeros((256, 4), np.int64)  # byte -> (alphabetic, digit, white space, any); bytes of other scripts count as letters
 CLASSES[[*range(65, 91), *range(97, 123), *range(128, 256)], 0] = 1
@@ -564,6 +564,7 @@ LINE_KINDS = re.compile(r"^[ \t]*(?:(?P<passes>pass\b)|(?P<imports>import\b|from
 GENERATED = re.compile(r"@generated|auto-?generated|generated (?:by|from|automatically)|do not (?:edit|modify)", re.I)
 STRINGS = re.compile(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'')
 HEX = re.compile(r"\b(?:0[xX][0-9a-fA-F]+|(?=[a-fA-F]*\d)[0-9a-fA-F]{8,})\b")
+LONGEST_LINE = 1000
 
 
 def measure(text, prose=True):
@@ -572,14 +573,15 @@ def measure(text, prose=True):
     lines, words = text.split("\n"), text.split()
     filled = list(filter(None, map(str.strip, lines)))
     kinds = Counter(match.lastgroup for match in LINE_KINDS.finditer(text))
-    size, n, w = max(size, 1), max(len(filled), 1), max(len(words), 1)
+    size, n, w, longest = max(size, 1), max(len(filled), 1), max(len(words), 1), max(map(len, lines))
     phrases = list(zip(words[::3], words[1::3], words[2::3])) if len(words) < 20_000 else []
     return {
         "chars": len(text), "lines": len(lines), "words": len(words),
-        "longest line": max(map(len, lines)), "mean line": len(text) / len(lines),
+        "longest line": longest, "mean line": len(text) / len(lines),
         "alphabet": alphabet / size, "alphanumeric": (alphabet + digits) / size, "digits": digits / size, "space": space / size,
         "repeated lines": 1 - len(set(filled)) / n,
-        "hex words": len(HEX.findall(text)) / w, "strings": sum(map(len, STRINGS.findall(text))) / max(len(text), 1),
+        "hex words": len(HEX.findall(text)) / w,  # a long line is out by itself, and looking for strings could take its length squared
+        "strings": sum(map(len, STRINGS.findall(text))) / max(len(text), 1) if longest <= LONGEST_LINE else 0.0,
         "generated": len(GENERATED.findall(text[:600])),
         **{kind: kinds[kind] / n for kind in ("passes", "imports", "asserts", "prints", "comments", "bullets")},
     } | ({} if not prose else {
@@ -594,7 +596,7 @@ RULES = {  # name: (languages, what is measured, least, most). Sources: s StarCo
     "too short": (EVERY, "chars", 50, None),                         # o
     "too few words": (EVERY, "words", 15, None),                     # o has 30; small modules are whole here
     "too many lines": (EVERY, "lines", None, 100_000),               # o
-    "long line": (CODE, "longest line", None, 1000),                 # s
+    "long line": (CODE, "longest line", None, LONGEST_LINE),         # s
     "mean line": (CODE, "mean line", 5, 100),                        # s o
     "little alphabet": (CODE, "alphabet", 0.4, None),                # o has 0.5
     "few letters or digits": (EVERY, "alphanumeric", 0.25, None),    # s

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -370,6 +371,13 @@ def test_an_edit_never_leaves_half_of_a_long_line_and_no_quick_look_hides_what_i
     for name, (_, possible, pattern, _) in data.EDITS.items():
         assert any(map(pattern.search, texts)) or name == "encoded blob"
         assert all(possible(text) for text in texts if pattern.search(text)), name
+
+
+def test_quotes_and_fences_without_an_end_take_no_time_to_speak_of():
+    began = time.monotonic()
+    for language, text in (("python", '"\\' * 50_000), ("text", "\n".join("`" * length for length in range(3, 300)))):
+        data.clean(text, language)
+    assert time.monotonic() - began < 5  # the square of their length would be a minute
 
 
 VALID = {
