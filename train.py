@@ -193,16 +193,16 @@ def learning_rate(step, steps, peak, end, hold=0.0, warmup=0.02):
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * u))
 
 
-def orthogonalize(x, steps=5):
+def orthogonalize(x):
     """
     U V^T of each matrix of a stack (n, a, b), roughly: a fifth-order polynomial in X X^T drives all singular values into about [0.7, 1.2].
 
     Newton-Schulz, which takes matrix products alone. Source: Muon (Jordan et al., 2024).
     """
     if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT.contiguous(), steps).mT
+        return orthogonalize(x.mT.contiguous()).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x
@@ -1204,7 +1204,7 @@ def bits_per_byte(model, tokenizer, heldout: Path, max_bytes: int) -> dict[str, 
     return {name: sum(bits) / sum(size) for name, (bits, size) in found.items()}
 
 
-def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks: int, n_samples: int):
+def evaluation_table(checkpoint: Path, documents: dict[str, list], world: World, git: str, n_tasks: int, n_samples: int, seed: int):
     """
     Yields rows (metric, of what, value) for one checkpoint, as they are measured. A value is a number, or (numerators, denominators) by
     document, hole or task, so that interval() can say how sure it is.
@@ -1219,8 +1219,7 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
     beyond           how cheap the solutions of compose are among the references, by instructions (0 where wrong)
     """
     model = LoopCoder.from_pretrained(checkpoint, device=world.device, dtype=torch.float32).eval()
-    tokenizer, documents = data.Tokenizer.load(checkpoint), heldout_documents(Path(cfg.out) / "data" / "heldout", cfg.eval_bytes)
-    changes = list(commits.triplets(git)) if git else []
+    tokenizer, changes = data.Tokenizer.load(checkpoint), list(commits.triplets(git)) if git else []
     for language, pair in heldout_bits(model, tokenizer, documents).items():
         yield "bits per byte", language, pair
     projects, everywhere = defaultdict(dict), defaultdict(list)
@@ -1247,9 +1246,9 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
         problems, guesses = sum(levels, []), sum((tasks.guesses(level, n_samples) for level in levels), [])
         yield "chance", family, tuple(zip(*mark(problems, guesses)))
         if thinking and family != "swe":  # an agent acts, and thinks nothing aloud
-            silent = sample_answers(model, tokenizer, problems, n_samples, False, cfg.seed, opening="<think>\n</think>\n\n")
+            silent = sample_answers(model, tokenizer, problems, n_samples, False, seed, opening="<think>\n</think>\n\n")
             yield "no trace", family, tuple(zip(*mark(problems, silent)))
-        answers = sample_answers(model, tokenizer, problems, n_samples, thinking, cfg.seed)
+        answers = sample_answers(model, tokenizer, problems, n_samples, thinking, seed)
         marks = mark(problems, answers)
         for k in sorted({1, n_samples}):
             yield f"pass@{k}", family, tuple(zip(*[(tasks.pass_at_k(n, int(c), k), 1) if n >= k else (0, 0) for c, n in marks]))
@@ -1260,16 +1259,16 @@ def evaluation_table(checkpoint: Path, cfg: TrainConfig, world: World, git: str,
     yield "thinks", "all families", tuple(zip(*thoughts))
 
 
-def interval(a, b=None, draws=4000, seed=0):
+def interval(a, b=None):
     """
-    (value, low, high): the metric a, or its paired difference a - b, with the 95 % bootstrap interval over the same N tasks.
+    (value, low, high): the metric a, or its paired difference a - b, with the 95 % bootstrap interval over the same N tasks, 4,000 draws.
 
     a, b: (numerators (N,), denominators (N,)); sum / sum serves means and conditional shares alike. nan where there are no cases at all.
     """
     a, b = (pair and tuple(np.asarray(x, dtype=float) for x in pair) for pair in (a, b))
     if not len(a[0]):
         return (math.nan,) * 3
-    index = np.random.default_rng(seed).integers(0, len(a[0]), (draws, len(a[0])))
+    index = np.random.default_rng(0).integers(0, len(a[0]), (4000, len(a[0])))
 
     def ratio(pair, at=None):
         above, below = (x.sum() if at is None else x[at].sum(1) for x in pair)
@@ -1285,17 +1284,17 @@ def interval(a, b=None, draws=4000, seed=0):
 
 def evaluate(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks: int, n_samples: int, against: str) -> None:
     """Print the table of a checkpoint, beside it the gain over that of `against`, and leave it as table.json beside the weights."""
-    heldout = Path(cfg.out) / "data" / "heldout" / "code.json"
-    before, cases = {}, {"tasks": n_tasks, "eval_bytes": cfg.eval_bytes, "heldout": json.loads(heldout.read_text())["sha256"][:8]}
+    documents = heldout_documents(Path(cfg.out) / "data" / "heldout", cfg.eval_bytes)
+    before, cases = {}, {"tasks": n_tasks, "bytes": {language: sum(d.nbytes for d in some) for language, some in documents.items()}}
     if against:
         path = Path(against) / "table.json"
         if not path.exists():
             raise ValueError(f"--against {against}: no table.json there; run --eval {against} with the same --tasks and --samples first")
         before = json.loads(path.read_text())
         if before.get("cases") != cases:
-            raise ValueError(f"--against {against}: evaluated on {before.get('cases')}, not {cases}; run --eval {against} with the same")
+            raise ValueError(f"--against {against}: evaluated on {before.get('cases')}, not {cases}; run --eval {against} alike")
     table, clear = {"cases": cases}, []
-    for what, which, value in evaluation_table(checkpoint, cfg, world, git, n_tasks, n_samples):
+    for what, which, value in evaluation_table(checkpoint, documents, world, git, n_tasks, n_samples, cfg.seed):
         table[f"{what} {which}"], old = value, before.get(f"{what} {which}")
         if isinstance(value, tuple):
             beside = {"gain": old} | {f"over {word}": table.get(f"{word} {which}") for word in ("chance", "no trace") if what == "pass@1"}

@@ -244,20 +244,20 @@ def test_a_table_has_intervals_and_gains_over_another_checkpoint_on_the_same_tas
     assert table["0"]["pass@1 compose"] == [[0.0, 0.0], [1, 1]]  # a task of each level
     with pytest.raises(ValueError, match="evaluated on .*'tasks': 1.*, not .*'tasks': 2"):
         train.evaluate(out / "1", cfg, train.start_world(cfg), "", 2, 1, str(out / "0"))
-    with pytest.raises(ValueError, match="evaluated on .*'eval_bytes': 4000.*, not .*'eval_bytes': 5000"):
-        train.evaluate(out / "1", config(out, eval_bytes=5000), train.start_world(cfg), "", 1, 1, str(out / "0"))
+    with pytest.raises(ValueError, match="evaluated on .*'bytes': .*, not .*; run --eval"):
+        train.evaluate(out / "1", config(out, eval_bytes=30_000), train.start_world(cfg), "", 1, 1, str(out / "0"))
     with pytest.raises(ValueError, match="no table.json"):
         train.evaluate(out / "1", cfg, train.start_world(cfg), "", 1, 1, str(out))
 
 
-def test_the_table_reads_commits_first_and_compressors_stand_only_beside_python(corpus, toy, tmp_path, monkeypatch):
+def test_the_table_reads_commits_first_and_compressors_stand_only_beside_python(corpus, toy, tmp_path):
     out = linked(corpus, tmp_path)
     random_checkpoint(out / "0", corpus)
-    cfg, documents = config(out), train.heldout_documents
-    rows = lambda git: train.evaluation_table(out / "0", cfg, train.start_world(cfg), git, 1, 1)
+    world, documents = train.start_world(config(out)), train.heldout_documents(out / "data" / "heldout", 4000)
+    rows = lambda git: train.evaluation_table(out / "0", documents, world, git, 1, 1, 0)
     with pytest.raises(ValueError, match="not a git repository"):
         next(rows(str(tmp_path)))
-    monkeypatch.setattr(train, "heldout_documents", lambda *words: {k: v for k, v in documents(*words).items() if k != "python"})
+    assert documents.pop("python")
     bits = [which for what, which, _ in itertools.takewhile(lambda row: row[0] == "bits per byte", rows(""))]
     assert bits and not any("python" in which for which in bits)
 
@@ -307,6 +307,7 @@ def command(*words, **more):
     (["--stages", "mid1", "--source", "."], "is not there to start from"),
     (["--learning-rat", "1"], "unrecognized arguments"),
     (["--eval", "nothing/here"], "no config.json there"),
+    (["--eval", "nothing/here", "--source", "/no/such/folder"], "there is no such token file; build it with"),
     (["--eval", "nothing/here", "--tasks", "0"], "--tasks 0: must be 1 or more"),
     (["--save-every", "0"], "--save-every 0: must be a number from 1 up"),
     (["--lr", "nan"], "--lr nan: must be a number from 0 up"),
