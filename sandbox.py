@@ -898,13 +898,15 @@ class Tree:
             return "failed", f"more than {limits.disk_mb} MB of files"
         if max(cpu_s, sum(self.seen.values())) > limits.cpu_s:  # the one misses whom nobody waits for, the other whom we never saw
             return "timeout", f"more than {limits.cpu_s:g} s of CPU"
-        if elapsed > limits.wall_s:  # without the time in which it waited for a CPU, or we did, who ask the questions
-            waited_s = self.late_s
-            with contextlib.suppress(OSError, IndexError):
-                waited_s += int(Path(f"/proc/{self.child}/schedstat").read_text().split()[1]) / 1e9
-            if elapsed - waited_s > limits.wall_s or elapsed > limits.patience_s:
-                return "timeout", f"longer than {limits.wall_s:g} s"
+        if elapsed > limits.wall_s and (elapsed - self.waited_s() > limits.wall_s or elapsed > limits.patience_s):
+            return "timeout", f"longer than {limits.wall_s:g} s"
         return None
+
+    def waited_s(self):
+        """How long the program was held up for want of a CPU, or by us, who ask the questions."""
+        with contextlib.suppress(OSError, IndexError):
+            return self.late_s + int(Path(f"/proc/{self.child}/schedstat").read_text().split()[1]) / 1e9
+        return self.late_s
 
     def reap(self, how=os.WNOHANG):
         """Take leave of whoever has ended (orphans are ours). True when nobody is left."""
@@ -1447,7 +1449,10 @@ def run_each(source, stdins, files, limits, language, trace=False):
 
 
 def run(source, stdin="", files=None, limits=Limits(), language="python", trace=False) -> Run:
-    """Run a program to its end. `files`: {relative path: text or bytes} beside it; `trace`: also tell what each Python line did."""
+    """
+    Run a program to its end. `files`: {relative path: text or bytes} beside it; `trace`: also tell what each line did (of Python; None
+    where the program ended by os._exit, a signal or a limit).
+    """
     with Machinery.slots:
         runs, made = run_each(source, [stdin], files, limits, language, trace)
     return made or runs[0]
@@ -2358,6 +2363,8 @@ def main(argv=None):
         return bench()
     if (args.tests or not args.program) and (args.stdin or args.trace) or args.tests and not args.program:
         raise ValueError("a PROG is graded with --tests, or runs with --stdin and --trace: give a PROG, and not both")
+    if args.trace and args.language != "python":
+        raise ValueError(f"--trace tells what the lines of a Python program did; --language {args.language} has none")
     texts = {}
     for path in filter(None, (args.program, args.tests, args.stdin)):
         try:
