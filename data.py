@@ -209,8 +209,10 @@ def read_all(entries):
                     with open(place, "rb") as file:
                         file.seek(int(where[0]) if where else 0)
                         raw = file.read(entry.size if where else -1)
-                except OSError:  # it has gone since it was found, or is another user's
-                    raw = None
+                except (FileNotFoundError, PermissionError):
+                    if where:  # a part of a file of ours
+                        raise
+                    raw = None  # it has gone since it was found, or is another user's
                 yield raw
 
 
@@ -2046,7 +2048,8 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
           teacher=None, workers=None, log=functools.partial(print, flush=True)):
     """
     Sources to tokens: out/tokenizer, out/train, out/heldout, out/drops.json, and out/manifest.json, written last. A build that was killed
-    goes on from out/work and ends with the same bytes; until then what an earlier build left stays whole. max_bytes=0: everything.
+    goes on from out/work and ends with the same bytes; until then what an earlier build left stays whole. One build at a time writes a
+    folder. max_bytes=0: everything.
     """
     began, out, counts, workers = time.time(), Path(out), Counter(), os.cpu_count() if workers is None else workers
     stamp = lambda name, text: log(f"{name:8s}{text} | {time.time() - began:.1f} s")
@@ -2260,7 +2263,7 @@ def main(argv=None):
     add("--source", nargs="+", default=["python"], help="`python` (the running one), folders, git repositories, FILE.jsonl(.gz), "
         "FILE.warc(.gz), FILE.wet(.gz), their URLs, cc:INDEX?url=PATTERN")
     add("--git", nargs="+", default=[], help="git repositories whose histories make the category commit (those among --source do too)")
-    add("--benchmark", nargs="+", default=[], help="benchmark files (.jsonl, .jsonl.gz, text); what touches them is dropped")
+    add("--benchmark", nargs="+", default=[], help="benchmark files (.jsonl, .json, text; gzipped or not); what touches them is dropped")
     add("--out", default="out/data", help="folder to write")
     add("--vocab-size", type=int, default=8192, help="tokens, the special ones included")
     add("--max-mb", type=float, default=24, help="size of the sample in MB; 0 takes everything")

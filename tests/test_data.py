@@ -715,8 +715,11 @@ def test_what_a_stream_is_may_stand_anywhere_in_its_address_and_its_folder_may_b
     Server.files["/get"] = json.dumps({"text": GOOD}).encode()
     data.spooled(f"{web}/get?name=a.jsonl", tmp_path / "one", Counter())
     (tmp_path / "one").rename(tmp_path / "two")
-    assert [raw.decode() for raw in data.read_all(data.spooled(f"{web}/get?name=a.jsonl", tmp_path / "two", Counter()))] == [GOOD]
-    assert len(Server.log) == 1
+    entries = data.spooled(f"{web}/get?name=a.jsonl", tmp_path / "two", Counter())
+    assert [raw.decode() for raw in data.read_all(entries)] == [GOOD] and len(Server.log) == 1
+    next((tmp_path / "two").glob("*.spool")).unlink()  # what we stored ourselves is never merely missing
+    with pytest.raises(FileNotFoundError):
+        list(data.read_all(entries))
 
 
 def test_a_stored_page_is_read_in_its_coding_and_without_the_lengths_of_its_chunks_and_one_of_no_sense_is_counted(tmp_path):
