@@ -839,21 +839,25 @@ def draw_task(cfg, family, level, seed, split="train"):
     return dataclasses.replace(task, prompt=task.prompt.split("\n")[0]) if cfg.terse else task
 
 
-def verdicts_came(lived):
-    """The same trajectories; OSError where the sandbox judged none of them: to go on would be to learn from nothing, and not to say so."""
+def trajectories(roller, tokenizer, verdicts, cfg, drawn, planted, each, seed):
+    """
+    Live through `each` episodes of every task drawn, where planted (a bool a task) from behind a failed edit: [its trajectories].
+
+    OSError where the sandbox judged none of them: to go on would be to learn from nothing, and not to say so.
+    """
+    episodes = [episode_of(task, tokenizer, verdicts, cfg, behind) for task, behind in zip(drawn, planted) for _ in range(each)]
+    lived = roller.run(episodes, seed)
     if lived and all(t.outcome is None for t in lived):
         raise OSError(f"the sandbox gave no verdict on any of {len(lived)} episodes; see python sandbox.py, then go on with --resume")
-    return lived
+    return [lived[i : i + each] for i in range(0, len(lived), each)]
 
 
-def sample_groups(roller, tokenizer, cfg, curriculum, verdicts, rng, want, seed):
+def sample_groups(roller, tokenizer, verdicts, cfg, curriculum, rng, want, seed):
     """Roll out `want` fresh training tasks, cfg.samples times each: [(task, its trajectories)]."""
     families = cfg.families.split(",")
     drawn = [draw_task(cfg, rng.choice(families), curriculum.draw(rng), rng.randrange(10**9)) for _ in range(want)]
     planted = [cfg.planted > 0 and rng.random() < cfg.planted for _ in drawn]
-    episodes = [episode_of(t, tokenizer, verdicts, cfg, behind) for t, behind in zip(drawn, planted) for _ in range(cfg.samples)]
-    lived = verdicts_came(roller.run(episodes, seed))
-    return [(task, lived[i : i + cfg.samples]) for task, i in zip(drawn, range(0, len(lived), cfg.samples))]
+    return list(zip(drawn, trajectories(roller, tokenizer, verdicts, cfg, drawn, planted, cfg.samples, seed)))
 
 
 def credit(groups, cfg, rng):
@@ -899,7 +903,7 @@ def rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world)
     groups, samples, informed = [], [], 0
     model.eval()
     for again in range(cfg.rounds):
-        new = sample_groups(roller, tokenizer, cfg, curriculum, verdicts, rng, wanted - informed, [cfg.seed, step, world.rank, again])
+        new = sample_groups(roller, tokenizer, verdicts, cfg, curriculum, rng, wanted - informed, [cfg.seed, step, world.rank, again])
         more, n = credit(new, cfg, rng)
         groups, samples, informed = groups + new, samples + more, informed + n
         if informed >= wanted:
@@ -924,9 +928,8 @@ def rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world)
     }  # fmt: skip
 
 
-def line_of(record, steps):
-    """The one line of a step. groups: how many had a solution, how many taught something, of how many."""
-    r = record
+def line_of(r, steps):
+    """The one line of a step, from its record. groups: how many had a solution, how many taught something, of how many."""
     return (
         f"step {r['step']:4d}/{steps} | reward {r['reward']:.3f} | pass@1 {r['pass']:.3f}"
         f" | groups solved {r['solved_groups']:3d}, used {r['informative']:3d} of {r['groups']:<3d}"
@@ -1040,9 +1043,8 @@ def evaluate(model, tokenizer, cfg):
     for family in cfg.families.split(","):
         chosen = [draw_task(cfg, family, levels[i % len(levels)], i, "test") for i in range(cfg.eval_tasks)]
         for planted in (False, True) if family == "swe" else (False,):
-            episodes = [episode_of(t, tokenizer, verdicts, cfg, planted) for t in chosen for _ in range(k)]
-            lived = verdicts_came(roller.run(episodes, [0, int(planted)]))
-            outcomes = [[t.outcome for t in lived[i : i + k] if t.outcome] for i in range(0, len(lived), k)]
+            lived = trajectories(roller, tokenizer, verdicts, cfg, chosen, [planted] * len(chosen), k, [0, int(planted)])
+            outcomes = [[t.outcome for t in some if t.outcome] for some in lived]
             if planted:
                 mark("swe planted recovery", mean("solved", outcomes))
                 continue
@@ -1448,7 +1450,7 @@ def peer_llama(config, device):
 
 
 def arguments(argv):
-    """The command line as (RLConfig, what else was asked for)."""
+    """The command line as (RLConfig, all that was given)."""
     parser = argparse.ArgumentParser(
         prog="rl.py",
         description="Reinforcement learning with verifiable rewards: GRPO on the thinking or the instruct path, or an agent that repairs "
@@ -1472,19 +1474,18 @@ def arguments(argv):
     parser.add_argument("--bench", action="store_true", help="speed of rollouts and of a step, beside transformers where installed")
     parser.add_argument("--seeds", type=int, default=3, help="with --study: repetitions")
     parser.add_argument("--jobs", type=int, default=2, help="with --study: processes side by side, of one thread each")
-    given = vars(parser.parse_args(argv))
-    extra = {name: given.pop(name) for name in ("eval", "against", "report", "plot", "study", "seeds", "jobs", "bench")}
-    if extra["against"] and not extra["eval"]:
+    args = parser.parse_args(argv)
+    cfg = RLConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(RLConfig)})
+    if args.against and not args.eval:
         raise ValueError("--against CKPT compares with --eval CKPT; give both")
     for name in ("seeds", "jobs"):
-        if extra[name] < 1:
-            raise ValueError(f"--{name} {extra[name]}: must be at least 1")
-    cfg = RLConfig(**given)
-    if extra["eval"] and not cfg.eval_tasks:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.eval and not cfg.eval_tasks:
         raise ValueError("--eval-tasks 0: an evaluation needs at least one task a family")
-    if extra["eval"] and not given["families"]:  # the agent is evaluated too: nothing else measures it
+    if args.eval and not args.families:  # the agent is evaluated too: nothing else measures it
         cfg.families = ",".join(dict.fromkeys([*cfg.families.split(","), "swe"]))
-    return cfg, extra
+    return cfg, args
 
 
 def draw_and_report(out):
@@ -1498,29 +1499,29 @@ def draw_and_report(out):
 
 def main(argv=None):
     """Read the options, then train, evaluate, report, draw or study."""
-    cfg, extra = arguments(argv)
+    cfg, args = arguments(argv)
     warnings.filterwarnings("ignore", category=SyntaxWarning)  # what a model writes may look odd and parse: no one's news
-    if extra["plot"]:
+    if args.plot:
         print(*plot(cfg.out), sep="\n")
-    if extra["report"]:
+    if args.report:
         print(report(cfg.out))
-    if extra["report"] or extra["plot"]:
+    if args.report or args.plot:
         return
     world = pipeline.start_world(pipeline.TrainConfig(device=cfg.device, dtype=cfg.dtype, threads=cfg.threads))
-    if extra["bench"]:
+    if args.bench:
         return bench(world)
     if world.main:
         facts = sandbox.protection()
         print(f"sandbox: {facts.pop('level')} protection; " + "; ".join(f"{layer} {words}" for layer, words in facts.items()), flush=True)
-    if extra["study"]:
-        names = list(STUDY) if extra["study"] == "all" else [extra["study"]]
-        study(cfg.out, names, extra["seeds"], extra["jobs"])
+    if args.study:
+        names = list(STUDY) if args.study == "all" else [args.study]
+        study(cfg.out, names, args.seeds, args.jobs)
         return draw_and_report(cfg.out)
-    if extra["eval"]:
-        for folder in filter(None, (extra["eval"], extra["against"])):
+    if args.eval:
+        for folder in filter(None, (args.eval, args.against)):
             start_folder(dataclasses.replace(cfg, ckpt=folder))
-        before = evaluate_checkpoint(extra["against"], cfg, world) if extra["against"] else None
-        return print("\n".join(comparison(evaluate_checkpoint(extra["eval"], cfg, world), before)))
+        before = evaluate_checkpoint(args.against, cfg, world) if args.against else None
+        return print("\n".join(comparison(evaluate_checkpoint(args.eval, cfg, world), before)))
     start = start_folder(cfg)
     if world.main:
         print(f"rl.py: {json.dumps(dataclasses.asdict(cfg))}\n{start} -> {result_folder(cfg)} on {world.device}, {world.size} process(es)")

@@ -1,5 +1,6 @@
 """rl.py: the objective against exact enumeration, rollouts against the training forward, rewards that cannot be bought."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -412,9 +414,11 @@ def broken(tokenizer, when):
 def test_a_sandbox_that_breaks_costs_its_episode_the_reward_and_no_other(tokenizer):
     episodes = [broken(tokenizer, when) for when in ("", "during", "", "judge", "")]
     lived = rl.Rollout(small_model(tokenizer), 0, 50, slots=2).run(episodes, [1])
-    assert [t.outcome is None for t in lived] == [False, True, False, True, False] and rl.verdicts_came(lived) is lived
-    with pytest.raises(OSError, match="no verdict on any of 2"):
-        rl.verdicts_came([lived[1], lived[3]])
+    assert [t.outcome is None for t in lived] == [False, True, False, True, False]
+    for found, judged in ((lived, True), ([lived[1], lived[3]], False)):
+        roller = SimpleNamespace(run=lambda episodes, seed, found=found: found)
+        with contextlib.nullcontext() if judged else pytest.raises(OSError, match="no verdict on any of 2"):
+            assert sum(rl.trajectories(roller, tokenizer, None, None, [], [], 2, [1]), []) == lived
     assert all(t.action.sum() == 3 for t in lived)
 
 
