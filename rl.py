@@ -8,7 +8,7 @@ loss average over all tokens of a step. The same loop trains a repository agent 
 call of a tool, observations are read but not learned, and hidden tests decide at the end.
 
 Read grpo_loss() first: it is the idea. Then single_turn() and swe_episode(), which are the two environments, and Rollout, which
-decodes many of them at a time; update() joins the two, train() repeats it. The study at the end is the evidence.
+decodes many of them at a time; rl_step() learns from them with update(), train() repeats it. The study below is the evidence.
 Source: LoopCoder report, section 3.3 and 4.3 (GRPO, clip-higher, SWE-RL, 20 tests); DAPO for the clip's bounds, dynamic sampling and
 overlong shaping; Dr.GRPO for the missing division by the spread. Ours, since no source gives them: penalties, curriculum, nano sizes.
 
