@@ -1267,13 +1267,18 @@ class Machinery:
                 self.process.kill()
                 self.process.wait()
 
-    def place(self):
-        """A socket to a warden that has nothing to do, or to a new one."""
-        with contextlib.suppress(IndexError):
-            return self.idle.pop()
+    def place(self, link):
+        """A socket to a warden that has nothing to do, or to a new one; the warden has the link."""
+        links = [link.fileno()] if link else []
+        while self.idle:
+            with contextlib.suppress(IndexError, OSError):  # another thread was faster, or this one has died since it was last used
+                sock = self.idle.pop()
+                socket.send_fds(sock, [b"r"], links)
+                return sock
         sock, far = socket.socketpair()
         with far:
             socket.send_fds(self.control, [b"w"], [far.fileno()])
+        socket.send_fds(sock, [b"r"], links)
         return sock
 
     @classmethod
@@ -1310,10 +1315,9 @@ class Flight:
         for attempt in (1, 2):
             self.machinery = Machinery.now()
             try:
-                self.sock = self.machinery.place()
-                socket.send_fds(self.sock, [b"r"], [link.fileno()] if link else [])
+                self.sock = self.machinery.place(link)
                 break
-            except OSError:  # it has died since it was last used; nothing was begun, so nothing is lost
+            except OSError:  # the zygote has died since it was last used; nothing was begun, so nothing is lost
                 self.machinery.stop()
                 if attempt == 2:
                     raise

@@ -924,6 +924,23 @@ def test_a_killed_zygote_loses_its_run_and_nothing_else():
     assert grade("def f(x): return x", [Call("f", [1], 1)]).status == "passed"
 
 
+def test_a_killed_place_that_has_nothing_to_do_costs_no_run():
+    sandbox.stop()
+    run("1")
+    (idle,) = sandbox.below(zygote_pid()[0])
+    with ThreadPoolExecutor(1) as pool:
+        sandbox.Machinery.current.idle, kept = [], sandbox.Machinery.current.idle
+        other = pool.submit(run, "import time; time.sleep(1); print('done')", limits=SMALL)
+        while len(sandbox.below(zygote_pid()[0])) < 3:
+            time.sleep(0.01)
+        sandbox.Machinery.current.idle += kept
+        os.kill(idle, signal.SIGKILL)
+        while os.path.exists(f"/proc/{idle}"):
+            time.sleep(0.01)
+        assert run("print(1)").stdout == "1\n"
+        assert other.result().stdout == "done\n"
+
+
 def test_everything_goes_with_the_process_that_started_it():
     code = "import sandbox, os, sys\nsandbox.run('1')\nprint(*sandbox.below(os.getpid()), flush=True)\nsandbox.run('import time; time.sleep(60)', limits=sandbox.Limits(wall_s=60))"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True)
