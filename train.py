@@ -1162,7 +1162,11 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
 
 
 def heldout_documents(heldout: Path, max_bytes: int) -> dict[str, list]:
-    """{language: the first held-out documents of data.py's `code`, at most max_bytes together}, the languages with most bytes first."""
+    """
+    {language: the first held-out documents of data.py's `code`, at most max_bytes together}, the languages with most bytes first.
+
+    A document has a name, its project, its text and nbytes, the length of that in UTF-8.
+    """
     file, tokenizer = data.TokenFile(heldout, "code"), data.Tokenizer.load(heldout.parent / "tokenizer")
     chosen, size = defaultdict(list), Counter()
     for i, nbytes in enumerate(file.nbytes.tolist()):
