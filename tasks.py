@@ -481,7 +481,7 @@ def mathematics(rng, level):
 def verify_math(task, answer):
     """Equal as formulas: the difference expands to zero. Worked out: no parentheses, and no more signs than the solution has."""
     answer, right = re.sub(r"^\s*[a-z]\s*=", "", code_of(answer)), task.tests["answer"]
-    signs = lambda text: len(re.findall(r"[-+*/^]+", text.strip().lstrip("-"))) + 99 * ("(" in text)
+    signs = lambda text: len(re.findall(r"[-+*/^]+", re.sub(r"\s", "", text).lstrip("-"))) + 99 * ("(" in text)
     return signs(answer) <= signs(right) and (formula(answer) - formula(right)).expand() == 0
 
 
@@ -958,7 +958,8 @@ def tools(rng, level):
 
 
 # ---- web: a small WSGI application over SQLite -----------------------------------------------------------------------
-# The answer is an application's handlers. They run in the sandbox behind this frame, which hands back plain statuses and documents.
+# The answer is an application's handlers. They run in the sandbox behind this frame, which hands back plain statuses and
+# documents, and what the table holds in the end.
 
 WEB = '''
 import io, sqlite3

@@ -199,6 +199,7 @@ def math_task(answer):
 def test_formulas_are_compared_as_formulas_and_must_be_worked_out():
     task = math_task("6*x**2 + 4*x")
     assert [verify(task, text) for text in ("4*x + 6*x^2", "2*x*(3*x + 2)", "6*x**2", "6*x**2 + 4*y", "6*x**2+4*x")] == [1, 0, 0, 0, 1]
+    assert verify(math_task("2*y**2 - 12*y + 10"), "10 + -12*y + 2*y**2") == 1.0
     assert [verify(math_task("7"), text) for text in ("7", "x = 7", "```\n7\n```", "3 + 4", "8", "-7")] == [1, 1, 1, 0, 0, 0]
 
 
