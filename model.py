@@ -248,7 +248,7 @@ class SummedLoss(torch.autograd.Function):
             logp = F.log_softmax(head_logits(h, w), -1)                          # (n, V)
             learn, rows = t != -100, torch.arange(len(t), device=t.device)
             t = t.clamp(min=0)
-            total -= (logp[rows, t] * learn).sum()
+            total = total - (logp[rows, t] * learn).sum()                        # not -=: compiled by torch 2.11, that loses all gradients
             d = logp.exp_()
             d[rows, t] -= 1
             d, learn = d.to(hidden.dtype), learn[:, None]                        # what is not learned is cleared in (n, C): V is wider
