@@ -53,7 +53,7 @@ import data
 import fim
 import tasks
 from loop_attention import EVERYTHING, Ring, fingerprint, ring_bytes, shard_sequence
-from model import LoopCoder, LoopCoderConfig, flops_per_token, matmul_peak, parameter_count
+from model import LoopCoder, LoopCoderConfig, dense_to_loop, flops_per_token, matmul_peak, parameter_count
 
 # ---------------------------------------------------------------------------------------------- the stages
 
@@ -65,12 +65,11 @@ class Stage:
     name: str
     start: str | None  # the stage whose checkpoint this one starts from; None: random weights
     context: int  # 0, 1, 2: which of the preset's three row lengths
-    tokens: float  # share of the preset's token budget
+    tokens: int  # 0 .. 4: which of the preset's five token budgets
     peak: float  # learning rate after warm-up, as a share of the preset's
     end: float  # learning rate at the end, likewise
     hold: float  # share of the steps spent at `end`: the extended low-rate phase
     mixture: dict[str, float]  # category of data.py -> share of the tokens
-    rope_theta: float | None = None  # the base of the rotary embedding from this stage on
     sft: str | None = None  # "instruct" or "thinking": the samples come from tasks.py by the curriculum, the mixture is the replay
 
 
@@ -79,19 +78,19 @@ class Stage:
 MID1 = {"reasoning": 175, "agent": 10, "commit": 5, "file": 35, "repo": 5, "code": 70}
 MID2 = {"reasoning": 65, "agent": 110, "commit": 35, "file": 5, "repo": 35, "code": 50}
 
-# Fine-tuning replays a little of what came before, half of it fill-in-the-middle, so that neither is forgotten. These are shares of all
-# tokens; of those in the loss, where prompts do not count, it is more.
+# Fine-tuning replays a little of what came before, some of it fill-in-the-middle (every second `file` sample), so that neither is
+# forgotten. These are shares of all tokens; of those in the loss, where prompts do not count, it is more.
 REPLAY = {"quality": 0.01, "file": 0.01}
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("pretrain", None, 0, 0.70, peak=1.0, end=0.5, hold=0.0, mixture={"code": 0.97, "text": 0.03}),
-        Stage("anneal", "pretrain", 0, 0.15, peak=0.5, end=0.05, hold=0.1, mixture={"quality": 0.5, "code": 0.5}),
-        Stage("mid1", "anneal", 1, 0.075, peak=0.3, end=0.03, hold=0.1, mixture=MID1),
-        Stage("mid2", "mid1", 2, 0.075, peak=0.3, end=0.03, hold=0.1, mixture=MID2, rope_theta=500_000.0),
-        Stage("sft_instruct", "mid2", 1, 0.64, peak=1.4, end=0.07, hold=0.1, mixture=REPLAY, sft="instruct"),
-        Stage("sft_thinking", "mid2", 1, 0.64, peak=1.4, end=0.07, hold=0.1, mixture=REPLAY, sft="thinking"),
+        Stage("pretrain", None, 0, 0, peak=1.0, end=0.5, hold=0.0, mixture={"code": 0.97, "text": 0.03}),
+        Stage("anneal", "pretrain", 0, 1, peak=0.5, end=0.05, hold=0.1, mixture={"quality": 0.5, "code": 0.5}),
+        Stage("mid1", "anneal", 1, 2, peak=0.3, end=0.03, hold=0.1, mixture=MID1),
+        Stage("mid2", "mid1", 2, 3, peak=0.3, end=0.03, hold=0.1, mixture=MID2),
+        Stage("sft_instruct", "mid2", 1, 4, peak=1.4, end=0.07, hold=0.1, mixture=REPLAY, sft="instruct"),
+        Stage("sft_thinking", "mid2", 1, 4, peak=1.4, end=0.07, hold=0.1, mixture=REPLAY, sft="thinking"),
     )
 }
 
@@ -101,22 +100,22 @@ class Preset:
     """The size of a chain."""
 
     contexts: tuple[int, int, int]  # row lengths of pre-training, mid1, mid2
-    tokens: float  # token budget of the chain up to mid2; fine-tuning comes on top
+    tokens: tuple[float, float, float, float, float]  # of pretrain, anneal, mid1, mid2, and of each path of fine-tuning
     batch_tokens: int  # tokens of one optimizer step
     lr: float  # peak learning rate of pre-training
-    vocab_size: int
     max_mb: float  # corpus size, MB of text; 0: everything
     minutes: str  # what to expect, in words
 
 
+REPORT = (11.4e12, 0.6e12, 0.3e12, 0.3e12, 2e9)  # the report's tokens; it gives none for fine-tuning: 2e9 is ours
 PRESETS = {
-    "nano": Preset((512, 1024, 4096), 0.55e6, 1024, 3e-3, 8192, 24, "minutes on two CPU cores"),
-    "small": Preset((2048, 8192, 32768), 1.5e9, 262_144, 1.5e-3, 32768, 0, "an hour or two on one GPU"),
-    "node": Preset((4096, 32768, 131072), 20e9, 1_048_576, 1e-3, 65536, 0, "days on eight GPUs"),
-    "7b": Preset((8192, 32768, 131072), 12.6e12, 8_388_608, 3e-4, 76800, 0, "the report's run"),
-    "14b": Preset((8192, 32768, 131072), 12.6e12, 8_388_608, 3e-4, 76800, 0, "the report's run"),
-    "40b": Preset((8192, 32768, 131072), 12.6e12, 8_388_608, 2e-4, 76800, 0, "the report's run"),
-    "40b-loop": Preset((8192, 32768, 131072), 12.6e12, 8_388_608, 2e-4, 76800, 0, "the report's run"),
+    "nano": Preset((512, 1024, 4096), (385e3, 82.5e3, 41.25e3, 41.25e3, 352e3), 1024, 3e-3, 24, "minutes on two CPU cores"),
+    "small": Preset((2048, 8192, 32768), (1.05e9, 225e6, 112.5e6, 112.5e6, 20e6), 262_144, 1.5e-3, 0, "an hour or two on one GPU"),
+    "node": Preset((4096, 32768, 131072), (14e9, 3e9, 1.5e9, 1.5e9, 100e6), 1_048_576, 1e-3, 0, "days on eight GPUs"),
+    "7b": Preset((8192, 32768, 131072), REPORT, 8_388_608, 3e-4, 0, "the report's run"),
+    "14b": Preset((8192, 32768, 131072), REPORT, 8_388_608, 3e-4, 0, "the report's run"),
+    "40b": Preset((8192, 32768, 131072), REPORT, 8_388_608, 2e-4, 0, "the report's run"),
+    "40b-loop": Preset((8192, 32768, 131072), REPORT, 8_388_608, 2e-4, 0, "the report's run"),
 }
 
 
@@ -137,6 +136,12 @@ class TrainConfig:
     source: str = flag("python", "corpus, where out/data is not built yet: python, a folder, a git repository")
     scale: float = flag(1.0, "multiplies the token budget and the corpus size; 0.02 is a rehearsal", least=1e-6)
     seed: int = flag(1337, "seed of the weights and of the data order")
+    layers: int = flag(0, "layers of the model; 0: the preset's")
+    loop_num: int = flag(0, "passes over the layers; 1: a dense model; 0: the preset's")
+    loop_window_size: int = flag(0, "positions that the local view of a later pass sees; 0: the preset's")
+    loop_input: str = flag("hidden", "what a later pass starts from: hidden, the state before it, or shift, the report's equation 1",
+                           ("hidden", "shift"))
+    fold: str = flag("", "pre-training starts from this dense checkpoint, 2 layers folded into each one of a loop (LoopCoder report, 2.2)")
     resume: bool = flag(False, "keep finished stages and go on in the unfinished one")
     batch_tokens: int = flag(0, "tokens of one optimizer step; 0: the preset's")
     lr: float = flag(0.0, "peak learning rate; 0: the preset's")
@@ -173,6 +178,10 @@ class TrainConfig:
             raise ValueError(f"--stages {self.stages}: no stage {unknown[0]!r}; all, or some of {','.join(STAGES)}")
         if self.written and not Path(self.written).is_file():
             raise ValueError(f"--written {self.written}: there is no such file; python tasks.py --write {self.written} makes one")
+        if self.fold and (self.layers or self.loop_num == 1 or shards_weights(self)):
+            raise ValueError(f"--fold {self.fold}: makes a loop of its layers, whole on each rank; without --layers, --loop-num 1, --fsdp")
+        if self.fold and not Path(self.fold, "config.json").is_file():
+            raise ValueError(f"--fold {self.fold}: no checkpoint there (no config.json); --loop-num 1 trains a dense one")
         if self.inject:
             Inject.parse(self.inject)
 
@@ -353,7 +362,7 @@ def by_rank_0(find):
 
 def shards_weights(cfg: TrainConfig) -> bool:
     """Whether --fsdp shards: "auto" where float32 weights, gradients and two moments, 16 bytes a parameter, take 40 GB or more."""
-    return cfg.fsdp == "on" or cfg.fsdp == "auto" and 16 * parameter_count(LoopCoderConfig.preset(cfg.preset))[0] > 40e9
+    return cfg.fsdp == "on" or cfg.fsdp == "auto" and 16 * parameter_count(shape_of(cfg))[0] > 40e9
 
 
 @functools.cache
@@ -417,11 +426,29 @@ class Loss(torch.nn.Module):
         return self.model.loss(input_ids, targets, segment_ids, reduction="sum", group=self.group)
 
 
+def shape_of(cfg: TrainConfig, **changes) -> LoopCoderConfig:
+    """The model that pre-training begins: the preset's, with what the flags change."""
+    flags = {"num_hidden_layers": cfg.layers, "loop_num": cfg.loop_num, "loop_window_size": cfg.loop_window_size}
+    return LoopCoderConfig.preset(cfg.preset, loop_input=cfg.loop_input, **{k: v for k, v in flags.items() if v}, **changes)
+
+
+def folded(cfg: TrainConfig, vocab_size: int) -> LoopCoder:
+    """The dense checkpoint --fold as a loop model, which LoopCoder.loop_alpha lets in by degrees (see train_stage)."""
+    dense = LoopCoder.from_pretrained(cfg.fold, dtype=torch.float32)
+    if dense.config.vocab_size != vocab_size:
+        theirs = dense.config.vocab_size
+        raise ValueError(f"--fold {cfg.fold}: it knows {theirs} tokens, the corpus has {vocab_size}; train both on one corpus")
+    wanted = shape_of(cfg)
+    return dense_to_loop(dense, "mean", wanted.loop_num, wanted.loop_window_size)
+
+
 def first_weights(stage: Stage, cfg: TrainConfig, world: World, vocab_size: int) -> LoopCoder:
     """Random weights, or those of the stage before. Where weights are sharded, rank 0 alone has any (loss_function deals them out)."""
     before = Path(cfg.out) / str(stage.start)
-    config = LoopCoderConfig.from_json(before / "config.json") if stage.start else LoopCoderConfig.preset(cfg.preset, vocab_size=vocab_size)
+    config = LoopCoderConfig.from_json(before / "config.json") if stage.start else shape_of(cfg, vocab_size=vocab_size)
     torch.manual_seed(cfg.seed)
+    if cfg.fold and not stage.start:
+        return folded(cfg, vocab_size).to(world.device)
     if world.mesh is not None and not world.main:
         with torch.device("meta"):
             return LoopCoder(config)
@@ -1057,7 +1084,7 @@ def sizes(stage: Stage, cfg: TrainConfig) -> tuple[int, int, int]:
     preset = PRESETS[cfg.preset]
     context = preset.contexts[stage.context]
     rows = max(1, round((cfg.batch_tokens or preset.batch_tokens) / context))
-    return context, rows, max(2, round(stage.tokens * preset.tokens * cfg.scale / (rows * context)))
+    return context, rows, max(2, round(preset.tokens[stage.tokens] * cfg.scale / (rows * context)))
 
 
 def is_finished(folder: Path) -> bool:
@@ -1085,17 +1112,20 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     model = first_weights(stage, cfg, world, tokenizer.vocab_size)
     model.compute_dtype, model.recompute = world.dtype, cfg.recompute
     model.config.max_position_embeddings = context
-    model.config.rope_theta = stage.rope_theta or model.config.rope_theta
+    if cfg.fold and not stage.start:
+        model.loop_alpha = torch.zeros((), device=world.device)
     model.train()
     loss_fn = loss_function(model, world)
     optimizer = Optimizer(model, cfg.optimizer, cfg.weight_decay)
     mixture, shares, absent = stage_data(stage, cfg, model, tokenizer, context, rows, steps, world)
     first, seconds, snapshot = 0, 0.0, folder / "state.pt"
-    identity = {name: getattr(cfg, name) for name in ("preset", "optimizer", "seed")}  # what a run that goes on has of the one before
+    names = ("preset", "optimizer", "seed", "layers", "loop_num", "loop_window_size", "loop_input", "fold")
+    identity = {name: getattr(cfg, name) for name in names}  # what a run that goes on has of the one before
     if cfg.resume and snapshot.exists():
         saved = torch.load(snapshot, map_location="cpu", weights_only=False, mmap=True)
-        if identity != saved["identity"]:
-            raise ValueError(f"--resume: {snapshot} is from a run with {saved['identity']}, this one has {identity}; give the same")
+        if other := {name: value for name, value in saved["identity"].items() if identity[name] != value}:
+            ours = {name: identity[name] for name in other}
+            raise ValueError(f"--resume: {snapshot} is from a run with {other}, this one has {ours}; give the same")
         whole_state.set_model_state_dict(model, saved["model"], options=WHOLE)
         optimizer.load_state_dict(saved["optimizer"])
         mixture.load_state(saved["mixture"])
@@ -1113,6 +1143,8 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     for step in range(first, steps):
         start = time.perf_counter()
         lr = peak * learning_rate(step, steps, stage.peak, stage.end, stage.hold)
+        if model.loop_alpha is not None:
+            model.loop_alpha.fill_(min(1.0, step / max(1, 0.02 * steps)))  # the second pass comes in over the warm-up
         if guard:
             guard.before_forward(step)
         loss = gradient(loss_fn, mixture.next(), world, micro_rows, guard)
@@ -1121,7 +1153,7 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
         norm = optimizer.step(lr, cfg.clip)
         if guard:
             guard.after_update()
-        if not math.isfinite(loss + norm):
+        if not math.isfinite(loss + norm) or norm == 0:  # 0: a compiler or a kernel that loses the gradient, say
             raise FloatingPointError(f"{name}, step {step}: the loss is {loss}, its gradient's norm {norm}; --resume, with a lower --lr, "
                                      f"goes on from the last snapshot")
         took, done = time.perf_counter() - start, step + 1
@@ -1325,7 +1357,7 @@ def chain(cfg: TrainConfig, world: World) -> None:
             raise ValueError(f"--stages {cfg.stages}: {out / start} is not there to start from; run --stages {start} first")
     if world.main and not (out / "data" / "manifest.json").exists():
         megabytes = preset.max_mb and max(6, preset.max_mb * cfg.scale)  # less could not fill the vocabulary; 0 is everything
-        data.build(out / "data", cfg.source, preset.vocab_size, max_bytes=int(megabytes * 1e6))
+        data.build(out / "data", cfg.source, shape_of(cfg).vocab_size, max_bytes=int(megabytes * 1e6))
     if world.main and not cfg.resume:  # no later --resume may take for this run's own what an earlier one left
         for name in cfg.wanted:
             (out / name / "state.pt").unlink(missing_ok=True)
@@ -1445,7 +1477,7 @@ def ring_plan(config, context, cp) -> None:
 
 def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     """Print what the preset is going to need, without doing it: everything is counted on the meta device."""
-    preset, config = PRESETS[cfg.preset], LoopCoderConfig.preset(cfg.preset, vocab_size=PRESETS[cfg.preset].vocab_size)
+    preset, config = PRESETS[cfg.preset], shape_of(cfg)
     batch, micro = cfg.batch_tokens or preset.batch_tokens, cfg.micro_batch_tokens or GPU_MICRO_BATCH
     P, (weights, moments) = parameter_count(config)[0], state_bytes(config, cfg.optimizer)
     ranks = ranks or max(cfg.cp, 1 if P < 5e8 else 8 if P < 5e9 else 64)
@@ -1460,7 +1492,7 @@ def dry_run(cfg: TrainConfig, ranks: int = 0) -> None:
     print("       stage context  cp   tokens   steps FLOP/token     FLOP    ring weights    days")
     hashed, checks = (2 * (weights + moments) + weights) / shards, {}  # before and after each update; the gradients
     for stage in STAGES.values():
-        (context, rows, steps), tokens = sizes(stage, cfg), stage.tokens * preset.tokens * cfg.scale
+        (context, rows, steps), tokens = sizes(stage, cfg), preset.tokens[stage.tokens] * cfg.scale
         cp, flops = cps[context], flops_per_token(config, context)
         ring = ring_traffic(config, context, cp, cfg.recompute or sharded) * math.ceil(rows / (ranks // cp))
         micro_batches = math.ceil(math.ceil(rows * cp / ranks) / max(1, micro // context))

@@ -36,7 +36,7 @@ def toy(monkeypatch):
 
 def add_toy(setitem):
     setitem(model.PRESETS, "toy", model.shape(32, 64, 2, 4, 2, 600, 1024))
-    setitem(train.PRESETS, "toy", train.Preset((64, 512, 1024), 40_000, 1024, 3e-3, 600, 1.2, "seconds"))
+    setitem(train.PRESETS, "toy", train.Preset((64, 512, 1024), (28_000, 6_000, 3_000, 3_000, 25_600), 1024, 3e-3, 1.2, "seconds"))
 
 
 def config(out, **changes):
@@ -135,7 +135,7 @@ def test_a_run_goes_on_from_its_own_snapshot_and_ends_with_its_scores_whenever_i
     killed_in_step(8, config(out, stages="pretrain", save_every=5, scale=0.5, seed=5), monkeypatch)
     killed_in_step(3, cfg, monkeypatch)  # another run: the snapshot of the first is not its own
     killed_in_step(8, again, monkeypatch)
-    with pytest.raises(ValueError, match="'seed': 1337}, this one has .*'seed': 5"):
+    with pytest.raises(ValueError, match="from a run with {'seed': 1337}, this one has {'seed': 5}"):
         run_chain(config(out, stages="pretrain", scale=0.5, resume=True, seed=5))
     killed_in_step(1, again, monkeypatch)
     assert [record["step"] for record in records(out / "pretrain")] == [1, 2, 3, 4, 5]
@@ -161,9 +161,10 @@ def test_a_run_goes_on_from_its_own_snapshot_and_ends_with_its_scores_whenever_i
     assert written("anneal") > kept and "bits_per_byte" in records(out / "anneal")[-1]
 
 
-def test_a_gradient_that_is_not_a_number_ends_the_run_before_anything_is_saved(corpus, toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
-    with pytest.raises(FloatingPointError, match="step 0: the loss is .*norm inf"):
+@pytest.mark.parametrize("norm", [math.inf, math.nan, 0.0])
+def test_a_gradient_that_is_not_a_number_or_nothing_at_all_ends_the_run_before_anything_is_saved(corpus, toy, tmp_path, monkeypatch, norm):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(norm))
+    with pytest.raises(FloatingPointError, match=f"step 0: the loss is .*norm {norm}"):
         run_chain(config(linked(corpus, tmp_path), stages="pretrain", save_every=1))
     assert not (tmp_path / "pretrain" / "state.pt").exists()
 
@@ -183,6 +184,27 @@ def test_what_cannot_work_is_refused_before_any_work(corpus, toy, tmp_path):
     with pytest.raises(ValueError, match="mid2: .*mid1/tokenizer.json differs from .*data/tokenizer"):
         run_chain(config(out, stages="mid2"))
     assert [path.name for path in out.glob("*/log.jsonl")] == []
+
+
+def test_flags_change_the_shape_and_a_dense_checkpoint_folds_into_a_loop_that_begins_as_its_first_pass(corpus, toy, tmp_path, monkeypatch):
+    dense = linked(corpus, tmp_path)
+    run_chain(config(dense, stages="pretrain", scale=0.1, layers=4, loop_num=1))
+    assert (c := model.LoopCoder.from_pretrained(dense / "pretrain").config).loop_num == 1 and c.num_hidden_layers == 4
+    (tmp_path / "loop").mkdir()
+    loop, alphas = linked(corpus, tmp_path / "loop"), []
+    cfg = {"stages": "pretrain", "fold": str(dense / "pretrain"), "loop_window_size": 7}
+    start = train.first_weights(train.STAGES["pretrain"], config(loop, **cfg), train.start_world(config(loop)), c.vocab_size)
+    expected = model.dense_to_loop(model.LoopCoder.from_pretrained(dense / "pretrain"), "mean", 2, 7)
+    assert start.config.loop_window_size == 7 and start.config.num_hidden_layers == 2
+    assert all(torch.equal(a, b) for a, b in zip(start.state_dict().values(), expected.state_dict().values()))
+    step = train.Optimizer.step
+    monkeypatch.setattr(train.Optimizer, "step", lambda self, *a: alphas.append(float(self.model.loop_alpha)) or step(self, *a))
+    run_chain(config(loop, **cfg, scale=2.5, batch_tokens=512))
+    assert alphas[0] == 0 and alphas == sorted(alphas) and 0 < alphas[1] < 1 and set(alphas[3:]) == {1.0}
+    with pytest.raises(ValueError, match="--fold nowhere: no checkpoint there"):
+        config(loop, fold="nowhere")
+    with pytest.raises(ValueError, match="makes a loop of its layers"):
+        config(loop, fold=str(dense / "pretrain"), layers=3)
 
 
 def test_micro_batches_do_not_change_the_gradient(toy):

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def toy_config(out, **changes):
     model.PRESETS["toy"] = model.shape(32, 64, 2, 4, 2, 600, 1024)
-    train.PRESETS["toy"] = train.Preset((64, 512, 1024), 40_000, 1024, 3e-3, 600, 1.2, "seconds")
+    train.PRESETS["toy"] = train.Preset((64, 512, 1024), (28_000, 6_000, 3_000, 3_000, 25_600), 1024, 3e-3, 1.2, "seconds")
     return train.TrainConfig(**{"preset": "toy", "out": str(out), "compile": "off", "dtype": "float32", "eval_bytes": 4000, **changes})
 
 
