@@ -1721,6 +1721,9 @@ END = [("<|endoftext|>", True, True)]
 plain_parts = lambda text: [*END, (text, False, True), *END]
 
 
+suffix_first = lambda doc: digest("suffix first", doc.project, doc.path) % 1000 < 1000 * fim.SPM_RATE  # the holes do not depend on it
+
+
 def file_samples(docs, tokenizer, context, rng):
     """A fifth of the files, half of them with a hole; at most `context` tokens, each second one a quarter of that."""
     docs = [doc for doc in docs if doc.language in CODE and digest(doc.project, doc.path) % 5 == 0]
@@ -1731,7 +1734,7 @@ def file_samples(docs, tokenizer, context, rng):
         else:
             split = fim.split(doc.text, doc.language if doc.language in fim.LANGUAGES else None, level, rng, max_middle=limit)
             with contextlib.suppress(ValueError):  # a middle of rare characters alone can be longer than the limit
-                yield doc.language, doc.project, fim.file_parts(fim.trim(split, limit, tokenizer.length))
+                yield doc.language, doc.project, fim.file_parts(fim.trim(split, limit, tokenizer.length), suffix_first(doc))
 
 
 PER_PROJECT = 6  # whole contexts, and as many files with a hole, that the part of a project in one shard gives
@@ -1760,7 +1763,7 @@ def repo_samples(docs, tokenizer, context, rng):
             split = fim.split(texts[path], language if language in fim.LANGUAGES else None, level, rng, max_middle=limit)
             with contextlib.suppress(ValueError):
                 near, split = fim.trim_repo(project, fim.similar_files(index, path, split), path, split, limit, tokenizer.length)
-                yield language, project, fim.repo_parts(project, near, path, split)
+                yield language, project, fim.repo_parts(project, near, path, split, suffix_first(files[path]))
 
 
 def split_of(repository, default, paths, held_out):

@@ -968,45 +968,49 @@ def bench(seconds: float) -> None:
 
 def main(argv=None) -> None:
     """Shows fill-in-the-middle examples of a source file, cut at five levels; what was cut out stands between \u27e6 and \u27e7."""
-    flags = argparse.ArgumentParser(prog="fim.py", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("file", type=Path, nargs="?", default=Path(__file__), help="the source file")
-    flags.add_argument("--language", help=f"one of {', '.join(LANGUAGES)}, or none; by the file's ending where not given")
-    flags.add_argument("--levels", default=",".join(LEVELS), help="which levels, with commas")
-    flags.add_argument("--n", type=int, default=1, help="examples a level")
-    flags.add_argument("--seed", type=int, default=0, help="for the random places")
-    flags.add_argument("--max-middle", type=int, default=1000, help="longest middle, in characters")
-    flags.add_argument("--repo", type=Path, help="folder whose similar snippets stand in front")
-    flags.add_argument("--string", action="store_true", help="print the training strings themselves")
-    flags.add_argument("--spm", action="store_true", help="with --string: suffix first, instead of prefix first")
-    flags.add_argument("--bench", action="store_true", help="time the levels on the standard library instead")
-    flags.add_argument("--seconds", type=float, default=3.0, help="with --bench: time for each line")
-    options = flags.parse_args(argv)
-    if wrong := [name for name in ("n", "max_middle", "seconds") if getattr(options, name) <= 0]:
-        raise ValueError(f"--{wrong[0].replace('_', '-')} {getattr(options, wrong[0])}: give a positive number")
-    if options.bench:
-        return bench(options.seconds)
-    path, language, rng = options.file, options.language or language_of(options.file), random.Random(options.seed)
-    source, levels, fell_back = Source(read_source(path), None if language == "none" else language), options.levels.split(","), 0
+    parser = argparse.ArgumentParser(prog="fim.py", description=main.__doc__)
+    parser.add_argument("file", type=Path, nargs="?", default=Path(__file__), help="the source file (default: this one)")
+    parser.add_argument("--language", help=f"one of {', '.join(LANGUAGES)}, or none; by the file's ending where not given")
+    parser.add_argument("--levels", default=",".join(LEVELS), help="which levels, with commas (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=1, help="examples a level (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="for the random places (default: %(default)s)")
+    parser.add_argument("--max-middle", type=int, default=1000, help="longest middle, in characters (default: %(default)s)")
+    parser.add_argument("--repo", type=Path, help="folder whose similar snippets stand in front")
+    parser.add_argument("--string", action="store_true", help="print the training strings themselves")
+    parser.add_argument("--spm", action="store_true", help="with --string: suffix first, instead of prefix first")
+    parser.add_argument("--bench", action="store_true", help="time the levels on the standard library instead")
+    parser.add_argument("--seconds", type=float, default=3.0, help="with --bench: time for each line (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if wrong := [name for name in ("n", "max_middle", "seconds") if getattr(args, name) <= 0]:
+        raise ValueError(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])}: give a positive number")
+    if args.bench:
+        return bench(args.seconds)
+    path, language, rng = args.file, args.language or language_of(args.file), random.Random(args.seed)
+    source, levels, fell_back = Source(read_source(path), None if language == "none" else language), args.levels.split(","), 0
     index, repo, target = None, "", path.name
-    if options.repo:
-        root, index = options.repo.resolve(), Index(read_repository(options.repo))
+    if args.repo:
+        root, index = args.repo.resolve(), Index(read_repository(args.repo))
         repo, target = root.name, os.path.relpath(path.resolve(), root)
-    for level in (level for level in levels for _ in range(options.n)):
-        hole = source.split(level, rng, options.max_middle)
+    for level in (level for level in levels for _ in range(args.n)):
+        hole = source.split(level, rng, args.max_middle)
         fell_back += hole.level != hole.asked
         context = similar_files(index, target, hole) if index else []
-        if options.string:
-            print(repo_example(repo, context, target, hole, options.spm) if index else file_example(hole, options.spm))
+        if args.string:
+            print(repo_example(repo, context, target, hole, args.spm) if index else file_example(hole, args.spm))
         else:
             print(show(hole), *[f"   in front: {name}, {len(snippet):,} characters\n" for name, snippet in context], sep="")
-    print(f"{len(levels) * options.n} examples of {path} ({language}), {fell_back} fell back to a lower level", file=sys.stderr)
+    print(f"{len(levels) * args.n} examples of {path} ({language}), {fell_back} fell back to a lower level", file=sys.stderr)
 
 
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
         print(f"fim.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -1033,6 +1033,22 @@ def test_the_quality_set_is_the_quarter_of_each_languages_code_that_the_scorer_p
         assert len(chosen) == len(rows) // 4 and min(scores[i] for i in chosen) > max(scores[i] for i in rows if i not in chosen)
 
 
+def test_as_many_holes_as_the_rate_says_have_the_suffix_first_and_nothing_else_changes(tokenizer, library, monkeypatch):
+    docs = [data.Document(text, "python", f"p{i // 9}", path) for i, (path, text) in enumerate(library)]
+    for sampler in (data.file_samples, data.repo_samples):
+        made = {}
+        for rate in (0.0, 0.3, 1.0):
+            monkeypatch.setattr(data.fim, "SPM_RATE", rate)
+            made[rate] = [parts for *_, parts in sampler(docs, tokenizer, 512, random.Random(0))]
+        holes = [i for i, parts in enumerate(made[0.0]) if parts[-1][0] == "<|im_end|>"]
+        for i, parts in enumerate(made[0.0]):
+            prefix, suffix, middle = (parts[-k] for k in (6, 4, 2)) if i in holes else ("",) * 3
+            turned = [*parts[:-6], parts[-5], suffix, parts[-3], prefix, middle, parts[-1]] if i in holes else parts
+            assert made[1.0][i] == turned and made[0.3][i] in (parts, turned)
+        share = np.mean([made[0.3][i] == made[1.0][i] for i in holes])
+        assert len(holes) > 12 and 0.05 < share < 0.6
+
+
 def test_a_project_is_laid_out_with_what_is_imported_before_its_users(tokenizer):
     docs = [data.Document("import b\n\n\ndef run_a():\n    return b.value * 0\n", "python", "p", "a.py"),
             data.Document("value = 1\n", "python", "p", "b.py")]

@@ -700,3 +700,11 @@ def test_wrong_input_gets_one_line_and_status_2(tmp_path):
         done = command(*arguments)
         assert done.returncode == 2 and done.stdout == "" and word in done.stderr
         assert done.stderr.startswith("fim.py: ") and done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word_and_no_default_is_a_path_or_nothing():
+    with subprocess.Popen([sys.executable, fim.__file__, "--string"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as shown:
+        shown.stdout.close()
+        assert shown.stderr.read().count("\n") <= 1 and shown.wait() == 141  # the line that counts the examples
+    told = command("--help").stdout
+    assert "(default: this one)" in told and "(default: 1000)" in told and not re.search(r"default:\s*(None|False|/|\))", told)
