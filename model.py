@@ -12,6 +12,7 @@ Where we differ: the reports' equation 1 (loop 2 reads the embedding plus the sh
 
     python model.py                                   # shapes of the presets: parameters, FLOPs, cache bytes a token
     python model.py --prompt "def fib(n):"            # complete a text with the newest checkpoint under out/
+    python model.py --chat "..." --ckpt DIR           # ask an instruct or thinking checkpoint
     python model.py --bench                           # training and decoding speed, beside transformers where it is installed
 """
 import argparse
@@ -125,8 +126,8 @@ def shape(hidden, ffn, layers, heads, kv_heads, vocab, positions, loops=2):
 
 PRESETS = {
     "nano": shape(256, 704, 4, 8, 4, 8192, 4096),                  # two CPU cores, minutes
-    "small": shape(768, 2048, 12, 12, 4, 16384, 16384),            # one GPU, an hour or two
-    "node": shape(2048, 5632, 24, 16, 4, 32768, 131072),           # eight GPUs
+    "small": shape(768, 2048, 12, 12, 4, 32768, 32768),            # one GPU, an hour or two
+    "node": shape(2048, 5632, 24, 16, 4, 65536, 131072),           # eight GPUs
     "7b": shape(5120, 27648, 14, 40, 8, 76800, 131072, loops=1),   # from here on the report's own shapes
     "14b": shape(5120, 27648, 28, 40, 8, 76800, 131072, loops=1),
     "40b": shape(5120, 27648, 80, 40, 8, 76800, 131072, loops=1),
@@ -894,16 +895,20 @@ class LoopCoder(nn.Module):
         Continue each row of input_ids (B, T) by up to max_new_tokens; returns (B, T + new).
 
         Rows of different length stand at the left: row b's prompt is input_ids[b, :lengths[b]], and its continuation follows it
-        directly. A row ends with the first of stop_ids that it draws; what is left of it is pad_id. temperature 0 takes the most
-        likely token.
+        directly. A row ends with the first of stop_ids that it draws; what is left of it is pad_id. How tokens are drawn: sample().
         """
+        check_sampling(temperature, top_k, top_p)
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative; 0 gives the prompt back")
         B, T = input_ids.shape
         lengths = [T] * B if lengths is None else [int(n) for n in lengths]
         cache = self.new_cache(B, max(lengths) + max_new_tokens)
-        logits = self.prefill(cache, [input_ids[b, :n] for b, n in enumerate(lengths)])
         out = torch.full((B, T + max_new_tokens), pad_id, dtype=torch.int64, device=input_ids.device)
         for b, n in enumerate(lengths):
             out[b, :n] = input_ids[b, :n]
+        if max_new_tokens == 0:
+            return out[:, : max(lengths)]
+        logits = self.prefill(cache, [input_ids[b, :n] for b, n in enumerate(lengths)])
         at = torch.tensor(lengths, device=input_ids.device)
         alive, stops = torch.arange(B, device=input_ids.device), torch.tensor(list(stop_ids), device=input_ids.device)
         for step in range(max_new_tokens):
@@ -919,12 +924,26 @@ class LoopCoder(nn.Module):
         return out[:, : max(lengths) + step + 1]
 
 
+def check_sampling(temperature, top_k, top_p):
+    """Refuse what sample() cannot draw by."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature} must not be negative; 0 takes the most likely token")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k={top_k} must not be negative; 0 or None draws from all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1, which draws from all tokens")
+
+
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token a row from logits (B, V): temperature, then the top_k best, then the smallest set with top_p of the mass."""
+    """
+    Draw one token a row from logits (B, V): temperature (0 takes the most likely token), then the top_k best (0 and None: all), then
+    the smallest set with top_p of the mass.
+    """
+    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.max(-1).indices                                            # argmax() takes twice as long on a CPU
     logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
+    if top_k and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None and top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)
@@ -1033,18 +1052,26 @@ def newest_checkpoint(out=Path("out")):
     return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime)
 
 
-def complete(tokenizer_class, folder, prompt, max_new_tokens, temperature, top_p, seed):
-    """Print the continuation of a prompt, which is plain text: it never becomes a special token."""
-    model, tokenizer = LoopCoder.from_pretrained(folder), tokenizer_class.load(folder)
-    ids = tokenizer.encode(prompt)
+def usable_device(name):
+    """The device of this name; "auto" is a GPU where there is one."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from None
+    return torch.device(name)
+
+
+def complete(model, tokenizer, parts, max_new_tokens, temperature, top_p, seed):
+    """The continuation of a prompt in parts, (text, is it a special token, -): plain text in it never becomes a special token."""
+    ids, device = tokenizer.encode_parts(parts)[0], model.lm_head.weight.device
     room = model.config.max_position_embeddings - len(ids)
     if not ids or room < 1:
-        raise ValueError(f"--prompt: {len(ids)} tokens, but the context holds 1 to {model.config.max_position_embeddings - 1}")
+        raise ValueError(f"the prompt has {len(ids)} tokens, but the context holds 1 to {model.config.max_position_embeddings - 1}")
     stops = [tokenizer.special[name] for name in ("<|endoftext|>", "<|im_end|>")]
-    out = model.generate(torch.tensor([ids]), min(max_new_tokens, room), temperature, top_p=top_p, stop_ids=stops,
-                         generator=torch.Generator().manual_seed(seed))
-    new = [i for i in out[0, len(ids):].tolist() if i not in stops]
-    print(prompt + tokenizer.decode(new))
+    out = model.generate(torch.tensor([ids], device=device), min(max_new_tokens, room), temperature, top_p=top_p, stop_ids=stops,
+                         generator=torch.Generator(device).manual_seed(seed))
+    return tokenizer.decode([i for i in out[0, len(ids):].tolist() if i not in stops])
 
 
 def show_presets():
@@ -1198,16 +1225,20 @@ def bench_attention(B=1, H=8, T=2048, D=64, window=64):
 
 
 def main(argv=None):
-    """Read the options, then complete a prompt, or print the presets."""
+    """Read the options, then complete a prompt, answer a question, or print the presets."""
     parser = argparse.ArgumentParser(prog="model.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=(
-        "Complete a prompt with a checkpoint of the chain; without a prompt, print the shapes of the presets: parameters, FLOPs, and "
-        "the bytes that decoding keeps for a token."))
-    parser.add_argument("--prompt", help="text to continue")
+        "Complete a prompt, or answer a question, with a checkpoint of the chain; with neither, print the shapes of the presets: "
+        "parameters, FLOPs, and the bytes that decoding keeps for a token."))
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--prompt", help="text to continue")
+    text.add_argument("--chat", metavar="TEXT", help="what the user says to an instruct or thinking checkpoint; the answer is printed")
     parser.add_argument("--ckpt", type=Path, help="checkpoint folder (default: the newest under out/)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the smallest set of tokens with this share of the mass")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: as they are stored")
     parser.add_argument("--bench", action="store_true", help="measure attention, decoding and training at the nano shape (minutes)")
     args = parser.parse_args(argv)
     if args.bench:
@@ -1215,11 +1246,15 @@ def main(argv=None):
         bench_attention()
         bench_decoding()
         bench_training()
-    elif args.prompt is None:
+    elif args.prompt is None and args.chat is None:
         show_presets()
     else:
         from data import Tokenizer
-        complete(Tokenizer, args.ckpt or newest_checkpoint(), args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+        from tasks import OPENING, turn_parts                                    # a conversation as the samples of fine-tuning have it
+        parts = [(args.prompt, False, False)] if args.chat is None else turn_parts("user", args.chat, False) + OPENING
+        folder, device = args.ckpt or newest_checkpoint(), usable_device(args.device)
+        model, tokenizer = LoopCoder.from_pretrained(folder, device, DTYPES.get(args.dtype)), Tokenizer.load(folder)
+        print((args.prompt or "") + complete(model, tokenizer, parts, args.max_new_tokens, args.temperature, args.top_p, args.seed))
 
 
 if __name__ == "__main__":

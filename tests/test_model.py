@@ -275,6 +275,7 @@ def test_sampling_follows_temperature_top_k_and_top_p():
     close(share(), [0.5, 0.25, 0.15, 0.1])
     p = torch.tensor([0.5, 0.25, 0.15, 0.1]) ** 2
     close(share(temperature=0.5), (p / p.sum()).tolist())
+    close(share(top_k=0), [0.5, 0.25, 0.15, 0.1])
     close(share(top_k=2), [2 / 3, 1 / 3, 0.0, 0.0])
     close(share(top_p=0.6), [2 / 3, 1 / 3, 0.0, 0.0])
     close(share(top_p=0.4), [1.0, 0.0, 0.0, 0.0])
@@ -282,6 +283,19 @@ def test_sampling_follows_temperature_top_k_and_top_p():
     model, ids = small(), tokens(2, 5)
     draw = lambda: model.generate(ids, 10, generator=torch.Generator().manual_seed(3))
     assert torch.equal(draw(), draw())
+
+
+def test_no_new_tokens_is_the_prompt_and_settings_that_cannot_be_drawn_by_are_refused_with_name_and_rule():
+    model, ids = small(), tokens(2, 5)
+    assert torch.equal(model.generate(ids, 0), ids)
+    assert model.generate(ids, 0, lengths=[2, 4], pad_id=7).tolist() == [[*ids[0, :2].tolist(), 7, 7], ids[1, :4].tolist()]
+    for setting, rule in (({"temperature": -0.5}, "temperature=-0.5 must not be"), ({"top_k": -1}, "top_k=-1 must not be negative"),
+                          ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"), ({"top_p": 1.5}, "top_p=1.5 must be")):
+        for draw in (lambda **k: model.generate(ids, 1, **k), lambda **k: m.sample(torch.zeros(1, 4), **k)):
+            with pytest.raises(ValueError, match=rule):
+                draw(**setting)
+    with pytest.raises(ValueError, match="max_new_tokens=-1 must not be negative"):
+        model.generate(ids, -1)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -439,10 +453,13 @@ def run(*args, **options):
 
 
 def test_the_command_line_answers_wrong_input_with_one_line_and_status_2(tmp_path):
-    for args, word in ((["--prompt", "x", "--ckpt", str(tmp_path / "no")], "no config.json"), (["--nonsense"], "unrecognized")):
+    lost = str(tmp_path / "no")
+    for args, word in ((["--chat", "x", "--ckpt", lost], "no config.json"), (["--prompt", "x", "--chat", "y"], "not allowed")):
         result = run(*args)
         assert result.returncode == 2 and word in result.stderr and "Traceback" not in result.stderr
-    assert run(*["--prompt", "x", "--ckpt", str(tmp_path / "no")]).stderr.count("\n") == 1
+        assert result.stderr.count("\n") == 1 or "usage:" in result.stderr
+    with pytest.raises(ValueError, match="--device abacus: not on this machine"):
+        m.main(["--chat", "x", "--ckpt", str(tmp_path), "--device", "abacus"])
     table = run()
     assert table.returncode == 0 and "40b-loop" in table.stdout and "39,794,696,320" in table.stdout
 
@@ -466,6 +483,35 @@ def test_a_program_that_completes_a_prompt_registers_its_operator_once(tmp_path)
     small(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path)
     result = subprocess.run([sys.executable, "-c", ONE_COPY, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0 and result.stdout.startswith("def "), result.stderr
+
+
+def test_chat_asks_as_fine_tuning_formats_a_conversation_and_the_users_text_never_becomes_a_special_token(tmp_path, monkeypatch, capsys):
+    from data import Tokenizer
+    from tasks import Task, task_parts
+    tokenizer = Tokenizer.train(["def f(x):\n    return x\n"] * 4, 275)
+    tokenizer.save(tmp_path)
+    small(vocab_size=tokenizer.vocab_size, max_position_embeddings=256).save_pretrained(tmp_path)
+    said, answer = "Add x<|im_end|>", tokenizer.encode("return x")
+    sample, learned = tokenizer.encode_parts(task_parts(Task("x", 1, 0, "train", (), said, "return x", "", "", {})))
+    asked = {}
+
+    def generate(self, ids, new, temperature, top_p, stop_ids, generator):
+        asked.update(ids=ids, dtype=self.lm_head.weight.dtype, device=generator.device)
+        return torch.cat([ids, torch.tensor([[*answer, tokenizer.special["<|im_end|>"]]])], 1)
+
+    monkeypatch.setattr(LoopCoder, "generate", generate)
+    m.main(["--chat", said, "--ckpt", str(tmp_path), "--device", "cpu", "--dtype", "bfloat16"])
+    assert asked["ids"].tolist() == [sample[: learned.index(True)]] and (asked["dtype"], asked["device"].type) == (torch.bfloat16, "cpu")
+    assert capsys.readouterr().out == "return x\n"
+    m.main(["--prompt", said, "--ckpt", str(tmp_path), "--device", "cpu"])
+    assert asked["ids"].tolist() == [tokenizer.encode(said)] and asked["dtype"] == torch.float32
+    assert capsys.readouterr().out == said + "return x\n"
+
+
+def test_a_preset_holds_the_longest_context_that_the_chain_trains_it_with():
+    import train
+    for name, preset in train.PRESETS.items():
+        assert LoopCoderConfig.preset(name).max_position_embeddings == preset.contexts[-1]
 
 
 def test_a_full_disk_while_saving_leaves_the_old_checkpoint_whole(tmp_path):
