@@ -55,7 +55,8 @@ import tasks
 from loop_attention import EVERYTHING, Ring, fingerprint, ring_bytes, shard_sequence
 from model import LoopCoder, LoopCoderConfig, dense_to_loop, flops_per_token, matmul_peak, parameter_count
 
-# ---------------------------------------------------------------------------------------------- the stages
+
+# ---- the stages ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class TrainConfig:
         return list(STAGES) if self.stages == "all" else self.stages.split(",")
 
 
-# ---------------------------------------------------------------------------------------------- schedule and optimizer
+# ---- schedule and optimizer ------------------------------------------------------------------------------------------
 
 
 def learning_rate(step, steps, peak, end, hold=0.0, warmup=0.02):
@@ -291,7 +292,7 @@ class Optimizer:
         whole_state.set_optimizer_state_dict(self.model, self.parts, optim_state_dict=state, options=WHOLE)
 
 
-# ---------------------------------------------------------------------------------------------- processes, device, model
+# ---- processes, device, model ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -488,7 +489,7 @@ def whole_copy(model, world: World):
     return copy.eval()
 
 
-# ---------------------------------------------------------------------------------------------- silent errors
+# ---- silent errors ---------------------------------------------------------------------------------------------------
 
 
 class SilentError(RuntimeError):
@@ -743,7 +744,7 @@ def corrupt(x, fault, element, bit) -> bool:
     return not torch.equal(words, was)
 
 
-# ---------------------------------------------------------------------------------------------- supervised fine-tuning
+# ---- supervised fine-tuning ------------------------------------------------------------------------------------------
 
 # (share of the steps, levels, perturbed): format and basics; knowledge, sampled by measured difficulty; frontier and adversarial.
 PHASES = ((0.4, (1,), False), (0.4, (1, 2, 3), False), (0.2, (1, 2, 3, 4), True))
@@ -976,7 +977,7 @@ class Curriculum:
         self.mixture.load_state(state["mixture"])
 
 
-# ---------------------------------------------------------------------------------------------- the loop
+# ---- the loop --------------------------------------------------------------------------------------------------------
 
 
 def micro_batches(batch, world: World, micro_rows: int, ahead: int = 0):
@@ -1190,7 +1191,7 @@ def train_stage(stage: Stage, cfg: TrainConfig, world: World) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------- how good is a checkpoint?
+# ---- how good is a checkpoint? ---------------------------------------------------------------------------------------
 
 
 def heldout_documents(heldout: Path, max_bytes: int) -> dict[str, list]:
@@ -1346,7 +1347,7 @@ def evaluate(checkpoint: Path, cfg: TrainConfig, world: World, git: str, n_tasks
     write_atomically(checkpoint / "table.json", lambda at: at.write_text(json.dumps(table) + "\n"))
 
 
-# ---------------------------------------------------------------------------------------------- the chain and its pictures
+# ---- the chain and its pictures --------------------------------------------------------------------------------------
 
 
 def chain(cfg: TrainConfig, world: World) -> None:
@@ -1402,7 +1403,7 @@ def plot(out: Path) -> Path:
     return out / "chain.png"
 
 
-# ---------------------------------------------------------------------------------------------- what a run is going to need
+# ---- what a run is going to need -------------------------------------------------------------------------------------
 
 DEVICE_FLOPS, LINK_BYTES, MEMORY_BYTES = 400e12, 350e9, 3e12  # assumed a second: sustained bfloat16, NVLink one way, HBM of one GPU
 
@@ -1544,7 +1545,7 @@ def bench(cfg: TrainConfig, world: World) -> None:
     print("\n".join(rows))
 
 
-# ---------------------------------------------------------------------------------------------- command line
+# ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
