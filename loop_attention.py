@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather
 
+
 # ---- the equations ---------------------------------------------------------------------------------------------------
 
 
@@ -93,10 +94,11 @@ def fuses(q):
     return torch.compiler.is_compiling() and q.dtype == torch.bfloat16 and has_bfloat16_products()
 
 
-@torch.library.custom_op("nanoloopcoder::visibility", mutates_args=())   # to a compiler it is made once, not for each score again
+# opaque to torch.compile, which would otherwise compute it again inside every kernel that reads it
+@torch.library.custom_op("nanoloopcoder::visibility", mutates_args=())
 def visibility(first: torch.Tensor, last: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    0 where first[..., i] <= keys[..., j] <= last[..., i], -inf elsewhere, float32: (..., T, S), and the same turned, (..., S, T).
+    0 where first[..., i] <= keys[..., j] <= last[..., i], -inf elsewhere, float32: (..., T, S), and the same transposed, (..., S, T).
 
     first and last (..., T), keys (..., S): the first and the last key that each query sees, and where the keys stand.
     """
@@ -119,13 +121,16 @@ LOG2E = 1 / math.log(2)   # scores and their lse are in base 2: exp2 costs less,
 class FusedAttention(torch.autograd.Function):
     """
     Attention for torch.compile, a tile of queries at a time: two products forward, five backward, and between them elementwise passes
-    that a compiler fuses. With S = q k^T / sqrt(D) + mask, lse = log sum exp(S) and delta = rowsum(do o):
+    that a compiler fuses. With scores Z = q k^T / sqrt(D) + mask, lse = log sum exp(Z) and delta = rowsum(do o):
 
-        P = exp(S - lse)    O = P V    dV = P^T do    dS = P (do V^T - delta)    dQ = dS K / sqrt(D)    dK = dS^T Q / sqrt(D)
+        P = exp(Z - lse)    O = P V    dV = P^T do    dZ = P (do V^T - delta)    dQ = dZ K / sqrt(D)    dK = dZ^T Q / sqrt(D)
 
-    q (N, H, T, D), k and v (N, KV, S, D); mask (N, 1, T, S) and turned (N, 1, S, T) from visibility(); without them S = T and attention
-    is causal. The backward pass makes S again and in other steps, as k q^T: a compiler would keep what it finds in both passes, T x T
-    numbers.
+    q (N, H, T, D), k and v (N, KV, S, D); mask (N, 1, T, S) and transposed (N, 1, S, T) from visibility(); without them S = T and
+    attention is causal. The backward pass makes Z again and in other steps, as k q^T: a compiler would keep what it finds in both
+    passes, T x T numbers.
+
+    Scores leave the product in the dtype of q, so with bfloat16 the error grows with the largest of them: against float64, at T 512
+    and D 64, .0036 where it is 5 and .0084 where it is 18 (scaled_dot_product_attention: .0020 and .0018).
     """
 
     @staticmethod
@@ -139,16 +144,16 @@ class FusedAttention(torch.autograd.Function):
                 for a in range(0, T, size)], size
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, turned):
+    def forward(ctx, q, k, v, mask, transposed):
         (N, H, T, D), (KV, S) = q.shape, k.shape[1:3]
         n, group, wide = N * KV, H // KV, torch.promote_types(q.dtype, torch.float32)
         tiles, size = FusedAttention.tiles(T, S, causal=mask is None)
         q, k, v = q.reshape(n, group, T, D), k.reshape(n, S, D), v.reshape(n, S, D)
         if mask is None:                                                         # that of the last tile: an earlier one takes its right end
             at = torch.arange(tiles[-1][0].start + size, device=q.device)
-            mask, turned = (x[None] for x in visibility(torch.zeros_like(at[-size:]), at[-size:], at))
+            mask, transposed = (x[None] for x in visibility(torch.zeros_like(at[-size:]), at[-size:], at))
         else:
-            mask, turned = (x.expand(-1, KV, -1, -1).flatten(0, 1) for x in (mask, turned))
+            mask, transposed = (x.expand(-1, KV, -1, -1).flatten(0, 1) for x in (mask, transposed))
         parts = []
         for queries, keys, columns in tiles:
             qt, kt, vt = q[:, :, queries].reshape(n, -1, D).contiguous(), k[:, keys].contiguous(), v[:, keys].contiguous()
@@ -160,13 +165,13 @@ class FusedAttention(torch.autograd.Function):
             o = (torch.bmm(p, vt) / total).to(q.dtype)
             parts.append([x.view(n, group, -1, x.shape[-1]) for x in (o, peak + total.log2())])
         o, lse = (torch.cat(x, dim=2) for x in zip(*parts))
-        ctx.save_for_backward(q, k, v, o, lse, turned)
+        ctx.save_for_backward(q, k, v, o, lse, transposed)
         ctx.sizes, ctx.tiles = (N, H, KV, T, S, D), tiles
         return o.view(N, H, T, D)
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, o, lse, turned = ctx.saved_tensors
+        q, k, v, o, lse, transposed = ctx.saved_tensors
         N, H, KV, T, S, D = ctx.sizes
         n, group, wide = N * KV, H // KV, lse.dtype
         do = do.reshape(n, group, T, D)
@@ -177,7 +182,7 @@ class FusedAttention(torch.autograd.Function):
             qt, dot = qdo[:, :, :, queries].reshape(2, n, -1, D).contiguous()
             kt, vt = kv[:, :, keys].contiguous()
             s = torch.bmm(kt, qt.mT).view(n, keys.stop, group, -1).to(wide) * (LOG2E * D**-0.5)
-            s = (s + turned[:, columns, None, : queries.stop - queries.start]).flatten(2)    # (n, keys, group x queries)
+            s = (s + transposed[:, columns, None, : queries.stop - queries.start]).flatten(2)    # (n, keys, group x queries)
             p = (s - across(lse, queries)).exp2()
             ds = (p * (torch.bmm(vt, dot.mT) - across(delta, queries))).to(q.dtype)
             dq = torch.bmm(ds.mT, kt).view(n, group, -1, D)
@@ -261,7 +266,7 @@ def loop_attention(q, k_global, v_global, k_local, v_local, gate_weight, gate_bi
 # ---- one new token against what was kept -----------------------------------------------------------------------------
 
 
-KEY_BLOCK = 64            # keys that lie turned are read in pieces of so many positions
+KEY_BLOCK = 64            # keys stored transposed, (D, slots), are read in pieces of so many positions
 
 
 def weighted_rows(table, rows, starts, weights):
@@ -289,8 +294,8 @@ def attention_step(q, k, v, mask=None):
     """
     One query a row: q (B, H, D) on keys (B, KV, S, D), mask (B, 1, 1, S) or None. The heads of a group act as its queries.
 
-    A matrix product with two rows takes a CPU as long as one with many. Where keys lie turned in memory, as (D, slots), both products
-    are weighted sums of rows instead: scores = sum_d q_d K^T[d], o = sum_s p_s V[s]. torch has those as embedding bags, whose kernel
+    A matrix product with two rows takes a CPU as long as one with many. Where keys are stored transposed, (D, slots), both products are
+    weighted sums of rows instead: scores = sum_d q_d K^T[d], o = sum_s p_s V[s]. torch has those as embedding bags, whose kernel
     reads rows in their own format and adds up in float32.
     """
     (B, H, D), (KV, S) = q.shape, k.shape[1:3]
@@ -312,14 +317,15 @@ def loop_attention_step(q, k_global, v_global, k_ring, v_ring, gate_weight, gate
 
     k_global, v_global (B, KV, S, D) hold pass 1 of all positions, the new one included; k_ring, v_ring (B, KV, W, D) hold the last W
     of this pass, in any order: rotary angles are already in the keys, and softmax does not ask for order. lengths (B,) says how many
-    positions each row has; the masks (B, 1, 1, S or W), 0 or -inf, say the same and are None where all rows are full.
+    positions each row has; the masks (B, 1, 1, S or W), 0 or -inf, say the same and are None where all rows are full. The gate is as
+    exact as that of mix() with a weight and a bias in float32.
     """
     if q.is_cuda:
         from kernels import fused_gated_decode
         return fused_gated_decode(q[:, :, None], k_global, v_global, k_ring, v_ring, gate_weight, gate_bias, lengths)[:, :, 0]
     o_global, o_local = attention_step(q, k_global, v_global, global_mask), attention_step(q, k_ring, v_ring, ring_mask)
-    g = torch.sigmoid((q * gate_weight).sum(-1, keepdim=True) + gate_bias[:, None])
-    return torch.lerp(o_local, o_global, g)
+    g = torch.sigmoid((q * gate_weight).sum(-1, keepdim=True) + gate_bias[:, None])              # (B, H, 1), in the dtype of the gate
+    return torch.lerp(o_local, o_global, g.to(q.dtype))
 
 
 # ---- one part of the keys, by tiles ----------------------------------------------------------------------------------

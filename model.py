@@ -7,6 +7,14 @@ of pass 1 (global) and the last `loop_window_size` positions of its own pass (lo
 loop_num = 1 is the dense IQuest-Coder, a Llama in every tensor.
 
 Read LoopCoder.passes() first: it is the model. Block is one layer, Cache is what decoding keeps, the rest is files and numbers.
+
+    x = embed(ids)
+    for r in range(R):
+        for i, layer in enumerate(layers):
+            x, k, v = layer(x, causal if r == 0 else gated(k1[i], v1[i]))
+            if r == 0: k1[i], v1[i] = k, v
+    return norm(x)
+
 Source: IQuest-Coder-V1 and LoopCoder reports; config and tensor names are those of the released checkpoints.
 Where we differ: the reports' equation 1 (loop 2 reads the embedding plus the shifted state of loop 1) is the flag loop_input="shift".
 
@@ -35,6 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loop_attention import (KEY_BLOCK, Ring, attention_step, causal_attention, document_starts, loop_attention, loop_attention_step, mix,
                             ring_attention, ring_loop_attention, weighted_rows)
+
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -134,10 +143,12 @@ PRESETS = {
     "40b-loop": shape(5120, 27648, 80, 40, 8, 76800, 131072),
 }
 
+
 # ---- small parts -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("nanoloopcoder::rotary_table", mutates_args=())   # to a compiler it is made once, not for each element again
+# opaque to torch.compile, which would otherwise compute it again inside every kernel that reads it
+@torch.library.custom_op("nanoloopcoder::rotary_table", mutates_args=())
 def rotary_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and signed sin of position x frequency, float32, (B, T, 1, D) for positions (B, T): [c, c] and [-s, s], ready for rotate()."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
@@ -346,304 +357,12 @@ class Block(nn.Module):
         a, m = self.self_attn, self.mlp
         qkv = linear(self.input_layernorm(x), a.q_proj, a.k_proj, a.v_proj).view(B, T, H + 2 * KV, D)
         qk, v = qkv.split((H + KV, KV), dim=2)
-        q, k, v = (x.transpose(1, 2) for x in (*rotate(qk, cos, sin).split((H, KV), dim=2), v))
+        q, k, v = (y.transpose(1, 2) for y in (*rotate(qk, cos, sin).split((H, KV), dim=2), v))
         o = attend(q, k, v, *kept)                                               # (B, H, T, D)
         x = x + linear(o.transpose(1, 2).reshape(B, T, H * D), a.o_proj)
         gate, up = linear(self.post_attention_layernorm(x), m.gate_proj, m.up_proj).chunk(2, dim=-1)
         return x + linear(silu(gate) * up, m.down_proj), k, v
 
-
-# ---- what decoding keeps ---------------------------------------------------------------------------------------------
-
-
-class Cache:
-    """
-    Keys and values of the tokens so far, for `rows` independent sequences that may have different lengths.
-
-    A layer keeps pass 1 for every position (`capacity` of them), and each later pass for the last W only: position p lies in slot
-    p mod W, so a step writes one slot and moves nothing. Memory is taken once, here. lengths (rows,) says how far each row is.
-    A row is a slot that can be emptied (reset) and filled again while the others go on; copy() doubles a row, keep() drops rows for
-    good. A cache belongs to the weights it was made with: after an optimizer step make a new one.
-    """
-
-    def __init__(self, config, rows, capacity, device="cpu", dtype=torch.float32):
-        L, KV, D, W = config.num_hidden_layers, config.num_key_value_heads, config.head_dim, config.loop_window_size
-        self.config, self.rows, self.capacity = config, rows, capacity
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        turned = torch.device(device).type == "cpu"                              # keys as (D, slots), see attention_step()
-        slots = -(-(capacity + 1) // KEY_BLOCK) * KEY_BLOCK if turned else capacity + 1          # one at least to write padding to
-
-        def room(slots):                                                         # [K, V], (rows, KV, slots, D) each
-            keys = (D, slots) if turned else (slots, D)
-            k, v = (torch.zeros(rows, KV, *size, device=device, dtype=dtype) for size in (keys, (slots, D)))
-            return [k.mT if turned else k, v]
-
-        self.first = [room(slots) for _ in range(L)]
-        self.later = [[room(W) for _ in range(L)] for _ in range(config.loop_num - 1)]
-        shifted = config.loop_num - 1 if config.loop_input == "shift" else 0
-        self.last_hidden = [torch.zeros(rows, 1, config.hidden_size, device=device, dtype=dtype) for _ in range(shifted)]
-        positions = torch.arange(capacity, device=device)[None]
-        self.rotary = [x[0].to(dtype) for x in rotary_table(positions, D, config.rope_theta)]    # (capacity, 1, D) each
-        self.packed = None                                                       # weights as decode() wants them, from its first step
-
-    def tensors(self):
-        """All keys and values."""
-        return [x for layers in (self.first, *self.later) for kv in layers for x in kv]
-
-    def reset(self, row):
-        """Empty one row (or a list of rows). What it held is overwritten by the next prompt; only its length counts."""
-        self.lengths[row] = 0
-
-    def copy(self, row, others):
-        """Give other rows what this one holds: one prompt, several answers."""
-        for x in [self.lengths, *self.tensors(), *self.last_hidden]:
-            x[others] = x[row].clone()
-
-    def keep(self, rows):
-        """Keep these rows only, in this order."""
-        index = torch.as_tensor(rows, device=self.lengths.device)
-        self.rows, self.lengths = len(index), self.lengths[index]
-        self.first = [[k[index], v[index]] for k, v in self.first]               # indexing leaves turned what is turned
-        self.later = [[[k[index], v[index]] for k, v in layers] for layers in self.later]
-        self.last_hidden = [x[index] for x in self.last_hidden]
-
-    def nbytes(self):
-        """Bytes held: (growing with every token of capacity, fixed for each row's window)."""
-        return tuple(sum(x.nbytes for kv in layers for x in kv) for layers in (self.first, sum(self.later, [])))
-
-
-def cache_bytes_per_token(config, itemsize=2):
-    """(bytes a further token costs: one pass, bytes a row costs once: the windows of the later passes), at `itemsize` bytes a number."""
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
-    return kv, kv * config.loop_window_size * (config.loop_num - 1)
-
-
-def attend_masked(q, k, v, keep):
-    """q (n, H, T, D) on keys (n, KV, S, D); keep (n, T, S). Returns (n, H, T, D) in the dtype of q."""
-    (n, H, T, D), dtype = q.shape, q.dtype
-    groups = H // k.shape[1]
-    keep = keep[:, None].expand(n, groups, T, -1).reshape(n, 1, groups * T, -1)
-    wide = k.dtype if k.is_cuda else torch.promote_types(k.dtype, torch.float32)
-    q, k, v = (x.to(wide) for x in (q.reshape(n, k.shape[1], groups * T, D), k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).to(dtype).view(n, H, T, D)
-
-
-class CachedAttention:
-    """
-    The attention of one call that appends T new tokens to rows of a cache: new[b] of row b's T tokens are real, the rest is padding.
-
-    Rows that were empty see their own tokens only, as in training; padding comes last, so that no real token sees it. For the others
-    every mask depends on lengths alone, so it is made once here and serves all layers.
-    """
-
-    def __init__(self, cache, rows, new, T):
-        self.cache, self.rows, W = cache, rows, cache.config.loop_window_size
-        device = new.device
-        self.old = cache.lengths[rows]                                           # (n,)
-        self.empty = not self.old.any()
-        self.positions = self.old[:, None] + torch.arange(T, device=device)      # (n, T)
-        self.end = min(int((self.old + T).max()), cache.capacity)
-        p, real = self.positions, torch.arange(T, device=device)[None] < new[:, None]
-        self.write_at = torch.where(real, p, cache.capacity)
-        self.keep_first = torch.arange(self.end, device=device)[None, None] <= p[..., None]
-        slot = torch.arange(W, device=device)
-        held = self.old[:, None] - 1 - (self.old[:, None] - 1 - slot) % W         # (n, W) position in each slot; negative: empty
-        seen = (held >= 0)[:, None] & (p[..., None] - held[:, None] < W)          # (n, T, W)
-        distance = p[0][:, None] - p[0][None, :]
-        own = ((distance >= 0) & (distance < W)).expand(len(new), T, T)
-        self.keep_later = torch.cat([seen, own], dim=-1)                          # (n, T, W + T)
-        total = self.old + new
-        source = total[:, None] - 1 - (total[:, None] - 1 - slot) % W - self.old[:, None]
-        self.renewed, self.source = (source >= 0)[..., None], source.clamp(min=0)  # which new token each slot takes, if any
-
-    def pass_1(self, layer, q, k, v):
-        """Write K1, V1 at their positions, attend to all of the row so far."""
-        for x, new in zip(self.cache.first[layer], (k, v)):
-            x[self.rows[:, None], :, self.write_at] = new.transpose(1, 2).to(x.dtype)
-        if self.empty:
-            return causal_attention(q, k, v)
-        return attend_masked(q, *(x[self.rows, :, : self.end] for x in self.cache.first[layer]), self.keep_first)
-
-    def later_pass(self, turn, layer, gate, q, k, v, k1, v1):
-        """The gated pair: K1, V1 of the whole row, and the window of this pass, whose slots are then renewed."""
-        window = []
-        for x, new in zip(self.cache.later[turn - 1][layer], (k, v)):
-            held, new = x[self.rows], new.to(x.dtype)                            # (n, KV, W, D), (n, KV, T, D)
-            window.append(torch.cat([held, new], dim=2))
-            x[self.rows] = torch.where(self.renewed[:, None], new.gather(2, self.source[:, None, :, None].expand_as(held)), held)
-        if self.empty:
-            return loop_attention(q, k1, v1, k, v, gate.weight, gate.bias, self.cache.config.loop_window_size)
-        o_global = attend_masked(q, *(x[self.rows, :, : self.end] for x in self.cache.first[layer]), self.keep_first)
-        o_local = attend_masked(q, *window, self.keep_later)
-        return mix(q, o_global, o_local, gate.weight, gate.bias)
-
-
-class PackedWeights:
-    """
-    The weights of a model for one-token steps: q, k, v in one matrix, gate and up in one, each times the gain of the norm before it.
-
-    A product with few rows takes a CPU as long as it takes to bring the weights into the order that its kernel reads: torch.mm does that
-    in every call. Where oneDNN is there, it is done once, here, by what torch.compile calls for it. One row alone is fastest multiplied
-    as attention_step() does it: the rows of (in, out), each times a number, are added up.
-    """
-
-    def __init__(self, model, cache):
-        weight, C, eps = model.lm_head.weight, model.config.hidden_size, model.config.rms_norm_eps
-        dtype, loop = model.compute_dtype or weight.dtype, model.config.loop_num > 1
-        self.eps, self.root = eps, None
-        self.alone = cache.rows == 1 and not weight.is_cuda
-        self.packs = not self.alone and not weight.is_cuda and torch.backends.mkldnn.is_available() and (
-            dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        if not weight.is_cuda:
-            self.root = torch.tensor(math.sqrt(C * eps), dtype=torch.promote_types(dtype, torch.float32))
-
-        def packed(*linears, norm=None):
-            w = torch.cat([x.weight for x in linears]) if len(linears) > 1 else linears[0].weight                # (out, in)
-            if norm is not None:
-                w = w * norm.weight * (1 if self.root is None else math.sqrt(C))
-            if self.packs:
-                return torch.ops.mkldnn._reorder_linear_weight(w.to(dtype), cache.rows)
-            return row_pieces(w.to(dtype).T) if self.alone else w.to(dtype).T
-
-        self.layers = []
-        for i, layer in enumerate(model.model.layers):
-            a, m, gate = layer.self_attn, layer.mlp, model.model.gate_projections[i] if loop else None
-            self.layers.append(SimpleNamespace(
-                qkv=packed(a.q_proj, a.k_proj, a.v_proj, norm=layer.input_layernorm), o=packed(a.o_proj),
-                gate_up=packed(m.gate_proj, m.up_proj, norm=layer.post_attention_layernorm), down=packed(m.down_proj),
-                gate=gate.weight.to(dtype) if loop else None, bias=gate.bias.to(dtype) if loop else None))
-        self.head = packed(model.lm_head, norm=model.model.norm)
-
-    def product(self, x, w, plus=None):
-        """x W, or plus + x W, for packed weights: x (B, in), plus (B, out) -> (B, out)."""
-        if self.alone:
-            table, rows, starts = w
-            y = weighted_rows(table, rows, starts, x.expand(len(starts), -1)).view(1, -1)
-            return y if plus is None else plus + y
-        if self.packs:
-            linear = torch.ops.mkldnn._linear_pointwise
-            return linear(x, w, None, "none", [], "") if plus is None else linear.binary(x, plus, w, None, "add")
-        return torch.mm(x, w) if plus is None else torch.addmm(plus, x, w)
-
-    def unit(self, x):
-        """x / rms(x): sqrt(sum x^2 + C eps) in three calls, where torch's own norm is ten on a CPU; sqrt(C) is in the weights."""
-        if self.root is None:
-            return F.rms_norm(x, x.shape[-1:], eps=self.eps)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.root.dtype)
-        return (x / torch.hypot(length, self.root)).to(x.dtype)
-
-
-def row_pieces(w):
-    """W (in, out) for weighted_rows(), its rows cut in pieces, one or more a thread: (pieces, those of each sum, where it begins)."""
-    n, width = w.shape
-    pieces = next(p for p in range(max(torch.get_num_threads(), width // 512), 0, -1) if width % p == 0)
-    rows = torch.arange(n, dtype=torch.int32) * pieces + torch.arange(pieces, dtype=torch.int32)[:, None]
-    return w.reshape(-1, width // pieces), rows.flatten(), torch.arange(0, pieces * n, n, dtype=torch.int32)
-
-
-class Step:
-    """Where the next token of each row goes and what it sees: made once a step, read by all layers and passes."""
-
-    def __init__(self, cache):
-        lengths, W = cache.lengths, cache.config.loop_window_size
-        have = lengths.tolist()
-        if max(have) >= cache.capacity:
-            raise ValueError(f"the cache holds {cache.capacity} tokens a row, and row {have.index(max(have))} is full")
-        dtype, device = cache.rotary[0].dtype, lengths.device
-        self.cos, self.sin = (x[lengths] for x in cache.rotary)                  # (B, 1, D)
-        self.total, self.end = lengths + 1, max(have) + 1
-        self.ring_end = W if device.type == "cuda" else min(self.end, W)         # the fused kernel takes W from the shape
-        self.position, self.rows = lengths, torch.arange(len(have), device=device)
-        self.slot = have[0] if min(have) == max(have) else None                  # all rows stand at the same place
-        self.mask = self.ring_mask = None
-        if self.slot is None:
-            empty = lambda n: torch.zeros(len(have), 1, 1, n, device=device, dtype=dtype)
-            late = torch.arange(self.end, device=device) > lengths[:, None]
-            self.mask = empty(self.end).masked_fill_(late[:, None, None], -math.inf)
-            if min(have) + 1 < W:
-                self.ring_mask = empty(self.ring_end).masked_fill_(late[:, None, None, : self.ring_end], -math.inf)
-        self.W = W
-
-    def write(self, x, new, ring):
-        """Put new (B, KV, D) into its slot of x (B, KV, slots, D)."""
-        if self.slot is not None:
-            x.select(2, self.slot % self.W if ring else self.slot).copy_(new)
-        else:
-            x[self.rows, :, self.position % self.W if ring else self.position] = new
-
-
-# ---- files: the released layout --------------------------------------------------------------------------------------
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-def checkpoint_files(folder):
-    """The safetensors files of a checkpoint folder, from its index where it has one."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        lost = [n for n in names if not (folder / n).exists()]
-        if lost:
-            raise ValueError(f"{folder}: the index names {lost[0]}, which is not there")
-        return [folder / n for n in names]
-    if not single.exists():
-        raise ValueError(f"{folder}: no model.safetensors and no model.safetensors.index.json; is this a checkpoint folder?")
-    return [single]
-
-
-def load_weights(model, folder, device, dtype):
-    """Fill a model on the meta device from a checkpoint folder, one tensor at a time; every tensor must be there and fit."""
-    from safetensors import SafetensorError, safe_open
-    expected, seen = dict(model.named_parameters()), set()
-    for path in checkpoint_files(folder):
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as f:
-                for key in f.keys():
-                    # some copies keep the gate inside its layer: model.layers.3.gate_projection.weight
-                    parts = key.split(".")
-                    name = f"model.gate_projections.{parts[2]}.{parts[4]}" if parts[3:4] == ["gate_projection"] else key
-                    if name not in expected:
-                        if name.endswith("rotary_emb.inv_freq"):
-                            continue                                             # old checkpoints store a constant
-                        raise ValueError(f"{path}: tensor {key} has no place in this model")
-                    tensor = f.get_tensor(key)
-                    if tensor.shape != expected[name].shape:
-                        have, want = tuple(tensor.shape), tuple(expected[name].shape)
-                        raise ValueError(f"{path}: tensor {key} has shape {have}, config.json asks for {want}")
-                    owner = model.get_submodule(name.rpartition(".")[0])
-                    setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor.to(dtype or tensor.dtype)))
-                    seen.add(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-    if missing := sorted(expected.keys() - seen):
-        raise ValueError(f"{folder}: tensor {missing[0]} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
-
-
-def save_weights(tensors, folder, shard_bytes):
-    """Write tensors (name -> tensor) as one file or as shards with an index, all to temporary names first; then put them in place."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-    shards, size = [{}], 0
-    for name, tensor in tensors.items():
-        nbytes = tensor.numel() * tensor.element_size()
-        if shards[-1] and shard_bytes is not None and size + nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
-        size += nbytes
-    n = len(shards)
-    names = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-    for name, shard in zip(names, shards):
-        try:
-            save_file(shard, folder / f"{name}.tmp", metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{folder / name}: could not be written ({error})") from error
-    if n > 1:
-        index = {"metadata": {"total_size": sum(t.numel() * t.element_size() for t in tensors.values())},
-                 "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-        names.append("model.safetensors.index.json")
-        (folder / f"{names[-1]}.tmp").write_text(json.dumps(index, indent=1))
-    return names
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 
@@ -665,7 +384,7 @@ class LoopCoder(nn.Module):
     (logits, loss) = model(input_ids (B, T), targets=None, segment_ids=None, cache=None).
 
     compute_dtype   None: the weights' own; torch.bfloat16 with float32 weights is mixed precision (the weights are cast where used)
-    loop_alpha      None, or a 0-d tensor a: H2 = H1 + a (f(H1) - H1), the gentle start of a folded model (RECIPES: a from 0 to 1)
+    loop_alpha      None, or a 0-d tensor a: H2 = H1 + a (f(H1) - H1), the gentle start of a folded model, with a from 0 to 1
     recompute       True: activations of a layer are computed again in the backward pass instead of kept
     """
 
@@ -950,6 +669,300 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         cut = p.cumsum(-1) - p >= top_p                                          # the mass before this token already suffices
         logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+# ---- what decoding keeps ---------------------------------------------------------------------------------------------
+
+
+class Cache:
+    """
+    Keys and values of the tokens so far, for `rows` independent sequences that may have different lengths.
+
+    A layer keeps pass 1 for every position (`capacity` of them), and each later pass for the last W only: position p lies in slot
+    p mod W, so a step writes one slot and moves nothing. Memory is taken once, here. lengths (rows,) says how far each row is.
+    A row is a slot that can be emptied (reset) and filled again while the others go on; copy() doubles a row, keep() drops rows for
+    good. A cache belongs to the weights it was made with: after an optimizer step make a new one.
+    """
+
+    def __init__(self, config, rows, capacity, device="cpu", dtype=torch.float32):
+        L, KV, D, W = config.num_hidden_layers, config.num_key_value_heads, config.head_dim, config.loop_window_size
+        self.config, self.rows, self.capacity = config, rows, capacity
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        transposed = torch.device(device).type == "cpu"                          # keys as (D, slots), see attention_step()
+        slots = -(-(capacity + 1) // KEY_BLOCK) * KEY_BLOCK if transposed else capacity + 1      # one at least to write padding to
+
+        def room(slots):                                                         # [K, V], (rows, KV, slots, D) each
+            keys = (D, slots) if transposed else (slots, D)
+            k, v = (torch.zeros(rows, KV, *size, device=device, dtype=dtype) for size in (keys, (slots, D)))
+            return [k.mT if transposed else k, v]
+
+        self.first = [room(slots) for _ in range(L)]
+        self.later = [[room(W) for _ in range(L)] for _ in range(config.loop_num - 1)]
+        shifted = config.loop_num - 1 if config.loop_input == "shift" else 0
+        self.last_hidden = [torch.zeros(rows, 1, config.hidden_size, device=device, dtype=dtype) for _ in range(shifted)]
+        positions = torch.arange(capacity, device=device)[None]
+        self.rotary = [x[0].to(dtype) for x in rotary_table(positions, D, config.rope_theta)]    # (capacity, 1, D) each
+        self.packed = None                                                       # weights as decode() wants them, from its first step
+
+    def tensors(self):
+        """All keys and values."""
+        return [x for layers in (self.first, *self.later) for kv in layers for x in kv]
+
+    def reset(self, row):
+        """Empty one row (or a list of rows). What it held is overwritten by the next prompt; only its length counts."""
+        self.lengths[row] = 0
+
+    def copy(self, row, others):
+        """Give other rows what this one holds: one prompt, several answers."""
+        for x in [self.lengths, *self.tensors(), *self.last_hidden]:
+            x[others] = x[row].clone()
+
+    def keep(self, rows):
+        """Keep these rows only, in this order."""
+        index = torch.as_tensor(rows, device=self.lengths.device)
+        self.rows, self.lengths = len(index), self.lengths[index]
+        self.first = [[k[index], v[index]] for k, v in self.first]               # indexing keeps the order in memory
+        self.later = [[[k[index], v[index]] for k, v in layers] for layers in self.later]
+        self.last_hidden = [x[index] for x in self.last_hidden]
+
+    def nbytes(self):
+        """Bytes held: (growing with every token of capacity, fixed for each row's window)."""
+        return tuple(sum(x.nbytes for kv in layers for x in kv) for layers in (self.first, sum(self.later, [])))
+
+
+def cache_bytes_per_token(config, itemsize=2):
+    """(bytes a further token costs: one pass, bytes a row costs once: the windows of the later passes), at `itemsize` bytes a number."""
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+    return kv, kv * config.loop_window_size * (config.loop_num - 1)
+
+
+def attend_masked(q, k, v, keep):
+    """q (n, H, T, D) on keys (n, KV, S, D); keep (n, T, S). Returns (n, H, T, D) in the dtype of q."""
+    (n, H, T, D), dtype = q.shape, q.dtype
+    groups = H // k.shape[1]
+    keep = keep[:, None].expand(n, groups, T, -1).reshape(n, 1, groups * T, -1)
+    wide = k.dtype if k.is_cuda else torch.promote_types(k.dtype, torch.float32)
+    q, k, v = (x.to(wide) for x in (q.reshape(n, k.shape[1], groups * T, D), k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).to(dtype).view(n, H, T, D)
+
+
+class CachedAttention:
+    """
+    The attention of one call that appends T new tokens to rows of a cache: new[b] of row b's T tokens are real, the rest is padding.
+
+    Rows that were empty see their own tokens only, as in training; padding comes last, so that no real token sees it. For the others
+    every mask depends on lengths alone, so it is made once here and serves all layers.
+    """
+
+    def __init__(self, cache, rows, new, T):
+        self.cache, self.rows, W = cache, rows, cache.config.loop_window_size
+        device = new.device
+        self.old = cache.lengths[rows]                                           # (n,)
+        self.empty = not self.old.any()
+        self.positions = self.old[:, None] + torch.arange(T, device=device)      # (n, T)
+        self.end = min(int((self.old + T).max()), cache.capacity)
+        p, real = self.positions, torch.arange(T, device=device)[None] < new[:, None]
+        self.write_at = torch.where(real, p, cache.capacity)
+        self.keep_first = torch.arange(self.end, device=device)[None, None] <= p[..., None]
+        slot = torch.arange(W, device=device)
+        held = self.old[:, None] - 1 - (self.old[:, None] - 1 - slot) % W         # (n, W) position in each slot; negative: empty
+        seen = (held >= 0)[:, None] & (p[..., None] - held[:, None] < W)          # (n, T, W)
+        distance = p[0][:, None] - p[0][None, :]
+        own = ((distance >= 0) & (distance < W)).expand(len(new), T, T)
+        self.keep_later = torch.cat([seen, own], dim=-1)                          # (n, T, W + T)
+        total = self.old + new
+        source = total[:, None] - 1 - (total[:, None] - 1 - slot) % W - self.old[:, None]
+        self.renewed, self.source = (source >= 0)[..., None], source.clamp(min=0)  # which new token each slot takes, if any
+
+    def pass_1(self, layer, q, k, v):
+        """Write K1, V1 at their positions, attend to all of the row so far."""
+        for x, new in zip(self.cache.first[layer], (k, v)):
+            x[self.rows[:, None], :, self.write_at] = new.transpose(1, 2).to(x.dtype)
+        if self.empty:
+            return causal_attention(q, k, v)
+        return attend_masked(q, *(x[self.rows, :, : self.end] for x in self.cache.first[layer]), self.keep_first)
+
+    def later_pass(self, turn, layer, gate, q, k, v, k1, v1):
+        """The gated pair: K1, V1 of the whole row, and the window of this pass, whose slots are then renewed."""
+        window = []
+        for x, new in zip(self.cache.later[turn - 1][layer], (k, v)):
+            held, new = x[self.rows], new.to(x.dtype)                            # (n, KV, W, D), (n, KV, T, D)
+            window.append(torch.cat([held, new], dim=2))
+            x[self.rows] = torch.where(self.renewed[:, None], new.gather(2, self.source[:, None, :, None].expand_as(held)), held)
+        if self.empty:
+            return loop_attention(q, k1, v1, k, v, gate.weight, gate.bias, self.cache.config.loop_window_size)
+        o_global = attend_masked(q, *(x[self.rows, :, : self.end] for x in self.cache.first[layer]), self.keep_first)
+        o_local = attend_masked(q, *window, self.keep_later)
+        return mix(q, o_global, o_local, gate.weight, gate.bias)
+
+
+class PackedWeights:
+    """
+    The weights of a model for one-token steps: q, k, v in one matrix, gate and up in one, each times the gain of the norm before it.
+
+    A product with few rows takes a CPU as long as it takes to bring the weights into the order that its kernel reads: torch.mm does that
+    in every call. Where oneDNN is there, it is done once, here, by what torch.compile calls for it. One row alone is fastest multiplied
+    as attention_step() does it: the rows of (in, out), each times a number, are added up.
+    """
+
+    def __init__(self, model, cache):
+        weight, C, eps = model.lm_head.weight, model.config.hidden_size, model.config.rms_norm_eps
+        dtype, loop = model.compute_dtype or weight.dtype, model.config.loop_num > 1
+        wide = torch.promote_types(dtype, torch.float32)                         # of the gates and of the root mean square
+        self.eps, self.root = eps, None
+        self.alone = cache.rows == 1 and not weight.is_cuda
+        self.packs = not self.alone and not weight.is_cuda and torch.backends.mkldnn.is_available() and (
+            dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        if not weight.is_cuda:
+            self.root = torch.tensor(math.sqrt(C * eps), dtype=wide)
+
+        def packed(*linears, norm=None):
+            w = torch.cat([x.weight for x in linears]) if len(linears) > 1 else linears[0].weight                # (out, in)
+            if norm is not None:
+                w = w * norm.weight * (1 if self.root is None else math.sqrt(C))
+            if self.packs:
+                return torch.ops.mkldnn._reorder_linear_weight(w.to(dtype), cache.rows)
+            return row_pieces(w.to(dtype).T) if self.alone else w.to(dtype).T
+
+        self.layers = []
+        for i, layer in enumerate(model.model.layers):
+            a, m, gate = layer.self_attn, layer.mlp, model.model.gate_projections[i] if loop else None
+            self.layers.append(SimpleNamespace(
+                qkv=packed(a.q_proj, a.k_proj, a.v_proj, norm=layer.input_layernorm), o=packed(a.o_proj),
+                gate_up=packed(m.gate_proj, m.up_proj, norm=layer.post_attention_layernorm), down=packed(m.down_proj),
+                gate=gate.weight.to(wide) if loop else None, bias=gate.bias.to(wide) if loop else None))
+        self.head = packed(model.lm_head, norm=model.model.norm)
+
+    def product(self, x, w, plus=None):
+        """x W, or plus + x W, for packed weights: x (B, in), plus (B, out) -> (B, out)."""
+        if self.alone:
+            table, rows, starts = w
+            y = weighted_rows(table, rows, starts, x.expand(len(starts), -1)).view(1, -1)
+            return y if plus is None else plus + y
+        if self.packs:
+            linear = torch.ops.mkldnn._linear_pointwise
+            return linear(x, w, None, "none", [], "") if plus is None else linear.binary(x, plus, w, None, "add")
+        return torch.mm(x, w) if plus is None else torch.addmm(plus, x, w)
+
+    def unit(self, x):
+        """x / rms(x): sqrt(sum x^2 + C eps) in three calls, where torch's own norm is ten on a CPU; sqrt(C) is in the weights."""
+        if self.root is None:
+            return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.root.dtype)
+        return (x / torch.hypot(length, self.root)).to(x.dtype)
+
+
+def row_pieces(w):
+    """W (in, out) for weighted_rows(), its rows cut in pieces, one or more a thread: (pieces, those of each sum, where it begins)."""
+    n, width = w.shape
+    pieces = next(p for p in range(max(torch.get_num_threads(), width // 512), 0, -1) if width % p == 0)
+    rows = torch.arange(n, dtype=torch.int32) * pieces + torch.arange(pieces, dtype=torch.int32)[:, None]
+    return w.reshape(-1, width // pieces), rows.flatten(), torch.arange(0, pieces * n, n, dtype=torch.int32)
+
+
+class Step:
+    """Where the next token of each row goes and what it sees: made once a step, read by all layers and passes."""
+
+    def __init__(self, cache):
+        lengths, W = cache.lengths, cache.config.loop_window_size
+        have = lengths.tolist()
+        if max(have) >= cache.capacity:
+            raise ValueError(f"the cache holds {cache.capacity} tokens a row, and row {have.index(max(have))} is full")
+        dtype, device = cache.rotary[0].dtype, lengths.device
+        self.cos, self.sin = (x[lengths] for x in cache.rotary)                  # (B, 1, D)
+        self.total, self.end = lengths + 1, max(have) + 1
+        self.ring_end = W if device.type == "cuda" else min(self.end, W)         # the fused kernel takes W from the shape
+        self.position, self.rows = lengths, torch.arange(len(have), device=device)
+        self.slot = have[0] if min(have) == max(have) else None                  # all rows stand at the same place
+        self.mask = self.ring_mask = None
+        if self.slot is None:
+            empty = lambda n: torch.zeros(len(have), 1, 1, n, device=device, dtype=dtype)
+            late = torch.arange(self.end, device=device) > lengths[:, None]
+            self.mask = empty(self.end).masked_fill_(late[:, None, None], -math.inf)
+            if min(have) + 1 < W:
+                self.ring_mask = empty(self.ring_end).masked_fill_(late[:, None, None, : self.ring_end], -math.inf)
+        self.W = W
+
+    def write(self, x, new, ring):
+        """Put new (B, KV, D) into its slot of x (B, KV, slots, D)."""
+        if self.slot is not None:
+            x.select(2, self.slot % self.W if ring else self.slot).copy_(new)
+        else:
+            x[self.rows, :, self.position % self.W if ring else self.position] = new
+
+
+# ---- files: the released layout --------------------------------------------------------------------------------------
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def checkpoint_files(folder):
+    """The safetensors files of a checkpoint folder, from its index where it has one."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        lost = [n for n in names if not (folder / n).exists()]
+        if lost:
+            raise ValueError(f"{folder}: the index names {lost[0]}, which is not there")
+        return [folder / n for n in names]
+    if not single.exists():
+        raise ValueError(f"{folder}: no model.safetensors and no model.safetensors.index.json; is this a checkpoint folder?")
+    return [single]
+
+
+def load_weights(model, folder, device, dtype):
+    """Fill a model on the meta device from a checkpoint folder, one tensor at a time; every tensor must be there and fit."""
+    from safetensors import SafetensorError, safe_open
+    expected, seen = dict(model.named_parameters()), set()
+    for path in checkpoint_files(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as f:
+                for key in f.keys():
+                    # some copies keep the gate inside its layer: model.layers.3.gate_projection.weight
+                    parts = key.split(".")
+                    name = f"model.gate_projections.{parts[2]}.{parts[4]}" if parts[3:4] == ["gate_projection"] else key
+                    if name not in expected:
+                        if name.endswith("rotary_emb.inv_freq"):
+                            continue                                             # old checkpoints store a constant
+                        raise ValueError(f"{path}: tensor {key} has no place in this model")
+                    tensor = f.get_tensor(key)
+                    if tensor.shape != expected[name].shape:
+                        have, want = tuple(tensor.shape), tuple(expected[name].shape)
+                        raise ValueError(f"{path}: tensor {key} has shape {have}, config.json asks for {want}")
+                    owner = model.get_submodule(name.rpartition(".")[0])
+                    setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor.to(dtype or tensor.dtype)))
+                    seen.add(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    if missing := sorted(expected.keys() - seen):
+        raise ValueError(f"{folder}: tensor {missing[0]} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
+
+
+def save_weights(tensors, folder, shard_bytes):
+    """Write tensors (name -> tensor) as one file or as shards with an index, all to temporary names first; then put them in place."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        if shards[-1] and shard_bytes is not None and size + nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().cpu().contiguous()
+        size += nbytes
+    n = len(shards)
+    names = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    for name, shard in zip(names, shards):
+        try:
+            save_file(shard, folder / f"{name}.tmp", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / name}: could not be written ({error})") from error
+    if n > 1:
+        index = {"metadata": {"total_size": sum(t.numel() * t.element_size() for t in tensors.values())},
+                 "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+        names.append("model.safetensors.index.json")
+        (folder / f"{names[-1]}.tmp").write_text(json.dumps(index, indent=1))
+    return names
 
 
 # ---- from dense to loop ----------------------------------------------------------------------------------------------

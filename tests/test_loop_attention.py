@@ -126,17 +126,28 @@ def test_what_a_compiler_keeps_for_the_backward_grows_with_the_row_and_not_with_
 
 @pytest.mark.parametrize("slots, S", [(128, 1), (128, 63), (128, 64), (128, 65), (128, 128), (5, 5), (70, 69)])
 @pytest.mark.parametrize("H, KV", [(4, 4), (6, 3), (5, 1)])
-def test_one_query_attends_alike_to_keys_by_rows_and_turned_and_slots_not_in_use_are_never_read(H, KV, slots, S):
+def test_one_query_attends_alike_to_keys_by_rows_and_transposed_and_slots_not_in_use_are_never_read(H, KV, slots, S):
     g = torch.Generator().manual_seed(slots + S)
     q, (k, v) = torch.randn(3, H, 8, generator=g), torch.randn(2, 3, KV, slots, 8, generator=g)
     k[:, :, S:], v[:, :, S:] = math.nan, math.inf
     keep = torch.arange(S) < torch.tensor([1, S, (S + 1) // 2])[:, None, None, None]                # (B, 1, 1, S): rows of different length
-    turned = k.mT.contiguous().mT
+    transposed = k.mT.contiguous().mT
     for mask in (None, torch.zeros(3, 1, 1, S).masked_fill(~keep, -math.inf)):
         seen = torch.ones_like(keep) if mask is None else keep
         exact = la.masked_attention(q[:, :, None].double(), k[:, :, :S].double(), v[:, :, :S].double(), seen)[:, :, 0].float()
-        for keys in (k, turned):
+        for keys in (k, transposed):
             torch.testing.assert_close(la.attention_step(q, keys[:, :, :S], v[:, :, :S], mask), exact, rtol=0, atol=1e-5)
+
+
+def test_in_bfloat16_the_gate_of_a_step_is_as_exact_as_that_of_mix():
+    g = torch.Generator().manual_seed(0)
+    B, H, D = 50, 6, 32
+    q, w, b = torch.randn(B, H, D, generator=g).bfloat16(), torch.randn(H, D, generator=g), torch.randn(H, generator=g)
+    one, none = torch.ones(B, H, 1, D).bfloat16(), torch.zeros(B, H, 1, D).bfloat16()                # what comes out is the gate
+    step = la.loop_attention_step(q, one, one, none, none, w, b, torch.ones(B, dtype=torch.int64))
+    mixed = la.mix(q[:, :, None], one, none, w, b)[:, :, 0]
+    exact = la.mix(q[:, :, None].double(), one.double(), none.double(), w.double(), b.double())[:, :, 0]
+    assert ((step - exact) / exact).abs().max() <= ((mixed - exact) / exact).abs().max() < 2**-8
 
 
 def test_plain_causal_attention_equals_pytorchs_own():

@@ -631,6 +631,15 @@ def test_in_bfloat16_prefill_a_second_prompt_and_steps_are_as_exact_as_the_full_
     assert (steps - exact).norm() <= 1.5 * (full[:, 40:] - exact).norm() <= 0.2 * exact.norm()
 
 
+def test_decoding_keeps_the_gates_as_they_are_trained():
+    model = small()
+    gate, bias = model.model.gate_projections[0].parameters()
+    for compute, kept in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        model.compute_dtype = compute
+        layer = m.PackedWeights(model, model.new_cache(2, 9)).layers[0]
+        assert torch.equal(layer.gate, gate.to(kept)) and torch.equal(layer.bias, bias.to(kept))
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_compiled_the_training_path_is_the_same_and_without_documents_it_is_one_graph(documents):
     model, ids = small(), tokens(2, 30)
@@ -642,6 +651,21 @@ def test_compiled_the_training_path_is_the_same_and_without_documents_it_is_one_
     model.loss(ids[:, :-1], ids[:, 1:], segments).backward()
     for a, p in zip(compiled, model.parameters()):
         torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_compiled_training_path_has_the_gradients_of_the_eager_one_and_none_is_zero():
+    model = small(std=0.1, hidden_size=64, head_dim=16, num_attention_heads=4).cuda()
+    model.compute_dtype, ids = torch.bfloat16, tokens(2, 301).cuda()
+    segments = torch.tensor([[0] * 110 + [1] * 190, [0] * 300]).cuda()
+    found = []
+    for loss in (model.loss, torch.compile(model.loss)):
+        model.zero_grad()
+        loss(ids[:, :-1], ids[:, 1:], segments).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, eager in found[0].items():
+        assert 0 < eager.norm() and (found[1][name] - eager).norm() <= 2e-2 * eager.norm(), name
 
 
 def ring_rank(rank, P, folder):
