@@ -26,6 +26,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 import random
 import re
 import signal
@@ -111,21 +112,25 @@ def grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.28, av
     old_logp  (B, T)  the same under the policy that sampled it: stored while sampling, at the same temperature, no top-k, no top-p
     advantages (B,)   one number a sample, the same for all its tokens
     mask      (B, T)  True where the policy chose the token: its end token too; never prompt, observation or padding
-    average   "token": every token weighs the same (DAPO);  "sequence": every sample does, however long it is (the first GRPO)
+    average   "token": every token weighs the same (DAPO);  "sequence": every sample does, however long it is (the first GRPO), so a long
+              wrong answer is punished less per token;  "dr_grpo": the divisor is a constant, whatever the lengths (Dr.GRPO)
     total     what the sum is divided by; None: the tokens (or samples) of this batch. A caller that splits one optimizer step into
-              micro-batches, or over processes, gives the count of the whole step, so that the split changes nothing. Samples times
-              the longest allowed length gives Dr.GRPO.
+              micro-batches, or over processes, gives the count of the whole step, so that the split changes nothing. "dr_grpo" needs
+              it: samples times the longest allowed answer.
 
     Where p = p_old the loss is - sum A n / N: zero for samples of equal length whatever was learned. It is no progress signal; the
-    gradient, - sum A grad logp / N, is. And with one update a rollout r is 1 throughout and the clip does nothing.
+    gradient, - sum A grad logp / N, is. With one update a rollout r is 1 up to rounding (decoding and this forward add up in another
+    order: in bfloat16 about .015 nats a token), so the clip does next to nothing. A step's record has the distance as "drift".
     """
     value, _ = surrogate(logp, old_logp, advantages, mask, clip_low, clip_high)
-    if average == "token":
+    if average == "dr_grpo" and total is None:
+        raise ValueError("average='dr_grpo' needs total=: the number of samples times the longest allowed answer")
+    if average in ("token", "dr_grpo"):
         return -value.sum() / (mask.sum().clamp(min=1) if total is None else total)
     if average == "sequence":
         length = mask.sum(-1)
         return -(value.sum(-1) / length.clamp(min=1)).sum() / ((length > 0).sum().clamp(min=1) if total is None else total)
-    raise ValueError(f"average={average!r}: must be 'token' (DAPO) or 'sequence' (GRPO)")
+    raise ValueError(f"average={average!r}: must be 'token' (DAPO), 'sequence' (GRPO) or 'dr_grpo'")
 
 
 # ---------------------------------------------------------------------------------------------- rewards
@@ -138,7 +143,7 @@ def overlong_penalty(length, longest, buffer):
 
 def swe_penalty(tokens, budget, redundant, unproductive):
     """
-    What an episode loses for waste, 0 to 0.4: context beyond half the budget, calls repeated in an unchanged state, idle edits.
+    What an episode loses for waste, 0 to 0.4: context beyond half the budget, calls repeated with no edit between them, idle edits.
 
     Numbers are ours, the report names the three penalties only. An edit after which the tests still fail costs nothing: that is the
     trial that error recovery is made of.
@@ -247,7 +252,7 @@ def single_turn(task, tokenizer, verdicts, room, thinking, buffer=0):
         right = verdicts((task.family, task.difficulty, task.seed, task.split, text), lambda: tasks.verify(task, text)) if ended else 0.0
         primary = right * form if thinking else 0.9 * right + 0.1 * form
         reward = primary + (overlong_penalty(len(ids), room, buffer) if buffer else 0.0)
-        return {"primary": primary, "reward": reward, "solved": right == 1.0, "right": right, "form": form, "calls": 1}
+        return {"primary": primary, "reward": reward, "solved": right == 1.0}
 
     return judge
 
@@ -302,13 +307,19 @@ class SweState:
         self.first_failed = None  # did the first test after the first edit fail? None: there was no such test
 
     def act(self, call):
-        """view, search, edit: the observation. An edit is unproductive if it changes nothing, breaks the syntax or leads back."""
+        """
+        view, search, edit: the observation; test: None. A call is redundant if it was made before and no edit has taken effect since.
+        An edit is unproductive if it changes nothing, breaks the syntax or leads back.
+        """
         self.calls += 1
-        self.redundant += (call, str(self.files)) in self.called
-        self.called.add((call, str(self.files)))
+        self.redundant += call in self.called
+        self.called.add(call)
         if call == "test":
             return None
-        self.files, text = tasks.use_tool(self.files, call)
+        before = self.files
+        self.files, text = tasks.use_tool(before, call)
+        if self.files != before:  # this edit is forgotten too: to make it again is idle, and priced as that
+            self.called.clear()
         if call.startswith("edit "):
             self.edits += 1
             self.unproductive += self.files in self.seen or not parses(self.files)
@@ -316,12 +327,13 @@ class SweState:
         return text
 
 
-def swe_episode(task, tokenizer, verdicts, room, budget, shuffled=False, planted=False):
+def swe_episode(task, tokenizer, verdicts, room, budget, shuffled=False, planted=False, penalties=True):
     """
     Repair a repository with one-line calls: view FILE, search WORD, edit FILE LINE TEXT, test, submit.
 
     room      tokens of one call        budget    tokens of the whole episode
     shuffled  a failing test shows the failure line of another task        planted   start behind a wrong edit and its failure
+    penalties False: waste is counted, and the reward is the verdict alone
     An episode may make as many calls as the demonstration with one mistake and its repair: there is time for one second try, not
     for trying everything. The agent never sees the tests that pay it: they run in another interpreter, on a copy, at the end.
     """
@@ -358,8 +370,8 @@ def swe_episode(task, tokenizer, verdicts, room, budget, shuffled=False, planted
         n = len(task.tests["fail_to_pass"])
         primary = swe_reward(passed[:n], passed[n:])
         penalty = swe_penalty(used, budget, state.redundant, state.unproductive)
-        return {"primary": primary, "reward": primary - penalty, "solved": all(passed), "penalty": penalty, "calls": state.calls,
-                "redundant": state.redundant, "first_failed": state.first_failed, "stop": stop, "level": task.difficulty}  # fmt: skip
+        return {"primary": primary, "reward": primary - penalty * penalties, "solved": all(passed), "penalty": penalty, "stop": stop,
+                "calls": state.calls, "redundant": state.redundant, "first_failed": state.first_failed}  # fmt: skip
 
     return judge
 
@@ -546,12 +558,12 @@ class RemoteRollout:
         body = {"model": "policy", "prompt": ids, "max_tokens": room, "temperature": self.temperature, "top_p": 1.0, "seed": seed,
                 "stop_token_ids": [self.end_id], "return_token_ids": True, "skip_special_tokens": False}  # fmt: skip
         reply = requests.post(self.url, json=body, timeout=600)
-        if reply.status_code != 200:
-            raise OSError(f"{self.url}: status {reply.status_code}: {reply.text[:200]}")
-        choice = reply.json()["choices"][0]
-        answer = choice.get("token_ids") or self.tokenizer.encode(choice["text"].removesuffix("<|im_end|>"))
-        ended = choice["finish_reason"] == "stop"
-        return [i for i in answer if i != self.end_id], ended
+        try:
+            choice = reply.json()["choices"][0]
+            answer = choice.get("token_ids") or self.tokenizer.encode(choice["text"].removesuffix("<|im_end|>"))
+            return [i for i in answer if i != self.end_id], choice["finish_reason"] == "stop"
+        except (ValueError, LookupError, TypeError) as error:
+            raise OSError(f"{self.url}: no completion, but status {reply.status_code} and {reply.text[:200]!r}") from error
 
     def converse(self, index, episode, seed):
         """The Trajectory of one episode, without its log-probabilities."""
@@ -693,14 +705,15 @@ def all_sum(values, world):
 
 def update(model, optimizer, samples, cfg, lr, world):
     """
-    One optimizer step on [(trajectory, advantage)]; returns {"loss", "cut": share of tokens whose gradient was clipped away, "grad"}.
+    One optimizer step on [(trajectory, advantage)]; returns {"loss", "grad", and of its tokens "cut": the share whose gradient was clipped
+    away, "drift": the mean |log p now - log p at rollout|}.
 
     The loss is an average over the tokens of this step in all micro-batches and on all processes.
     """
     rows, tokens = all_sum([len(samples), sum(int(t.action.sum()) for t, _ in samples)], world)
     if not tokens:  # no group carried signal: nothing is learned, and momentum alone shall not move the weights
-        return {"loss": 0.0, "cut": 0.0, "grad": 0.0}
-    total, loss, cut = tokens if cfg.average == "token" else rows, 0.0, 0
+        return {"loss": 0.0, "cut": 0.0, "drift": 0.0, "grad": 0.0}
+    total, loss, cut, drift = {"token": tokens, "sequence": rows, "dr_grpo": rows * cfg.room}[cfg.average], 0.0, 0, 0.0
     for batch in micro_batches(samples, cfg.micro_tokens):
         ids, targets, old_logp, mask = pad([t for t, _ in batch])
         adv = torch.tensor([a for _, a in batch], device=world.device)
@@ -710,12 +723,13 @@ def update(model, optimizer, samples, cfg, lr, world):
         part.backward()
         loss += float(part.detach())
         cut += int(surrogate(logp.detach(), old_logp, adv, mask, cfg.clip_low, cfg.clip_high)[1].sum())
+        drift += float((logp.detach() - old_logp)[mask].abs().sum())
     for p in optimizer.params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if world.size > 1:
             dist.all_reduce(p.grad)
-    loss, cut = all_sum([loss, cut], world)
-    return {"loss": loss, "cut": cut / tokens, "grad": optimizer.step(lr, cfg.clip_grad)}
+    loss, cut, drift = all_sum([loss, cut, drift], world)
+    return {"loss": loss, "cut": cut / tokens, "drift": drift / tokens, "grad": optimizer.step(lr, cfg.clip_grad)}
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -747,7 +761,8 @@ class RLConfig:
     clip_high: float = flag(0.28, "and above 1 + this: clip-higher leaves rare good tokens room to grow")
     clip_grad: float = flag(1.0, "largest gradient norm")
     std: bool = flag(False, "divide advantages by the standard deviation of their group")
-    average: str = flag("token", "token: every token of a step weighs the same; sequence: every answer does", ("token", "sequence"))
+    average: str = flag("token", "token: every token of a step weighs the same (DAPO); sequence: every answer does (GRPO); dr_grpo: the "
+                        "sum is divided by samples x room, however long they are (Dr.GRPO)", ("token", "sequence", "dr_grpo"))  # fmt: skip
     terse: bool = flag(False, "keep the first line of each prompt only, without examples or tools: as much as a very small model can use")
     band_low: float = flag(0.0, "groups with a lower mean of the primary reward are dropped")
     band_high: float = flag(1.0, "groups with a higher one too (0.875 in Seed-Coder)")
@@ -758,13 +773,16 @@ class RLConfig:
     overlong: int = flag(32, "soft punishment over the last tokens of the room; 0: none")
     mask_cut: bool = flag(False, "learn nothing from episodes that were cut at a limit")
     planted: float = flag(0.0, "swe: share of groups that start behind a wrong edit and its failure, to learn from what follows")
+    penalties: str = flag("on", "swe: whether context, repeated calls and idle edits cost reward; off: the verdict alone", ("on", "off"))
     shuffle_rewards: bool = flag(False, "control: permute the rewards inside each group")
     shuffle_feedback: bool = flag(False, "control: failing tests show another task's failure")
     slots: int = flag(96, "rows that are decoded at a time", least=1)
     micro_tokens: int = flag(8192, "padded tokens of one forward and backward", least=1)
     eval_tasks: int = flag(40, "held-out tasks a family for the evaluation at the end; 0: none")
     eval_samples: int = flag(4, "answers to each of them, at --temperature", least=1)
-    minutes: float = flag(8.0, "stop after this many minutes, at the end of a step; 0: never. The evaluation comes on top")
+    minutes: float = flag(8.0, "stop after this many minutes, at the end of a step; 0: never. The evaluation comes on top. How many steps "
+                          "fit in depends on the machine; a run says it at its end, and --steps N --minutes 0 repeats that run there bit "
+                          "for bit (on a CPU)")  # fmt: skip
     seed: int = flag(1337, "of tasks and sampling")
     resume: bool = flag(False, "go on where a killed run stopped")
     rollout_url: str = flag("", "base URL of an OpenAI-compatible server that answers in place of this process")
@@ -779,6 +797,8 @@ class RLConfig:
                 raise ValueError(f"{name} {value}: must be one of {', '.join(choices)}")
             if not isinstance(value, str) and not least <= value < math.inf:
                 raise ValueError(f"{name} {value}: must be a number from {least} up")
+        if self.average == "dr_grpo" and self.std:
+            raise ValueError("--average dr_grpo --std: Dr.GRPO does not divide by the standard deviation; leave out one of the two")
         self.families = self.families or PATHS[self.path][2]
         unknown = [f for f in self.families.split(",") if f not in tasks.FAMILIES]
         if unknown:
@@ -829,7 +849,7 @@ class Curriculum:
 def episode_of(task, tokenizer, verdicts, cfg, planted=False):
     """The environment of a task under this configuration."""
     if task.family == "swe":
-        return swe_episode(task, tokenizer, verdicts, cfg.room, cfg.context, cfg.shuffle_feedback, planted)
+        return swe_episode(task, tokenizer, verdicts, cfg.room, cfg.context, cfg.shuffle_feedback, planted, cfg.penalties == "on")
     return single_turn(task, tokenizer, verdicts, cfg.room, cfg.path == "thinking", cfg.overlong)
 
 
@@ -922,7 +942,7 @@ def rl_step(model, optimizer, tokenizer, cfg, curriculum, verdicts, step, world)
     return {
         "step": step + 1, "seconds": time.perf_counter() - start, "rollout_s": rolled, "tokens_per_s": tokens / rolled,
         "reward": sums["reward"] / judged, "pass": sums["solved"] / judged, "entropy": sums["surprise"] / tokens,
-        "length": tokens / samples, "loss": done[0]["loss"], "clip": float(np.mean([d["cut"] for d in done])),
+        "length": tokens / samples, "loss": done[0]["loss"], "drift": done[0]["drift"], "clip": float(np.mean([d["cut"] for d in done])),
         "grad": float(np.mean([d["grad"] for d in done])), "level": curriculum.newest, "sandbox_s": sums["sandbox_s"],
         "sandbox_wait_s": sums["sandbox_wait_s"], **{name: count for name, count in sums.items() if isinstance(count, int)},
     }  # fmt: skip
@@ -933,9 +953,9 @@ def line_of(r, steps):
     return (
         f"step {r['step']:4d}/{steps} | reward {r['reward']:.3f} | pass@1 {r['pass']:.3f}"
         f" | groups solved {r['solved_groups']:3d}, used {r['informative']:3d} of {r['groups']:<3d}"
-        f" | clip {r['clip']:.3f} | entropy {r['entropy']:.3f} | length {r['length']:5.1f} | {r['tokens_per_s'] / 1e3:.2f}k tok/s"
-        f" | sandbox {r['sandbox_runs'] / r['seconds']:.0f}/s, {100 * r['sandbox_wait_s'] / r['seconds']:.0f}% waited | level {r['level']}"
-        f" | {r['seconds']:.1f}s"
+        f" | clip {r['clip']:.3f} | drift {r['drift']:.4f} | entropy {r['entropy']:.3f} | length {r['length']:5.1f}"
+        f" | {r['tokens_per_s'] / 1e3:.2f}k tok/s | sandbox {r['sandbox_runs'] / r['seconds']:.0f}/s,"
+        f" {100 * r['sandbox_wait_s'] / r['seconds']:.0f}% waited | level {r['level']} | {r['seconds']:.1f}s"
     )
 
 
@@ -983,7 +1003,7 @@ def train(cfg: RLConfig, world) -> Path:
         if world.main:
             state = {"records": records, "curriculum": curriculum.state(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             pipeline.write_atomically(snapshot, partial(torch.save, state))
-            pipeline.write_atomically(folder / "log.jsonl", lambda path: path.write_text("".join(json.dumps(r) + "\n" for r in records)))
+            write_log(folder, records)
             print(f"{folder.name}: {line_of(records[-1], cfg.steps)}", flush=True)
             if step + 1 in (3, cfg.steps) and not any(r["informative"] for r in records):
                 print(f"{folder.name}: nothing was learned so far: no group held answers that earn differently. The start solves all or "
@@ -992,12 +1012,20 @@ def train(cfg: RLConfig, world) -> Path:
         if cfg.minutes and spent > 60 * cfg.minutes * world.size:
             break
     if world.main:
+        records[-1]["ended_by"], n = "steps" if len(records) >= cfg.steps else "clock", len(records)
+        write_log(folder, records)
+        ended = "the clock" if n < cfg.steps else "their number"
+        print(f"{folder.name}: {n} steps, ended by {ended}; --steps {n} --minutes 0 repeats it", flush=True)
         for evaluation in ("eval.json", "table.json"):  # of the checkpoint that this one takes the place of
             (folder / evaluation).unlink(missing_ok=True)
         tokenizer.save(folder)
         model.save_pretrained(folder)
         snapshot.unlink(missing_ok=True)
     return folder
+
+
+def write_log(folder, records):
+    pipeline.write_atomically(folder / "log.jsonl", lambda path: path.write_text("".join(json.dumps(r) + "\n" for r in records)))
 
 
 def read_log(folder):
@@ -1057,11 +1085,16 @@ def evaluate(model, tokenizer, cfg):
     return found
 
 
-def evaluate_checkpoint(folder, cfg, world):
-    """Load, evaluate, and leave the result beside the weights as eval.json, with what was left there of other metrics."""
+def evaluate_checkpoint(folder, cfg, world, must_keep=False):
+    """Load, evaluate, and leave the result beside the weights as eval.json, with what was left there of other metrics, if it can be."""
     found = evaluate(*load(folder, cfg, world), cfg)
     known = evaluated(Path(folder)) | found
-    pipeline.write_atomically(Path(folder) / "eval.json", lambda at: at.write_text(json.dumps(known) + "\n"))
+    try:
+        pipeline.write_atomically(Path(folder) / "eval.json", lambda at: at.write_text(json.dumps(known) + "\n"))
+    except OSError as error:
+        if must_keep:
+            raise
+        print(f"rl.py: {folder}: eval.json is not kept ({error.strerror or error})", file=sys.stderr)
     return found
 
 
@@ -1184,7 +1217,7 @@ def study_start(out, name):
             imitate(model, samples[which], tokens, cfg.seed + 1 + phase, plan["rows"], lr)
         tokenizer.save(start)
         model.save_pretrained(start)
-        found = evaluate_checkpoint(start, cfg, one_thread())
+        found = evaluate_checkpoint(start, cfg, one_thread(), must_keep=True)
         print(f"{name}: start made in {(time.perf_counter() - began) / 60:.1f} min", *comparison(found), sep="\n", flush=True)
     return cfg, samples
 
@@ -1205,7 +1238,7 @@ def study_seed(out, name, seed):
                 model.save_pretrained(folder)
             else:
                 train(own, one_thread())
-            evaluate_checkpoint(folder, own, one_thread())
+            evaluate_checkpoint(folder, own, one_thread(), must_keep=True)
         print("\n".join(f"{name}, {folder.name}: {line}" for line in comparison(evaluated(folder), evaluated(start))), flush=True)
 
 
@@ -1474,8 +1507,17 @@ def arguments(argv):
     parser.add_argument("--bench", action="store_true", help="speed of rollouts and of a step, beside transformers where installed")
     parser.add_argument("--seeds", type=int, default=3, help="with --study: repetitions")
     parser.add_argument("--jobs", type=int, default=2, help="with --study: processes side by side, of one thread each")
-    args = parser.parse_args(argv)
-    cfg = RLConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(RLConfig)})
+    names = [f.name for f in dataclasses.fields(RLConfig)]
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))  # None: not given
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    cfg = RLConfig(**given)
+    heard = {"study": ["out"], "report": ["out"], "plot": ["out"], "bench": ["device", "dtype", "threads"], "eval": names}
+    for work in (work for work in heard if getattr(args, work)):
+        deaf = ", ".join("--" + name.replace("_", "-") for name in given if name not in heard[work])
+        if deaf:
+            raise ValueError(f"--{work} does not hear {deaf}" + ("; its settings stand in STUDY in rl.py" if work == "study" else ""))
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(f"--{work} works in one process: start it with python in place of torchrun")
     if args.against and not args.eval:
         raise ValueError("--against CKPT compares with --eval CKPT; give both")
     for name in ("seeds", "jobs"):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,30 @@ def test_a_long_sample_weighs_by_its_tokens_or_as_much_as_a_short_one():
         assert (-logp.grad).sum(1).tolist() == pytest.approx(expected)
     with pytest.raises(ValueError, match="token"):
         rl.grpo_loss(logp, logp, adv, mask, average="words")
+
+
+def test_with_dr_grpo_a_long_wrong_answer_is_not_punished_less_per_token_than_a_short_one(tokenizer, start):
+    mask = torch.arange(9) < torch.tensor([3, 9])[:, None]
+
+    def per_token(average, lengths=slice(0, 2), total=None):
+        logp, kept = torch.full((2, 9), -1.0, dtype=torch.float64, requires_grad=True), mask[lengths]
+        rl.grpo_loss(logp[lengths], logp[lengths].detach(), -torch.ones(len(kept)), kept, average=average, total=total).backward()
+        return logp.grad[:, 0].tolist()
+
+    assert per_token("sequence") == pytest.approx([1 / 6, 1 / 18])  # the fault: to go on about it makes it cheaper
+    assert per_token("dr_grpo", total=2 * 32) == pytest.approx([1 / 64, 1 / 64])
+    assert per_token("token", slice(0, 1))[0] != per_token("token")[0]  # and there the other answers set the price
+    with pytest.raises(ValueError, match="total"):
+        per_token("dr_grpo")
+    model, cfg = small_model(tokenizer), config(start, "x", average="dr_grpo", micro_tokens=12)  # a sample a micro-batch
+    samples = []
+    for n, advantage in ((4, 1.0), (9, -1.0), (11, 0.5)):
+        ids, action = torch.arange(n) + 5, torch.arange(n) > 0
+        one = rl.Trajectory(ids, action, torch.zeros(n), True, None)
+        one.logp[1:] = rl.token_logp(model, *(x for i, x in enumerate(rl.pad([one])) if i != 2), cfg.temperature)[0].detach()
+        samples.append((one, advantage))
+    done = rl.update(model, rl.pipeline.Optimizer(model, kind="adamw", weight_decay=0.0), samples, cfg, 0.0, world())
+    assert done["loss"] == pytest.approx(-(3 * 1.0 - 8 * 1.0 + 10 * 0.5) / (3 * cfg.room), abs=1e-6) and cfg.room == 8
 
 
 @pytest.mark.parametrize("average", ["token", "sequence"])
@@ -474,7 +499,11 @@ def test_the_same_question_goes_to_the_sandbox_once_even_from_many_threads():
 
 def play(task, tokenizer, calls, verdicts, **options):
     """Drive one swe_episode by hand with a list of calls: (what it was shown after each, outcome)."""
-    episode, seen, answer = rl.swe_episode(task, tokenizer, verdicts, 64, 768, **options), [], None
+    return finish(rl.swe_episode(task, tokenizer, verdicts, 64, 768, **options), tokenizer, calls)
+
+
+def finish(episode, tokenizer, calls):
+    seen, answer = [], None
     try:
         for call in [None, *calls]:
             answer = episode.send(answer if call is None else (tokenizer.encode(call), True))
@@ -513,6 +542,32 @@ def test_wrong_edits_stay_unsolved_and_the_budget_ends_blind_trying(tokenizer):
     assert outcome["redundant"] == 2 - 1 + 0 and outcome["penalty"] == pytest.approx(0.05 + 0.05)  # one repeated call, one idle edit
     lines = play(task, tokenizer, [view, "edit nowhere.py 1 x = 1", "test", "submit"], verdicts)
     assert "no such file" in lines[0][2] and "FAIL" in lines[0][3]
+
+
+def test_a_repeated_call_is_redundant_only_where_no_edit_took_effect_in_between(tokenizer):
+    task = tasks.generate("swe", 2, 3)
+    view, wrong = (next(text for role, text in task.detour if role == kind) for kind in ("assistant", "mistake"))
+    path, line = wrong.split()[1:3]
+    back = f"edit {path} {line} {task.files[path].splitlines()[int(line) - 1].strip()}"
+    for calls, redundant in (
+        ([view, view], 1), ([view, "test", view, "test"], 2), ([view, wrong, view], 0), ([view, "edit nowhere.py 1 x = 1", view], 1),
+        ([view, "test", wrong, back, view, "test"], 0),  # the files are as they were, and the edits did happen
+        ([wrong, wrong], 0), ([wrong, wrong, wrong], 1),  # the second is idle, which has a price of its own
+    ):  # fmt: skip
+        state = rl.SweState(task.files)
+        for call in calls:
+            state.act(call)
+        assert state.redundant == redundant, calls
+    assert state.files != task.files
+
+
+def test_without_penalties_waste_is_counted_and_costs_nothing(tokenizer, start):
+    task, verdicts = tasks.generate("swe", 2, 3), rl.Verdicts()
+    calls = [next(text for role, text in task.turns if role == "assistant")] * 2 + [task.solution, "submit"]
+    for penalties, reward in (("on", 0.95), ("off", 1.0)):
+        cfg = config(start, "x", path="swe", families="swe", penalties=penalties, room=64, context=768)
+        _, outcome = finish(rl.episode_of(task, tokenizer, verdicts, cfg), tokenizer, calls)
+        assert outcome["reward"] == pytest.approx(reward) and outcome["redundant"] == 1 and outcome["penalty"] == pytest.approx(0.05)
 
 
 def test_an_edit_that_no_parser_survives_is_an_unproductive_edit(tokenizer):
@@ -736,6 +791,34 @@ def test_groups_without_signal_leave_the_weights_alone_and_the_run_says_so(start
         assert torch.equal(model.lm_head.weight, before) != moves
 
 
+def test_drift_is_how_far_log_probs_are_from_those_of_the_rollout_before_the_first_update(tokenizer, start, tmp_path):
+    (record,) = rl.read_log(rl.train(config(start, tmp_path, steps=1, updates=2, lr=1e-2), world()))
+    assert 0 < record["drift"] < 1e-5  # float32: rounding alone, and not what the second update makes of it
+    assert "drift 0.0000 " in rl.line_of(record, 1)
+    model, optimizer = small_model(tokenizer), SimpleNamespace(params=[], step=lambda lr, clip: 0.0)
+    lived, _ = converse(model, tokenizer, slots=6)
+    for t in lived:
+        t.logp = t.logp - 0.25 * (torch.arange(len(t.ids)) % 2)
+    share = sum(int((t.action & (torch.arange(len(t.ids)) % 2 == 1)).sum()) for t in lived) / sum(int(t.action.sum()) for t in lived)
+    done = rl.update(model, optimizer, [(t, 1.0) for t in lived], config(start, tmp_path, micro_tokens=300), 0.0, world())
+    assert done["drift"] == pytest.approx(0.25 * share, abs=1e-4)
+    assert rl.update(model, optimizer, [], config(start, tmp_path), 0.0, world())["drift"] == 0
+
+
+def test_a_run_that_the_clock_ended_says_how_many_steps_repeat_it_bit_for_bit(start, tmp_path, monkeypatch, capsys):
+    step = rl.rl_step
+    monkeypatch.setattr(rl, "rl_step", lambda *args: step(*args) | {"seconds": 30.0})
+    clock = rl.train(config(start, tmp_path / "clock", steps=9, minutes=0.75), world())
+    assert "2 steps, ended by the clock; --steps 2 --minutes 0 repeats it" in capsys.readouterr().out
+    count = rl.train(config(start, tmp_path / "count", steps=2, minutes=0), world())
+    assert "2 steps, ended by their number" in capsys.readouterr().out
+    assert [[r.get("ended_by") for r in rl.read_log(folder)] for folder in (clock, count)] == [[None, "clock"], [None, "steps"]]
+    a, b = weights(clock), weights(count)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    help = {f.name: f.metadata["help"] for f in rl.dataclasses.fields(rl.RLConfig)}
+    assert "--steps N --minutes 0" in help["minutes"]
+
+
 def test_shuffled_rewards_keep_each_groups_rewards_and_lose_whose_they_are(start):
     rewards = [[1.0, 0.0, 0.0, 0.0, 0.5, 0.0], [0.0] * 6]
     blank = torch.zeros(0)
@@ -804,6 +887,7 @@ def test_evaluation_finds_no_difference_between_a_checkpoint_and_itself_and_the_
     "changes, says",
     [({"path": "chat"}, "--path"), ({"families": "magic"}, "magic"), ({"levels": "9"}, "--levels"), ({"samples": 1}, "--samples"),
      ({"average": "mean"}, "--average"), ({"prompts": 0}, "--prompts"), ({"lr": math.nan}, "--lr"), ({"temperature": -1.0}, "--temp"),
+     ({"average": "dr_grpo", "std": True}, "--std"),
      ({"micro_tokens": 0}, "--micro-tokens"), ({"eval_samples": 0}, "--eval-samples"), ({"levels": "²"}, "--levels")],
 )  # fmt: skip
 def test_wrong_settings_are_named_before_any_work_starts(start, changes, says):
@@ -826,6 +910,8 @@ def test_a_missing_checkpoint_and_a_context_beyond_the_models_are_named_before_a
         (["--ckpt", start, "--context", "9999", "--out", nowhere], "--context 9999.* 512 positions"),
         (["--eval", start, "--eval-tasks", "0"], "--eval-tasks 0"),
         (["--study", "--seeds", "0", "--out", nowhere], "--seeds 0"),
+        (["--study", "swe", "--lr", "1e-4", "--mask-cut", "--out", nowhere], "--study does not hear --lr, --mask-cut.*STUDY"),
+        (["--report", "--path", "swe", "--out", nowhere], "--report does not hear --path"),
     ):
         with pytest.raises(ValueError, match=says):
             rl.main([str(flag) for flag in flags])
@@ -840,6 +926,27 @@ def test_a_result_with_a_name_of_its_own_is_compared_and_an_evaluation_asks_the_
     rl.main(["--eval", str(tmp_path / "mine"), *small[:2], *small[-6:]])
     told = capsys.readouterr().out
     assert all(f"{metric} " in told for metric in ("math pass@1", "sql pass@1", "swe pass@1", "swe recovery", "swe planted recovery"))
+
+
+def test_an_evaluation_whose_folder_cannot_be_written_is_shown_all_the_same(start, tmp_path, capsys):
+    shutil.copytree(start, folder := tmp_path / "model")
+    (folder / "eval.json").unlink(missing_ok=True)
+    (folder / "eval.json.tmp").mkdir()  # no file can be written there, not even by root
+    small = "--path instruct --families math --room 4 --context 300 --eval-tasks 1 --eval-samples 1".split()
+    rl.main(["--eval", str(folder), *small])
+    said = capsys.readouterr()
+    assert "math pass@1" in said.out and not (folder / "eval.json").exists()
+    assert said.err.count("\n") == 1 and f"{folder}: eval.json is not kept" in said.err
+    with pytest.raises(OSError):  # a study goes by what it kept
+        rl.evaluate_checkpoint(folder, config(start, tmp_path, eval_tasks=1), world(), must_keep=True)
+
+
+def test_what_works_in_one_process_is_refused_under_torchrun(start, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for flags in (["--eval", str(start)], ["--study"], ["--bench"], ["--report"]):
+        with pytest.raises(ValueError, match=f"{flags[0]} works in one process: .* python"):
+            rl.arguments(flags)
+    rl.arguments([])
 
 
 def say(rng, level):
@@ -937,6 +1044,17 @@ def test_a_server_that_answers_in_our_place_gives_the_same_kind_of_trajectories(
         with torch.no_grad():
             torch.testing.assert_close(rl.token_logp(model, ids, targets, mask, 0.8)[mask], old[mask], rtol=0, atol=1e-5)
         assert (old[mask] < 0).all() and t.action.sum() > 0
+
+
+@pytest.mark.parametrize("reply", ['{"error": "no such\\nmodel"}', '{"choices": []}', "<html>busy</html>", '{"choices": [{}]}', "[]"])
+def test_a_server_that_answers_with_no_completion_is_quoted_in_one_line(tokenizer, reply, monkeypatch):
+    import requests
+
+    answer = SimpleNamespace(status_code=503, text=reply, json=lambda: json.loads(reply))
+    monkeypatch.setattr(requests, "post", lambda *args, **options: answer)
+    with pytest.raises(OSError, match="http://there/v1/completions: .*status 503") as error:
+        rl.RemoteRollout("http://there", None, tokenizer, 100).complete([1], 4, 0)
+    assert repr(reply) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_two_processes_learn_from_the_tokens_of_both_and_open_levels_together(start, tmp_path):
