@@ -809,10 +809,10 @@ def test_a_run_that_the_clock_ended_says_how_many_steps_repeat_it_bit_for_bit(st
     step = rl.rl_step
     monkeypatch.setattr(rl, "rl_step", lambda *args: step(*args) | {"seconds": 30.0})
     clock = rl.train(config(start, tmp_path / "clock", steps=9, minutes=0.75), world())
-    assert "2 steps, ended by the clock; --steps 2 --minutes 0 repeats it" in capsys.readouterr().out
+    assert "--minutes ended it after step 2 of 9; --steps 2 --minutes 0 repeats it" in capsys.readouterr().out
     count = rl.train(config(start, tmp_path / "count", steps=2, minutes=0), world())
-    assert "2 steps, ended by their number" in capsys.readouterr().out
-    assert [[r.get("ended_by") for r in rl.read_log(folder)] for folder in (clock, count)] == [[None, "clock"], [None, "steps"]]
+    assert "--steps ended it after step 2 of 2; " in capsys.readouterr().out
+    assert [[r.get("ended_by") for r in rl.read_log(folder)] for folder in (clock, count)] == [[None, "minutes"], [None, "steps"]]
     a, b = weights(clock), weights(count)
     assert all(torch.equal(a[name], b[name]) for name in a)
     help = {f.name: f.metadata["help"] for f in rl.dataclasses.fields(rl.RLConfig)}
