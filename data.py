@@ -535,11 +535,15 @@ def html_text(html):
 
 WEB, EVERY, PYTHON = {"text"}, set(LANGUAGES), {"python"}
 KEY_MARKS = "AKIA ASIA ghp_ gho_ ghu_ ghs_ ghr_ xox sk- AIza -----BEGIN".split()
+SECRET = re.compile(r"(?:password|passwd|secret|api_?key|access_?key|auth_?token|access_?token)", re.I)
 DOTTED, AT = re.compile(r"\.\d{1,3}\.\d"), re.compile(r"@(?<=[\w.+%-]@)[\w-]+\.[\w-]")
 EDITS = {  # name: (languages, a quick look without which the pattern cannot match, pattern, replacement)
     "key redacted": (EVERY, lambda text: any(map(text.__contains__, KEY_MARKS)), re.compile(
         r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}|\bxox[baprs]-[A-Za-z0-9-]{10,}|\bsk-[A-Za-z0-9_-]{32,}|\bAIza[\w-]{35}"
         r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{1,20000}?-----END [A-Z ]*PRIVATE KEY-----"), "<KEY>"),
+    "secret redacted": (EVERY, SECRET.search, re.compile(  # a value of mixed letters and digits behind a telling name
+        rf"((?i:{SECRET.pattern})\w{{0,30}}[\"']?[ \t]{{0,4}}[:=]{{1,2}}[ \t]{{0,4}})([\"'])(?=[^\"'\n]{{0,200}}\d[A-Za-z])"
+        r"(?=[^\"'\n]{0,200}[a-z])(?=[^\"'\n]{0,200}[A-Z])[\w+/=.!@#^&*~-]{12,200}\2"), r"\1\2<KEY>\2"),
     "e-mail redacted": (EVERY, AT.search, re.compile(
         r"(?<![\w.+%-])[\w.+%-]{1,64}@(?!example\.|localhost)[\w-]{1,63}(?:\.[\w-]{2,63})*\.[A-Za-z]{2,10}\b"), "<EMAIL>"),
     "address redacted": (EVERY, DOTTED.search, re.compile(  # an IPv4 address of the open Internet; no version number
@@ -1756,9 +1760,10 @@ def repo_samples(docs, tokenizer, context, rng):
                 contexts[-1][path] = texts[path]
                 room -= size
         contexts = [(files[next(iter(held))].language, project, fim.context_parts(project, held) + END) for held in contexts if held]
-        yield from rng.sample(contexts, min(PER_PROJECT, len(contexts)))
-        index, paths = fim.Index(texts), rng.sample(sorted(files), min(PER_PROJECT, len(files), max(len(contexts), 1)))
+        whole, index = rng.sample(contexts, min(PER_PROJECT, len(contexts))), fim.Index(texts)
+        paths = rng.sample(sorted(files), min(PER_PROJECT, len(files), max(len(contexts), 1)))  # at least as many, for they come by turns
         for i, (path, level) in enumerate(zip(paths, fim.plan(len(paths), rng, rate=1.0))):
+            yield from whole[i : i + 1]
             limit, language = context // (4 if i % 2 else 1) - 8, files[path].language
             split = fim.split(texts[path], language if language in fim.LANGUAGES else None, level, rng, max_middle=limit)
             with contextlib.suppress(ValueError):
@@ -1775,12 +1780,17 @@ def split_of(repository, default, paths, held_out):
 
 
 def commit_samples(repository, default, held_out, tokenizer, context, log, decontaminator=None):
-    """Triplets of a git history: message and patch whole, the context around them cut to fit. What touches a benchmark is left out."""
+    """Triplets of a git history: message and patch whole, the context around them cut to fit. A benchmark or a key leaves one out."""
     try:
         for i, triplet in enumerate(commits.triplets(repository)):
             parts = commits.triplet_parts(triplet, budget=context // (4 if i % 2 else 1), length=tokenizer.length)
-            if touched := decontaminator and decontaminator.overlaps("".join(text for text, _, _ in parts)):
-                log(f"left out commit {triplet.new_commit[:12]} of {repository}: benchmark {', '.join(touched)}")
+            text = "".join(text for text, _, _ in parts)
+            found = [f"benchmark {name}" for name in decontaminator.overlaps(text)] if decontaminator else []
+            for name in ("key", "secret"):
+                _, possible, pattern, _ = EDITS[f"{name} redacted"]
+                found += [name] if possible(text) and pattern.search(text) else []
+            if found:
+                log(f"left out commit {triplet.new_commit[:12]} of {repository}: {', '.join(found)}")
                 continue
             split = split_of(repository, default, {*triplet.old_files, *triplet.new_files}, held_out)
             yield split, "commit", "diff", shown(Path(repository).resolve().name), parts
@@ -1992,13 +2002,13 @@ MOST = dict.fromkeys(FAMILIES, 1_000_000)  # tokens of a category of generated t
 BEST = 0.25             # of each language, the share of code that the scorer puts first: the set to anneal on
 
 
-def write_splits(out, fates, scorer, tokenizer, repositories, held_out, benchmarks, context, workers, log):
+def write_splits(out, fates, scorer, tokenizer, repositories, held_out, benchmarks, context, workers, log, teacher=None):
     """All categories of both splits -> {split: {category: summary}}. Processes make the samples, this one writes, in the jobs' order."""
     writers = {(split, name): TokenWriter(out / split, name, tokenizer.vocab_size, cut=name in ("code", "text", "quality"))
                for split in ("train", "heldout") for name in CATEGORIES}
     makers = [functools.partial(shard_samples, path, where, tokenizer, context) for path, where in fates.items()]
     makers.append(lambda: (("train", "text", "facts", "", plain_parts(f"Question: {fact.question}\nAnswer: {fact.answer}\n"))
-                           for fact in code_facts()))
+                           for fact in code_facts(teacher=teacher)))
     guard = Decontaminator(benchmarks) if benchmarks else None
     makers += [functools.partial(commit_samples, *row, held_out, tokenizer, context, log, guard) for row in repositories.items()]
 
@@ -2098,7 +2108,7 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
     lessons = heapq.nsmallest(1200, python, key=lambda doc: digest(doc.path))
     scorer = quality_table(lessons, tokenizer, teacher, ("code",), log=log).get("code")  # None: too few, and no category `quality`
     stamp("quality", "of code learned")
-    splits = write_splits(work, fates, scorer, tokenizer, histories(sources, git), held_out, texts, context, workers, log)
+    splits = write_splits(work, fates, scorer, tokenizer, histories(sources, git), held_out, texts, context, workers, log, teacher)
 
     used = {source: Counter() for source in sources}
     for entry in sample:
@@ -2261,18 +2271,18 @@ def main(argv=None):
         raise ValueError(f"{message}; --help lists the options")
 
     parser = argparse.ArgumentParser(description="Build training tokens, held-out tokens and their tokenizer. Only a source that is a URL "
-                                     "uses the network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     "uses the network.")
     add, parser.error = parser.add_argument, refuse
     add("--source", nargs="+", default=["python"], help="`python` (the running one), folders, git repositories, FILE.jsonl(.gz), "
-        "FILE.warc(.gz), FILE.wet(.gz), their URLs, cc:INDEX?url=PATTERN")
+        "FILE.warc(.gz), FILE.wet(.gz), their URLs, cc:INDEX?url=PATTERN (default: python)")
     add("--git", nargs="+", default=[], help="git repositories whose histories make the category commit (those among --source do too)")
     add("--benchmark", nargs="+", default=[], help="benchmark files (.jsonl, .json, text; gzipped or not); what touches them is dropped")
-    add("--out", default="out/data", help="folder to write")
-    add("--vocab-size", type=int, default=8192, help="tokens, the special ones included")
-    add("--max-mb", type=float, default=24, help="size of the sample in MB; 0 takes everything")
-    add("--heldout", type=float, default=0.05, help="share of each language's bytes to hold out, in whole projects")
-    add("--context", type=int, default=4096, help="longest sample of the categories that are never cut, in tokens")
-    add("--workers", type=int, default=os.cpu_count(), help="processes")
+    add("--out", default="out/data", help="folder to write (default: %(default)s)")
+    add("--vocab-size", type=int, default=8192, help="tokens, the special ones included (default: %(default)s)")
+    add("--max-mb", type=float, default=24, help="size of the sample in MB; 0 takes everything (default: %(default)s)")
+    add("--heldout", type=float, default=0.05, help="share of each language's bytes to hold out, in whole projects (default: %(default)s)")
+    add("--context", type=int, default=4096, help="longest sample of the categories that are never cut, in tokens (default: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     add("--teacher", default="", help="URL#MODEL of an OpenAI-compatible server: it scores quality and rephrases facts")
     add("--explain", metavar="RULE", help="show what a rule removed in the last build")
     add("--proxies", action="store_true", help="train the quality proxies for code, text and maths on the running "

@@ -331,6 +331,15 @@ def test_addresses_and_keys_are_redacted_and_what_only_looks_like_them_is_not():
     assert {"e-mail redacted", "address redacted", "key redacted"} == set(fired)
 
 
+def test_a_random_value_behind_a_telling_name_is_redacted_and_words_names_and_calls_are_not():
+    code = """password = "q8Zr4tLm0Xw2"\nconf = {'api_key_2': 'Zk3x9PqLmN7v+/='}\nif secret=="aB3dE5gH7jK9": ...\n"""
+    text, fired = data.clean(GOOD + code, "python")
+    assert fired == ["secret redacted"] and text.count("<KEY>") == 3 and not re.search("q8Zr|Zk3x|aB3d", text)
+    assert "password = \"<KEY>\"\nconf = {'api_key_2': '<KEY>'}" in text
+    plain = """password = "correct horse 4Battery"\nsecret = "your-secret-goes-here"\napi_key = read("A1b2C3d4E5f6.txt")\n"""
+    assert data.clean(f"{GOOD}{plain}api_key = 'MyOldPassword123'\n", "python")[1] == []
+
+
 PAGE = """<html><head><title>T</title><style>p {}</style></head><body><nav><a>Home</a> <a>Blog</a></nav><h1>Sorting &amp; more</h1>
 <p>This page explains how a list is sorted, step by step, with an <code>example()</code> of it.</p>
 <pre class="code"><span>def f(x):</span>
@@ -366,7 +375,7 @@ def test_an_edit_never_leaves_half_of_a_long_line_and_no_quick_look_hides_what_i
     long = "You can sign in with a token that is made for this purpose, and from then on the server answers whatever you may ask it.\n"
     other = "Another sentence stands here, and it says a number of different things about life to you and me.\n"
     assert data.clean(long + other, "text") == (long + other, []) and data.clean("Sign in to your account\n" + other, "text")[0] == other
-    texts = ["ACCEPT ALL COOKIES", "8.8.4.4", "a@b.org", "ghs_" + "a" * 36]
+    texts = ["ACCEPT ALL COOKIES", "8.8.4.4", "a@b.org", "ghs_" + "a" * 36, "SECRET: 'q8Zr4tLm0Xw2'"]
     texts += [part for _, text in library[:50] for part in (text, text.upper())]
     for name, (_, possible, pattern, _) in data.EDITS.items():
         assert any(map(pattern.search, texts)) or name == "encoded blob"
@@ -592,14 +601,16 @@ def test_every_longer_string_of_a_benchmark_is_kept_out_however_deep_it_stands_a
             data.read_benchmarks([tmp_path / name])
 
 
-def test_a_commit_that_touches_a_benchmark_is_no_sample_and_is_said_so(tmp_path, tokenizer, monkeypatch):
-    texts, said = {"a.py": SOLUTION, "b.py": GOOD}, []
+def test_a_commit_that_touches_a_benchmark_or_shows_a_key_is_no_sample_and_is_said_so(tmp_path, tokenizer, monkeypatch):
+    keys, said = (f"AKIA{'Q7' * 8}", "password = 'q8Zr4tLm0Xw2'"), []
+    texts = {"a.py": SOLUTION, "b.py": GOOD, **{f"{i}.py": f"{GOOD}{key}\n" for i, key in enumerate(keys)}}
     changes = [data.commits.Triplet("lib", "0" * 40, f"{i}" * 40, ["Add a function to it"], {}, b"", {name: text.encode()}, 1.0,
                                     data.commits.Context("", [], [(name, text)])) for i, (name, text) in enumerate(texts.items())]
     monkeypatch.setattr(data.commits, "triplets", lambda repository: changes)
     guard = data.Decontaminator({"bench": [SOLUTION]})
     found = list(data.commit_samples(str(tmp_path / "lib"), "train", set(), tokenizer, 1024, said.append, guard))
-    assert len(found) == 1 and "radius" in str(found[0]) and len(said) == 1 and "000000000000" in said[0] and "bench" in said[0]
+    assert len(found) == 1 and "radius" in str(found[0]) and len(said) == 3
+    assert all(number * 12 in line and why in line for line, number, why in zip(said, "023", ("bench", "key", "secret")))
 
 
 # ------------------------------------------------------------------------------------------------ the web
@@ -797,6 +808,12 @@ def test_a_teachers_score_is_its_number_and_its_wording_is_taken_only_where_it_l
     teacher.budget = 0
     new = fact._replace(question="New?")
     assert data.teacher_score(teacher, "code", "def new(): ...") is None and data.rephrased(teacher, new) == new
+
+
+def test_a_build_asks_its_teacher_to_rephrase_the_facts(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "code_facts", lambda count=500, teacher=None: [data.Fact(f"In words of {teacher}?", "json", ())])
+    data.write_splits(tmp_path, {}, None, tokenizer, {}, set(), {}, 512, 1, print, "a teacher")
+    assert "In words of a teacher?" in tokenizer.decode(TokenFile(tmp_path / "train", "text").ids(0))
 
 
 def test_embeddings_from_a_model_of_ours_are_unit_vectors_that_tell_texts_apart(library, tokenizer):
@@ -1057,6 +1074,12 @@ def test_a_project_is_laid_out_with_what_is_imported_before_its_users(tokenizer)
     assert text.startswith("<|repo_name|>p\n<|file_sep|>b.py\n") and text.index("b.py") < text.index("a.py")
 
 
+def test_wherever_the_samples_of_a_project_are_cut_off_half_of_them_have_a_hole(tokenizer, library):
+    docs = [data.Document(text, "python", f"p{i // 20}", path) for i, (path, text) in enumerate(library)]
+    holes = [parts[-1][0] == "<|im_end|>" for *_, parts in data.repo_samples(docs, tokenizer, 1024, random.Random(0))]
+    assert len(holes) > 20 and all(abs(sum(holes[:n]) - n / 2) <= 2 for n in range(len(holes) + 1))
+
+
 def test_a_file_too_large_for_any_context_gives_none_its_language(tokenizer):
     huge = data.Document("int x = 1;\n" * 3000, "c", "p", "a.c")
     docs = [huge, *(data.Document(f"value = {i}\n", "python", "p", f"b{i}.py") for i in range(3))]
@@ -1252,10 +1275,12 @@ def test_wrong_input_is_one_line_and_status_2(corpus, tmp_path, monkeypatch, cap
     assert not any((tmp_path / "out" / name).exists() for name in ("manifest.json", "tokenizer", "train"))
 
 
-def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word():
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word_and_the_help_shows_no_empty_default():
     with subprocess.Popen([sys.executable, data.__file__, "--mixture"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
         command.stdout.close()
         assert command.stderr.read() == b"" and command.wait() == 141
+    told = subprocess.run([sys.executable, data.__file__, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "(default: 8192)" in told and not re.search(r"default:\s*(None|False|\[|\))", told)
 
 
 def test_explain_shows_what_a_rule_removed(built):
