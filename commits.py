@@ -950,12 +950,12 @@ def show(triplet: Triplet, lines: int = 24) -> None:
 
 def main(argv=None) -> int:
     """-> exit status: 0, or 2 where no repository could be read."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description="""
+    parser = argparse.ArgumentParser(description="""
         Print the (R_old, patch, R_new) triplets of git repositories: stretches of the first-parent chain that start between 40 and 80
         percent of a project's life, scored, non-overlapping, each patch proven by git apply. No program of a repository runs and nothing
         is checked out. Without a repository, a scripted project is shown.""")
     parser.add_argument("repos", nargs="*", metavar="REPO", help="local repositories (work tree or bare), or URLs that git can clone")
-    parser.add_argument("--limit", type=int, default=LIMIT, help="triplets of one repository, at most")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="triplets of one repository, at most (default: %(default)s)")
     parser.add_argument("--by-time", action="store_true", help="measure the 40-80 percent in time and not in commits")
     parser.add_argument("--bench", action="store_true", help="time reading against PyDriller, and the triplets")
     args = parser.parse_args(argv)
@@ -989,11 +989,14 @@ def main(argv=None) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
         print(f"commits.py: {error}", file=sys.stderr)
         sys.exit(2)

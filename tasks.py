@@ -1559,19 +1559,21 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Print a task of each family with its verification; or check, measure or write tasks. "
                                      "A task is a prompt with a solution, a verifier that runs answers, and a dial for its difficulty.")
     parser.add_argument("--family", choices=list(FAMILIES), help="only this family (default: all)")
-    parser.add_argument("--difficulty", type=int, default=1, choices=LEVELS, help="1 to 5 (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="which task (default 0)")
-    parser.add_argument("--split", default="train", choices=("train", "test"), help="templates to learn, or held-out ones (default train)")
+    parser.add_argument("--difficulty", type=int, default=1, choices=LEVELS, help="1 to 5 (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which task (default: %(default)s)")
+    parser.add_argument("--split", default="train", choices=("train", "test"),
+                        help="templates to learn, or held-out ones (default: %(default)s)")
     parser.add_argument("--check", type=int, metavar="N", help="on N seeds a family: solutions verify, empty and wrong answers do not")
     parser.add_argument("--bench", action="store_true", help="verified tasks a minute, mutants killed by chosen tests")
-    parser.add_argument("--processes", type=int, default=2, help="for --check and --bench (default 2)")
+    parser.add_argument("--processes", type=int, default=2, help="for --check and --bench (default: %(default)s)")
     parser.add_argument("--write", metavar="FILE", help="write verified samples of N seeds a family as JSON lines (see --n)")
-    parser.add_argument("--n", type=int, default=100, help="seeds a family for --write (default 100)")
+    parser.add_argument("--n", type=int, default=100, help="seeds a family for --write (default: %(default)s)")
     parser.add_argument("--ckpt", metavar="DIR", help="with --write: a checkpoint of ours answers instead of the program")
     parser.add_argument("--teacher", metavar="URL", help="with --write: an OpenAI-compatible endpoint answers instead of the program")
-    parser.add_argument("--model", default="default", help="the teacher's model name (default: default)")
-    parser.add_argument("--answers", type=int, default=1, help="answers asked of a checkpoint or an endpoint for each task (default 1)")
-    parser.add_argument("--budget", type=int, default=1_000_000, help="tokens of the teacher, earlier runs included (default 1000000)")
+    parser.add_argument("--model", default="default", help="the teacher's model, where its server has several")
+    parser.add_argument("--answers", type=int, default=1,
+                        help="answers asked of a checkpoint or an endpoint for each task (default: %(default)s)")
+    parser.add_argument("--budget", type=int, default=1_000_000, help="tokens of the teacher, earlier runs included (default: %(default)s)")
     args = parser.parse_args(argv)
     for name in ("check", "processes", "n", "budget", "answers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -1605,9 +1607,14 @@ def main(argv=None) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError, BudgetSpent) as error:
         print(f"tasks.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -749,3 +749,11 @@ def test_reading_everything_gives_gits_own_messages_texts_and_diffs(tmp_path):
             for change, old, new in changes:
                 for mode, oid, text in ((change.old_mode, change.old, old), (change.new_mode, change.new, new)):
                     assert text == (b"" if mode == commits.ABSENT else repo.git("cat-file", "blob", oid))
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word_and_the_help_shows_no_empty_default():
+    with subprocess.Popen([sys.executable, ROOM / "commits.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        command.stdout.close()
+        assert command.stderr.read() == b"" and command.wait() == 141
+    told = subprocess.run([sys.executable, ROOM / "commits.py", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "(default: 32)" in " ".join(told.split()) and "None" not in told and "False" not in told

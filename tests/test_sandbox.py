@@ -1196,7 +1196,16 @@ def test_the_command_line_runs_grades_traces_and_refuses(tmp_path):
     assert command_line(tmp_path / "p.py", "--tests", tmp_path / "t.json").stdout.endswith("passed: 3 of 3\n")
     wrong = command_line(tmp_path / "p.py", "--tests", tmp_path / "t.py")
     assert wrong.returncode == 1 and "failed: 0 of 1" in wrong.stdout
-    for bad in ([tmp_path / "none.py"], [tmp_path / "bin.py"], [tmp_path / "p.py", "--tests", tmp_path / "args.json"], [tmp_path / "p.py", "--tests", tmp_path / "bad.json"], ["--tests", tmp_path / "t.py"], [tmp_path / "p.py", "--trace", "--tests", tmp_path / "t.py"], ["--require", "moat"], [tmp_path / "p.py", "--cpu_s", "0"], [tmp_path / "p.py", "--trace", "--language", "c"]):
+    for bad in ([tmp_path / "none.py"], [tmp_path / "bin.py"], [tmp_path / "p.py", "--tests", tmp_path / "args.json"], [tmp_path / "p.py", "--tests", tmp_path / "bad.json"], ["--tests", tmp_path / "t.py"], [tmp_path / "p.py", "--trace", "--tests", tmp_path / "t.py"], ["--require", "moat"], [tmp_path / "p.py", "--cpu-s", "0"], [tmp_path / "p.py", "--trace", "--language", "c"]):
         done = command_line(*bad)
         assert done.returncode == 2 and done.stderr.startswith("sandbox.py: ") and done.stderr.count("\n") == 1 and not done.stdout, done
     assert "level" in command_line().stdout
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word_and_the_help_shows_no_empty_default():
+    with subprocess.Popen([sys.executable, sandbox.__file__], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        command.stdout.close()
+        assert command.stderr.read() == b"" and command.wait() == 141
+    told = subprocess.run([sys.executable, sandbox.__file__, "--help"], capture_output=True, text=True, check=True).stdout
+    told = " ".join(told.split())
+    assert "--wall-s" in told and "--wall_s" not in told and "(default: 5.0)" in told and "None" not in told and "[]" not in told

@@ -755,3 +755,13 @@ def test_the_command_prints_a_task_with_its_verification_and_refuses_bad_input(t
     for arguments in (["--check", "0"], ["--n", "0"], ["--processes", "-1"], ["--teacher", "http://127.0.0.1:9/v1"]):
         with pytest.raises(ValueError, match=arguments[0]):
             tasks.main(arguments)
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word_and_the_help_shows_no_empty_default():
+    arguments = [sys.executable, ROOT / "tasks.py", "--family", "math"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        command.stdout.close()
+        assert command.stderr.read() == b"" and command.wait() == 141
+    told = subprocess.run([sys.executable, ROOT / "tasks.py", "--help"], capture_output=True, text=True, check=True).stdout
+    told = " ".join(told.split())
+    assert "(default: 1000000)" in told and "default: default" not in told and "None" not in told
