@@ -913,6 +913,7 @@ def counts_of(groups):
         "groups": len(groups), "solved_groups": sum(solved_share(ts) > 0 for _, ts in groups), "solved": sum(o["solved"] for o in judged),
         "failed": len(failed), "recovered": sum(o["solved"] for o in failed), "tokens": sum(int(t.action.sum()) for t in lived),
         "reward": float(sum(o["reward"] for o in judged)), "surprise": -sum(float(t.logp.sum()) for t in lived),
+        "redundant": sum(o.get("redundant", 0) for o in judged),
     }  # fmt: skip
 
 
@@ -1016,7 +1017,7 @@ def train(cfg: RLConfig, world) -> Path:
         n = len(records)
         records[-1]["ended_by"] = ended = "minutes" if n < cfg.steps else "steps"
         write_log(folder, records)
-        print(f"{folder.name}: --{ended} ended it after step {n} of {cfg.steps}; --steps {n} --minutes 0 repeats it", flush=True)
+        print(f"{folder.name}: {n} of {cfg.steps} steps, ended by --{ended}; --steps {n} --minutes 0 repeats it", flush=True)
         for evaluation in ("eval.json", "table.json"):  # of the checkpoint that this one takes the place of
             (folder / evaluation).unlink(missing_ok=True)
         tokenizer.save(folder)

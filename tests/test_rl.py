@@ -568,6 +568,8 @@ def test_without_penalties_waste_is_counted_and_costs_nothing(tokenizer, start):
         cfg = config(start, "x", path="swe", families="swe", penalties=penalties, room=64, context=768)
         _, outcome = finish(rl.episode_of(task, tokenizer, verdicts, cfg), tokenizer, calls)
         assert outcome["reward"] == pytest.approx(reward) and outcome["redundant"] == 1 and outcome["penalty"] == pytest.approx(0.05)
+        lived = rl.Trajectory(torch.zeros(0), torch.zeros(0), torch.zeros(0), True, outcome)
+        assert rl.counts_of([(task, [lived, lived])])["redundant"] == 2
 
 
 def test_an_edit_that_no_parser_survives_is_an_unproductive_edit(tokenizer):
@@ -809,9 +811,9 @@ def test_a_run_that_the_clock_ended_says_how_many_steps_repeat_it_bit_for_bit(st
     step = rl.rl_step
     monkeypatch.setattr(rl, "rl_step", lambda *args: step(*args) | {"seconds": 30.0})
     clock = rl.train(config(start, tmp_path / "clock", steps=9, minutes=0.75), world())
-    assert "--minutes ended it after step 2 of 9; --steps 2 --minutes 0 repeats it" in capsys.readouterr().out
+    assert "2 of 9 steps, ended by --minutes; --steps 2 --minutes 0 repeats it" in capsys.readouterr().out
     count = rl.train(config(start, tmp_path / "count", steps=2, minutes=0), world())
-    assert "--steps ended it after step 2 of 2; " in capsys.readouterr().out
+    assert "2 of 2 steps, ended by --steps; " in capsys.readouterr().out
     assert [[r.get("ended_by") for r in rl.read_log(folder)] for folder in (clock, count)] == [[None, "minutes"], [None, "steps"]]
     a, b = weights(clock), weights(count)
     assert all(torch.equal(a[name], b[name]) for name in a)
