@@ -52,7 +52,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------------------------------- the rules
+
+# ---- the rules -------------------------------------------------------------------------------------------------------
 
 BAND = (0.40, 0.80)  # of the project's life; a start lies inside, an end may lie beyond
 MIN_STEPS = 20       # a chain shorter than this has no life to speak of
@@ -106,7 +107,8 @@ COMMON = IMPERATIVE | frozenset("""
     just like method more not now one only other out self should some tests than that the them then there these this true false none null
     used uses using value was when where which while will with work works would you""".split())
 
-# ---------------------------------------------------------------------------- git, behind a directory of our own
+
+# ---- git, behind a directory of our own ------------------------------------------------------------------------------
 
 
 class Refused(ValueError):
@@ -236,7 +238,7 @@ def quote(path: bytes) -> str:
     return '"' + "".join(named.get(b) or (chr(b) if 32 <= b < 127 else f"\\{b:03o}") for b in path) + '"'
 
 
-# ------------------------------------------------------------------------------------- the chain and its steps
+# ---- the chain and its steps -----------------------------------------------------------------------------------------
 
 
 def band(times: list[int], by_time: bool = False) -> list[int]:
@@ -311,7 +313,7 @@ def compose(net: dict[bytes, Change], changes: list[Change]) -> None:
             net[change.path] = Change(change.path, first.old_mode, first.old, change.new_mode, change.new)
 
 
-# ------------------------------------------------------------------------------- what a change is worth, and a stretch
+# ---- what a change is worth, and a stretch ---------------------------------------------------------------------------
 
 
 def edit_distance(a: list, b: list, limit: int) -> int | None:
@@ -525,7 +527,7 @@ def score(parts: dict[str, float]) -> float:
     return sum(WEIGHTS[name] * value for name, value in parts.items())
 
 
-# ----------------------------------------------------------------------------------------------- patch and proof
+# ---- patch and proof -------------------------------------------------------------------------------------------------
 
 
 def write_tree(repo: Repository, files: dict[bytes, tuple[str, str]]) -> str:
@@ -569,7 +571,7 @@ def make_patch(repo: Repository, changes, old_texts: list[bytes]) -> bytes:
     return patch
 
 
-# ------------------------------------------------- triplets, and their context: what a reader of R_old would look at
+# ---- triplets, and their context: what a reader of R_old would look at -----------------------------------------------
 
 
 class Context(NamedTuple):
@@ -693,7 +695,7 @@ def choose(history: History, facts: Facts, s: int, taken: list[frozenset], count
             counts["refused by git"] += 1
 
 
-# ------------------------------------------------------------------------------- the sample: what a model gets to read
+# ---- the sample: what a model gets to read ---------------------------------------------------------------------------
 
 DESCRIPTION, INDEX, MESSAGE, PATCH = ".git/description", ".git/index", ".git/COMMIT_EDITMSG", ".git/patch"  # no tracked path starts so
 
@@ -787,7 +789,7 @@ def triplet_parts(triplet: Triplet, new_state: bool | None = None, budget: float
                                  new_files=tuple(new_files)), loss_on_context)
 
 
-# --------------------------------------------------------------------------------- metric: does a model see what comes
+# ---- metric: does a model see what comes -----------------------------------------------------------------------------
 
 
 def nats(model, ids: list[int], counts: list[bool]) -> float:
@@ -841,7 +843,7 @@ def evaluate(model, tokenizer, triplets: list[Triplet], context: int | None = No
             "file_chance": statistics.fmean(chance or [math.nan]), "triplets": len(triplets)}
 
 
-# ------------------------------------------------------------------------------ a scripted project; bench, command line
+# ---- a scripted project; bench, command line -------------------------------------------------------------------------
 
 
 def scripted_history(folder: str, seed: int = 0, commits: int = 80) -> None:

@@ -99,7 +99,8 @@ def write_json(path, value):
     os.replace(f"{path}.tmp", path)
 
 
-# ------------------------------------------------------------------------------------------------ sources: files
+# ---- sources: files --------------------------------------------------------------------------------------------------
+
 
 class Entry(NamedTuple):
     """One file or record that a source offers: where its bytes are, and what is known before reading it."""
@@ -272,7 +273,7 @@ def held_out_projects(entries, share):
     return chosen or {min(size, key=lambda project: (sum(size[project].values()), project))}  # of a handful, the smallest
 
 
-# ------------------------------------------------------------------------------------------------ sources: the web
+# ---- sources: the web ------------------------------------------------------------------------------------------------
 
 AGENT = {"User-Agent": "nanoLoopCoder/0.1 (reads Common Crawl's archives, never the sites themselves)", "Accept-Encoding": "identity"}
 LARGEST_RECORD, LARGEST_DOWNLOAD = 16_000_000, 2_000_000_000  # bytes
@@ -457,7 +458,8 @@ def spooled(source, folder, counts):
     return [Entry(*row, f"{spool.resolve()}\0{at}") for *row, at in entries]
 
 
-# ------------------------------------------------------------------------------------------------ bytes and pages to text
+# ---- bytes and pages to text -----------------------------------------------------------------------------------------
+
 
 def decode(raw, declared=None):
     """Bytes to text, or None for what is not text. UTF-8, else the declared coding, else Latin-1; line ends become \\n."""
@@ -531,7 +533,7 @@ def html_text(html):
     return "\n".join(parser.out) + "\n"
 
 
-# ------------------------------------------------------------------------------------------------ cleaning: edits, then rules
+# ---- cleaning: edits, then rules -------------------------------------------------------------------------------------
 
 WEB, EVERY, PYTHON = {"text"}, set(LANGUAGES), {"python"}
 KEY_MARKS = "AKIA ASIA ghp_ gho_ ghu_ ghs_ ghr_ xox sk- AIza -----BEGIN".split()
@@ -645,7 +647,7 @@ def clean(text, language="text"):
     return (None if broken else text), fired + broken
 
 
-# ------------------------------------------------------------------------------------------------ syntax
+# ---- syntax ----------------------------------------------------------------------------------------------------------
 
 MACROS, TOLERATED = {"c", "c++"}, 0.05  # share of bytes in faulty nodes; macros are no syntax, elsewhere every fault counts
 DEEPEST, SLOWEST_S = 200, 5.0         # nesting of brackets; seconds for one file
@@ -670,7 +672,7 @@ def parses(code, language):
     return all(node.end_byte < end for node in faults) and sum(node.end_byte - node.start_byte for node in faults) <= TOLERATED * len(data)
 
 
-# ------------------------------------------------------------------------------------------------ tokens of code, vectorised
+# ---- tokens of code, vectorised --------------------------------------------------------------------------------------
 
 U64, U32 = np.uint64, np.uint32
 SEEDS = np.random.default_rng(20260101)
@@ -745,7 +747,7 @@ def shingles(text):
     return distinct((grams(token, max(1, min(5, len(token)))) >> U64(32)).astype(U32))
 
 
-# ------------------------------------------------------------------------------------------------ duplicates: exact, near, renamed
+# ---- duplicates: exact, near, renamed --------------------------------------------------------------------------------
 
 # what exact duplicates agree in: the lines, without blank ones and trailing white space
 normal = lambda text: "\n".join(filter(None, map(str.rstrip, text.split("\n"))))
@@ -884,7 +886,8 @@ def embedding_duplicates(vectors, threshold=0.8, block=1024):
     return found.tolist()
 
 
-# ------------------------------------------------------------------------------------------------ decontamination
+# ---- decontamination -------------------------------------------------------------------------------------------------
+
 
 def words_in_a_row(text):
     token, first, _ = lex(text.lower())
@@ -919,7 +922,8 @@ class Decontaminator:
         return sorted(touched)
 
 
-# ------------------------------------------------------------------------------------------------ quality: an oracle, and proxies of it
+# ---- quality: an oracle, and proxies of it ---------------------------------------------------------------------------
+
 
 def code_rubric(text):
     """Readability, modularity, clarity, reusability of Python as ten shares, from the syntax tree; None where the text does not parse."""
@@ -1153,7 +1157,7 @@ def quality_table(docs, tokenizer, teacher=None, kinds=tuple(RUBRICS), most=1500
     return better
 
 
-# ------------------------------------------------------------------------------------------------ how much of which language
+# ---- how much of which language --------------------------------------------------------------------------------------
 
 LAW = {  # IQuest-Coder-V1 report and arXiv 2512.13472; tokens in billions. The optimised shares are the report's allocation of 350.
     "languages": ["python", "java", "javascript", "typescript", "c#", "go", "rust"],
@@ -1277,7 +1281,7 @@ def small_runs(folder, widths=(16, 32, 64, 128), steps=120, batch=8, context=256
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ facts with one answer
+# ---- facts with one answer -------------------------------------------------------------------------------------------
 
 FACT_MODULES = """argparse ast base64 bisect calendar collections contextlib copy csv dataclasses datetime decimal difflib enum fractions
     functools gzip hashlib heapq html inspect io itertools json logging math operator pathlib pickle queue random re sched secrets shlex
@@ -1358,7 +1362,7 @@ def rephrased(teacher, fact):
     return fact._replace(question=question) if all(a.strip().strip("`") == fact.answer for a in answers) else fact
 
 
-# ------------------------------------------------------------------------------------------------ tokenizer
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
 
 # A word with the one character before it, a single digit, a run of signs, a line end with the indentation that follows, white
 # space. Repeats of white space are bounded: an unbounded run would overflow the stack of tiktoken's backtracking.
@@ -1518,7 +1522,7 @@ class Tokenizer:
         return tokenizer
 
 
-# ------------------------------------------------------------------------------------------------ token files
+# ---- token files -----------------------------------------------------------------------------------------------------
 
 INDEX = np.dtype([("length", "<u4"), ("nbytes", "<u4"), ("language", "<u2"), ("project", "<u4")])
 
@@ -1591,7 +1595,8 @@ class TokenFile:
         return None if self._loss is None else self._loss[self.starts[i]:self.starts[i] + self.lengths[i]]
 
 
-# ------------------------------------------------------------------------------------------------ packing and mixing
+# ---- packing and mixing ----------------------------------------------------------------------------------------------
+
 
 def cut_pieces(length, context):
     """(start, n) of a document's pieces: each feeds tokens start .. start+n-1 and learns start+1 .. start+n."""
@@ -1719,7 +1724,7 @@ class Mixture:
         vars(self).update(copy.deepcopy({part: state[part] for part in self.STATE}), order={})
 
 
-# ------------------------------------------------------------------------------------------------ samples of the later stages
+# ---- samples of the later stages -------------------------------------------------------------------------------------
 
 END = [("<|endoftext|>", True, True)]
 plain_parts = lambda text: [*END, (text, False, True), *END]
@@ -1822,7 +1827,7 @@ def shard_samples(path, fates, tokenizer, context):
         yield from ((split, "repo", *sample) for sample in repo_samples(docs, tokenizer, context, rng))
 
 
-# ------------------------------------------------------------------------------------------------ the whole way
+# ---- the whole way ---------------------------------------------------------------------------------------------------
 
 SHARD = 2_000_000  # bytes: the unit of work, of parallelism and of resuming
 FINGERPRINT = np.dtype([("exact", U64), ("size", int), ("shingles", int), ("offset", int), ("signature", U32, len(PERMUTATIONS)),
@@ -2133,7 +2138,8 @@ def build(out="out/data", source=("python",), vocab_size=8192, max_bytes=24_000_
     return manifest
 
 
-# ------------------------------------------------------------------------------------------------ speed, beside the peers
+# ---- speed, beside the peers -----------------------------------------------------------------------------------------
+
 
 def timed(work):
     """(median seconds, result) of three calls."""
@@ -2246,7 +2252,8 @@ def own_modules():
             yield Document(text, entry.language, entry.project, entry.path)
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ---- command line ----------------------------------------------------------------------------------------------------
+
 
 def explain(rule, out):
     """What a rule removed in the last build, and three examples."""

@@ -44,7 +44,8 @@ from typing import NamedTuple
 import numpy as np
 from tree_sitter import Language, Parser, Query, QueryCursor
 
-# ---------------------------------------------------------------------- the numbers, as data
+
+# ---- the numbers, as data --------------------------------------------------------------------------------------------
 
 LEVELS = ("char", "line", "expression", "statement", "function")  # each falls back to the one before it
 SHARES = {"char": 0.30, "line": 0.20, "expression": 0.15, "statement": 0.20, "function": 0.15}  # ours
@@ -134,7 +135,9 @@ NODES["c++"] = NODES["c"] | {
     "statement": NODES["c"]["statement"] + " for_range_loop try- throw- co_return- static_assert_declaration",
 }
 
-# ---------------------------------------------------------------------- parsers
+
+# ---- parsers ---------------------------------------------------------------------------------------------------------
+
 
 def language_of(path) -> str | None:
     """The language of a path by its ending, or None. A header .h counts as C."""
@@ -185,7 +188,8 @@ def faults(code: str, language: str) -> int:
     return len(matches(root, language, FAULTS)) if root.has_error else 0
 
 
-# ---------------------------------------------------------------------- one file, cut in three
+# ---- one file, cut in three ------------------------------------------------------------------------------------------
+
 
 class Split(NamedTuple):
     """prefix + middle + suffix is the whole (normalised) file."""
@@ -346,7 +350,7 @@ def plan(count: int, rng: random.Random, rate: float = FIM_RATE, shares: dict = 
     return levels
 
 
-# ---------------------------------------------------------------------- the report's strings
+# ---- the report's strings --------------------------------------------------------------------------------------------
 # A part is (text, is_special, in_loss). Only a part of its own can be a special token: text from a file never is, whatever it spells.
 # Every part is in the loss, as in the FIM paper: the prefix and the suffix are code too.
 
@@ -394,7 +398,7 @@ def repo_example(repo_name: str, context_files, path: str, split: Split, spm: bo
     return join(repo_parts(repo_name, context_files, path, split, spm))
 
 
-# ---------------------------------------------------------------------- too long: trim the far ends, never the middle
+# ---- too long: trim the far ends, never the middle -------------------------------------------------------------------
 # `measure` says how long a text is: len for characters, or lambda text: len(tokenizer.encode(text)) for tokens.
 
 def shorten(text: str, room: int, measure=len, end: bool = False) -> str:
@@ -446,7 +450,7 @@ def trim_repo(repo_name: str, context_files, path: str, split: Split, limit: int
     return kept[::-1], split
 
 
-# ---------------------------------------------------------------------- which files stand in front: similar ones
+# ---- which files stand in front: similar ones ------------------------------------------------------------------------
 
 IDENTIFIER = re.compile(r"[^\W\d]\w+")
 
@@ -538,7 +542,7 @@ def similar_files(index: Index, path: str, split: Split, k: int = 4, near: int =
     return chosen[::-1]
 
 
-# ---------------------------------------------------------------------- which files stand in front: what a file imports
+# ---- which files stand in front: what a file imports -----------------------------------------------------------------
 # A file provides names and needs names. A need is a list of alternatives, the first that some file provides wins.
 
 NEEDS = {
@@ -675,7 +679,8 @@ def dependency_order(files: dict[str, str]) -> list[str]:
     return order
 
 
-# ---------------------------------------------------------------------- filling a hole: token healing, stop, repeated suffix
+# ---- filling a hole: token healing, stop, repeated suffix ------------------------------------------------------------
+
 
 class Vocabulary:
     """The ordinary tokens of a tokenizer as text. Tokens that are a part of a character have none, and are never forced."""
@@ -803,7 +808,8 @@ def drop_repeat(prefix: str, completion: str, suffix: str, language: str | None 
     return shorter if without < with_it or (without == with_it and len(rest) >= 8) else completion
 
 
-# ---------------------------------------------------------------------- the metrics
+# ---- the metrics -----------------------------------------------------------------------------------------------------
+
 
 def levenshtein_table(a: str, b: str) -> int:
     """The fewest insertions, deletions and replacements of a character that turn a into b: the textbook table, row by row."""
@@ -904,7 +910,8 @@ def table(rows: list[dict]) -> str:
     return "\n".join([head, *(line.format(**row) for row in rows)])
 
 
-# ---------------------------------------------------------------------- command line
+# ---- command line ----------------------------------------------------------------------------------------------------
+
 
 def read_source(path: Path) -> str:
     """A source file as text: UTF-8, or what a Python file says of itself."""
