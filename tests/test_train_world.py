@@ -5,6 +5,7 @@ The tests start this file again as a program, which imports once and forks its r
 
 import collections
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -86,6 +87,8 @@ WORLDS = [(1, 1, "off"), (2, 2, "off"), (4, 2, "on")]  # processes, ranks that s
 
 def all_worlds(folder):
     changes = {"stages": "pretrain", "recheck_every": 3, "check": "on", "scale": 0.04, "batch_tokens": 256}
+    # Adam divides a gradient by its size: at its usual eps, 1e-8, one that is rounding alone would be a whole step, in either direction
+    torch.optim.AdamW = functools.partial(torch.optim.AdamW, eps=1e-5)
     for size, cp, fsdp in WORLDS:
         ranks("run_chain", size, f"{folder}/{size}-{cp}-{fsdp}", {**changes, "cp": cp, "fsdp": fsdp})
 
@@ -102,10 +105,8 @@ def test_rings_replicas_and_shards_follow_the_loss_of_one_process(corpus, tmp_pa
     for size, cp, fsdp in WORLDS[1:]:
         out = tmp_path / f"{size}-{cp}-{fsdp}"
         assert losses(out) == pytest.approx(losses(first), rel=2e-4)
-        found = model.LoopCoder.from_pretrained(out / "pretrain").state_dict()
-        apart = torch.cat([(x - weights[name]).abs().flatten() for name, x in found.items()])
-        # Adam divides by the size of a gradient: one that is rounding alone may step either way, and draw a few others along
-        assert (apart > 5e-6).sum() <= 2e-4 * apart.numel() and apart.max() < 1e-3, apart.sort().values[-20:]
+        for name, x in model.LoopCoder.from_pretrained(out / "pretrain").state_dict().items():
+            torch.testing.assert_close(x, weights[name], rtol=0, atol=5e-6)
 
 
 SPLITS = [(1, 1, 5), (3, 1, 1), (2, 2, 2)]  # processes, ranks that share a row, rows of a micro-batch; 5 rows fit none of them
