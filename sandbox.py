@@ -618,9 +618,9 @@ def below_folder(folder, history=True, unseen=None):
         if unseen is not None and error.errno in (errno.EACCES, errno.ENAMETOOLONG):
             unseen.append(error)
 
-    todo = [""]  # not os.walk: until Python 3.12 it recurses, and a program may leave folders deeper than the stack
-    while todo:
-        inside = todo.pop()
+    ahead = [""]  # not os.walk: until Python 3.12 it recurses, and a program may leave folders deeper than the stack
+    while ahead:
+        inside = ahead.pop()
         try:
             with os.scandir(os.path.join(folder, inside)) as found:
                 entries = list(found)
@@ -639,7 +639,7 @@ def below_folder(folder, history=True, unseen=None):
                 continue
             yield path, entry, about
             if stat.S_ISDIR(about.st_mode):
-                todo.append(path)
+                ahead.append(path)
 
 
 def read_tree(folder, room=1 << 40):
@@ -823,13 +823,13 @@ SOCKET_BYTES = 1 << 19  # what a socket's buffers may hold
 
 def below(pid, most=1 << 22):
     """The descendants of a process, by reading who is whose child; when there are more than `most`, not all of them."""
-    found, todo = [], [pid]
-    while todo and len(found) <= most:
-        parent = todo.pop()
+    found, ahead = [], [pid]
+    while ahead and len(found) <= most:
+        parent = ahead.pop()
         with contextlib.suppress(OSError):  # it ended while we looked
             for thread in os.listdir(f"/proc/{parent}/task"):
                 children = [int(child) for child in Path(f"/proc/{parent}/task/{thread}/children").read_text().split()]
-                found, todo = found + children, todo + children
+                found, ahead = found + children, ahead + children
     return found
 
 
